@@ -1,0 +1,145 @@
+// Short causal convolution: schema, checks, allocation, registration.
+#include "causal_conv/causal_conv.h"
+
+#include <tuple>
+
+#include "common/check.h"
+
+namespace madkernels {
+namespace {
+
+using torch::stable::parallel_for;
+
+// The arguments after checks, held while kernels use their memory.
+struct Arguments {
+  Tensor x, weight;
+  OptionalTensor bias, initial_state, cu_seqlens;
+  CausalConv params{};
+
+  int64_t item_grain() const {
+    const int64_t elements = params.dense_channels() ? kConvChunk * params.dim : params.seqlen;
+    return grain(elements * (params.width + 4) / 4);
+  }
+  Shape states() const { return {params.docs.count, params.width - 1, params.dim}; }
+};
+
+// A tensor with the dense axis that x has, and rows for it.
+Tensor like_x(const Tensor& t, const Arguments& a) {
+  if (t.stride(a.params.dense_channels() ? 2 : 1) == 1) return t;
+  Tensor copy = torch::stable::empty_like(a.x);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+Arguments check(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool silu,
+                const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
+  MK_CHECK(x.dim() == 3, op, ": x has shape ", to_string(shape_of(x)), "; expected (batch, seqlen, dim)");
+  MK_CHECK(weight.dim() == 2 && weight.size(1) >= 1, op, ": weight has shape ", to_string(shape_of(weight)),
+           "; expected (dim, width) with a width of 1 at least");
+  const Checks checks(op, "x", x);
+  CausalConv p{};
+  p.dtype = checks.dtype();
+  p.batch = x.size(0), p.seqlen = x.size(1), p.dim = x.size(2), p.width = weight.size(1), p.silu = silu;
+  const ScalarType type = x.scalar_type(), wide = checks.accumulate_type();
+  checks.shape("weight", weight, {p.dim, p.width});
+  checks.type("weight", weight, {type, wide});
+  checks.tensor("bias", bias, {p.dim}, weight.scalar_type());
+  p.docs = checks.documents(cu_seqlens, p.batch, p.seqlen);
+  checks.tensor("initial_state", initial_state, {p.docs.count, p.width - 1, p.dim}, type);
+
+  const Tensor dense = with_dense_axis(x);
+  const Tensor taps = torch::stable::to(weight, wide);
+  const bool dense_channels = dense.stride(2) == 1;
+  Arguments a{dense, torch::stable::contiguous(dense_channels ? torch::stable::transpose(taps, 0, 1) : taps),
+              bias ? OptionalTensor(torch::stable::contiguous(torch::stable::to(*bias, wide))) : std::nullopt,
+              contiguous(initial_state), cu_seqlens, p};
+  a.params.x = rows_of(a.x);
+  a.params.weight = a.weight.data_ptr(), a.params.bias = data_or_null(a.bias);
+  a.params.initial_state = data_or_null(a.initial_state);
+  return a;
+}
+
+void run(Arguments& a, const Tensor& out, void* final_state) {
+  CausalConv& p = a.params;
+  p.out = rows_of(out), p.final_state = final_state;
+  parallel_for(0, p.items(), a.item_grain(),
+               [&](int64_t begin, int64_t end) { causal_conv_cpu().forward(p, begin, end); });
+  causal_conv_cpu().final_state(p);
+}
+
+// -> out (batch, seqlen, dim), final_state (docs, width - 1, dim)
+std::tuple<Tensor, Tensor> causal_conv(Tensor x, Tensor weight, OptionalTensor bias, bool silu,
+                                       OptionalTensor initial_state, OptionalTensor cu_seqlens) {
+  Arguments a = check("causal_conv", x, weight, bias, silu, initial_state, cu_seqlens);
+  Tensor out = torch::stable::empty_like(a.x), final_state = empty(a.states(), x.scalar_type(), x);
+  run(a, out, final_state.data_ptr());
+  return {out, final_state};
+}
+
+// Gradients; where an argument is absent, its gradient is empty (0,).
+std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(Tensor dout, OptionalTensor dfinal_state, Tensor x,
+                                                                Tensor weight, OptionalTensor bias, bool silu,
+                                                                OptionalTensor initial_state,
+                                                                OptionalTensor cu_seqlens) {
+  const char* op = "causal_conv_backward";
+  Arguments a = check(op, x, weight, bias, silu, initial_state, cu_seqlens);
+  const CausalConv& p = a.params;
+  const Checks checks(op, "x", x);
+  const ScalarType type = x.scalar_type(), wide = checks.accumulate_type();
+  checks.tensor("dout", dout, {p.batch, p.seqlen, p.dim}, type);
+  checks.tensor("dfinal_state", dfinal_state, a.states(), type);
+  const Tensor dout_rows = like_x(dout, a);
+  const OptionalTensor dfinal = contiguous(dfinal_state);
+
+  Tensor dx = torch::stable::empty_like(a.x), dinitial = empty(a.states(), type, x);
+  // An empty document passes its final state's gradient on, which is no item's work.
+  if (dfinal) {
+    torch::stable::copy_(dinitial, *dfinal);
+  } else {
+    torch::stable::zero_(dinitial);
+  }
+  const Shape taps = p.dense_channels() ? Shape{p.parts(), p.width, p.dim} : Shape{p.parts(), p.dim, p.width};
+  Tensor dweight_parts = empty(taps, wide, x), dbias_parts = empty({p.parts(), p.dim}, wide, x);
+  const CausalConvBackward q{p, rows_of(dout_rows), rows_of(dx), data_or_null(dfinal), dinitial.data_ptr(),
+                             dweight_parts.data_ptr(), dbias_parts.data_ptr()};
+  parallel_for(0, p.items(), a.item_grain(),
+               [&](int64_t begin, int64_t end) { causal_conv_cpu().backward(q, begin, end); });
+
+  Tensor dweight = sum_parts(dweight_parts, 0);
+  if (p.dense_channels()) dweight = torch::stable::contiguous(torch::stable::transpose(dweight, 0, 1));
+  const Tensor nothing = empty({0}, type, x);
+  return {dx, torch::stable::to(dweight, weight.scalar_type()),
+          bias ? torch::stable::to(sum_parts(dbias_parts, 0), bias->scalar_type()) : nothing,
+          initial_state ? dinitial : nothing};
+}
+
+// x (batch, 1, dim), state (batch, width - 1, dim), updated in place -> (batch, 1, dim)
+Tensor causal_conv_step(Tensor state, Tensor x, Tensor weight, OptionalTensor bias, bool silu) {
+  Arguments a = check("causal_conv_step", x, weight, bias, silu, state, std::nullopt);
+  MK_CHECK(a.params.seqlen == 1, "causal_conv_step: x has seqlen ", a.params.seqlen, "; expected 1");
+  MK_CHECK(state.is_contiguous(), "causal_conv_step: state must be contiguous, since it is updated in place");
+  Tensor out = torch::stable::empty_like(a.x);
+  run(a, out, state.data_ptr());
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(madkernels, m) {
+  m.def(
+      "causal_conv(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens) "
+      "-> (Tensor out, Tensor final_state)");
+  m.def(
+      "causal_conv_backward(Tensor dout, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, bool silu, "
+      "Tensor? initial_state, Tensor? cu_seqlens) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
+  m.def("causal_conv_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(madkernels, CPU, m) {
+  m.impl("causal_conv", TORCH_BOX(&causal_conv));
+  m.impl("causal_conv_backward", TORCH_BOX(&causal_conv_backward));
+  m.impl("causal_conv_step", TORCH_BOX(&causal_conv_step));
+}
+
+}  // namespace madkernels

@@ -1,0 +1,57 @@
+// Short causal depthwise convolution: what its kernels take. No torch here.
+//
+//   out[t, d] = activation(bias[d] + sum_j weight[d, j] x[t - (width - 1) + j, d])
+//
+// What lies before a document is its initial state, its last width - 1 inputs, or zero.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu.h"
+#include "common/dtype.h"
+#include "common/strided.h"
+
+namespace madkernels {
+
+// Time steps of one item of work. The parts of dweight and dbias do not depend on the thread count.
+constexpr int64_t kConvChunk = 64;
+
+struct CausalConv {
+  DType dtype;
+  int64_t batch, seqlen, dim, width;
+  Documents docs;
+  bool silu;
+
+  Rows x, out;                // [batch, seqlen, dim]; one dense axis, the same in both
+  const void* weight;         // [width, dim] where channels are dense, else [dim, width]; accumulation type
+  const void* bias;           // [dim] or null; accumulation type
+  const void* initial_state;  // [docs, width - 1, dim] or null
+  void* final_state;          // [docs, width - 1, dim]; may be initial_state
+
+  bool dense_channels() const { return x.lane == 1; }
+  int64_t chunks() const { return (seqlen + kConvChunk - 1) / kConvChunk; }
+  // Items: (batch row, chunk of time) where channels are dense, (batch row, channel) where time is.
+  int64_t items() const { return batch * (dense_channels() ? chunks() : dim); }
+  // Parts of dweight and dbias: one an item, or one a batch row.
+  int64_t parts() const { return batch * (dense_channels() ? chunks() : 1); }
+};
+
+struct CausalConvBackward {
+  CausalConv forward;        // `out`, `final_state` unused
+  Rows dout, dx;             // [batch, seqlen, dim]; the same dense axis as x
+  const void* dfinal_state;  // [docs, width - 1, dim] or null
+  void* dinitial_state;      // [docs, width - 1, dim]
+  void* dweight_parts;       // [parts, width, dim] or [parts, dim, width], as weight
+  void* dbias_parts;         // [parts, dim]
+};
+
+struct CausalConvKernels {
+  void (*forward)(const CausalConv&, int64_t begin, int64_t end);
+  // After all of forward, since the final state may overwrite the initial state.
+  void (*final_state)(const CausalConv&);
+  void (*backward)(const CausalConvBackward&, int64_t begin, int64_t end);
+};
+
+MADKERNELS_DECLARE_CPU_KERNELS(CausalConvKernels, causal_conv)
+
+}  // namespace madkernels

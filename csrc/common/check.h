@@ -1,0 +1,163 @@
+// Argument checks and small tensor helpers for the ops' entries: the files that see tensors. Stable ABI only.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/dtype.h"
+#include "common/strided.h"
+
+namespace madkernels {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+using Shape = std::vector<int64_t>;
+
+// MK_CHECK(condition, parts of a message...): the message says which argument, what it got and what it takes.
+#define MK_CHECK(condition, ...)                                                    \
+  do {                                                                              \
+    if (!(condition)) throw std::runtime_error(::madkernels::concatenate(__VA_ARGS__)); \
+  } while (0)
+
+template <class... Parts>
+std::string concatenate(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  return message.str();
+}
+
+inline std::string to_string(const Shape& shape) {
+  std::ostringstream text;
+  text << "(";
+  for (size_t i = 0; i < shape.size(); i++) text << (i ? ", " : "") << shape[i];
+  text << (shape.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline Shape shape_of(const Tensor& t) {
+  Shape shape;
+  for (int64_t i = 0; i < t.dim(); i++) shape.push_back(t.size(i));
+  return shape;
+}
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
+  }
+}
+
+// Checks the arguments of one op against its first tensor.
+class Checks {
+ public:
+  Checks(const char* op, const char* name, const Tensor& like) : op_(op), first_(name), like_(like) {}
+
+  // The dtype of the activations, as kernels know it.
+  DType dtype() const {
+    switch (like_.scalar_type()) {
+      case ScalarType::Float: return DType::kFloat32;
+      case ScalarType::BFloat16: return DType::kBFloat16;
+      case ScalarType::Half: return DType::kFloat16;
+      case ScalarType::Double: return DType::kFloat64;
+      default: break;
+    }
+    MK_CHECK(false, op_, ": ", first_, " has dtype ", name_of(like_.scalar_type()),
+             "; it takes float32, bfloat16, float16 or float64");
+    return DType::kFloat32;
+  }
+  // What states and per-channel parameters are held in.
+  ScalarType accumulate_type() const {
+    return like_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  }
+
+  void shape(const char* name, const Tensor& t, const Shape& wanted) const {
+    MK_CHECK(shape_of(t) == wanted, op_, ": ", name, " has shape ", to_string(shape_of(t)), "; expected ",
+             to_string(wanted));
+    MK_CHECK(t.device() == like_.device(), op_, ": ", name, " is on another device than ", first_);
+  }
+  void type(const char* name, const Tensor& t, std::initializer_list<ScalarType> wanted) const {
+    std::string names;
+    for (ScalarType type : wanted) {
+      if (t.scalar_type() == type) return;
+      names += (names.empty() ? "" : " or ") + std::string(name_of(type));
+    }
+    MK_CHECK(false, op_, ": ", name, " has dtype ", name_of(t.scalar_type()), "; with ", first_, " in ",
+             name_of(like_.scalar_type()), " it takes ", names);
+  }
+  void tensor(const char* name, const Tensor& t, const Shape& wanted, ScalarType dtype) const {
+    shape(name, t, wanted);
+    type(name, t, {dtype});
+  }
+  void tensor(const char* name, const OptionalTensor& t, const Shape& wanted, ScalarType dtype) const {
+    if (t) tensor(name, *t, wanted, dtype);
+  }
+
+  // The documents of `cu_seqlens`; without it, one sequence a batch row. Its values are looked at on the CPU only, where
+  // that costs no synchronisation.
+  Documents documents(const OptionalTensor& cu_seqlens, int64_t batch, int64_t seqlen) const {
+    if (!cu_seqlens) return {nullptr, batch, seqlen};
+    const Tensor& offsets = *cu_seqlens;
+    MK_CHECK(batch == 1, op_, ": cu_seqlens packs documents along one row; expected batch 1, got ", batch);
+    MK_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1, op_, ": cu_seqlens has shape ", to_string(shape_of(offsets)),
+             "; expected (num_docs + 1,)");
+    shape("cu_seqlens", offsets, shape_of(offsets));
+    type("cu_seqlens", offsets, {ScalarType::Int});
+    MK_CHECK(offsets.size(0) == 1 || offsets.stride(0) == 1, op_, ": cu_seqlens must be contiguous");
+    const auto* values = static_cast<const int32_t*>(offsets.data_ptr());
+    const int64_t count = offsets.size(0) - 1;
+    if (offsets.is_cpu()) {
+      MK_CHECK(values[0] == 0, op_, ": cu_seqlens starts with ", values[0], "; expected 0");
+      for (int64_t i = 0; i < count; i++) {
+        MK_CHECK(values[i] <= values[i + 1], op_, ": cu_seqlens falls from ", values[i], " to ", values[i + 1],
+                 " at index ", i + 1);
+      }
+      MK_CHECK(values[count] == seqlen, op_, ": cu_seqlens ends with ", values[count], "; expected the seqlen, ", seqlen);
+    }
+    return {values, count, seqlen};
+  }
+
+ private:
+  const char* op_;
+  const char* first_;
+  const Tensor& like_;
+};
+
+// [batch, seqlen, dim] as kernels take it: one of the last two axes dense. Others are copied.
+inline Tensor with_dense_axis(const Tensor& t) {
+  return t.stride(1) == 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
+}
+inline Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+inline Projection projection_of(const Tensor& t) {
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+inline const void* data_or_null(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
+}
+inline Tensor empty(const Shape& shape, ScalarType dtype, const Tensor& like) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+// Sums `parts` over `axis`, in order, whatever the threads.
+Tensor sum_parts(const Tensor& parts, int64_t axis);
+
+// Items a thread should take at least: about 100 microseconds of work where an item costs `operations`.
+inline int64_t grain(int64_t operations) { return operations >= 500000 ? 1 : 500000 / (operations + 1) + 1; }
+
+}  // namespace madkernels

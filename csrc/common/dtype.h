@@ -1,0 +1,41 @@
+// Element types as the ops see them, and the one dispatch from a run-time dtype to a C++ type.
+#pragma once
+
+#include <cstdint>
+
+namespace madkernels {
+
+enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+// What an op accumulates in and keeps its states in.
+template <class T>
+struct AccumulateIn {
+  using type = float;
+};
+template <>
+struct AccumulateIn<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccumulateIn<T>::type;
+
+// Calls f.operator()<T>() with the C++ type of `dtype`.
+template <class F>
+void dispatch(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f.template operator()<float>();
+    case DType::kBFloat16: return f.template operator()<BFloat16>();
+    case DType::kFloat16: return f.template operator()<Float16>();
+    case DType::kFloat64: return f.template operator()<double>();
+  }
+}
+
+}  // namespace madkernels

@@ -1,0 +1,43 @@
+// Views of tensors as kernels take them: a pointer and the strides of each axis, in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace madkernels {
+
+// [batch, seqlen, dim]; either `row` (time) or `lane` (channel) is 1.
+struct Rows {
+  void* data = nullptr;
+  int64_t batch = 0, row = 0, lane = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+  template <class T>
+  T* at(int64_t b, int64_t t, int64_t d) const {
+    return static_cast<T*>(data) + b * batch + t * row + d * lane;
+  }
+};
+
+// [batch, seqlen, groups, dstate], any strides.
+struct Projection {
+  void* data = nullptr;
+  int64_t batch = 0, row = 0, group = 0, state = 0;
+
+  template <class T>
+  T* at(int64_t b, int64_t t, int64_t g) const {
+    return static_cast<T*>(data) + b * batch + t * row + g * group;
+  }
+};
+
+// The sequences that share one batch row: the row itself, or the documents packed along it.
+struct Documents {
+  const int32_t* cu_seqlens = nullptr;  // [count + 1], or null: one sequence a batch row
+  int64_t count = 0;                    // documents in all, or the batch size
+  int64_t seqlen = 0;
+
+  int64_t first(int64_t b) const { return cu_seqlens ? 0 : b; }
+  int64_t last(int64_t b) const { return cu_seqlens ? count : b + 1; }
+  int64_t begin(int64_t doc) const { return cu_seqlens ? cu_seqlens[doc] : 0; }
+  int64_t end(int64_t doc) const { return cu_seqlens ? cu_seqlens[doc + 1] : seqlen; }
+};
+
+}  // namespace madkernels

@@ -1,0 +1,157 @@
+// Selective scan: schema, checks, allocation, registration.
+#include "selective_scan/selective_scan.h"
+
+#include <tuple>
+
+#include "common/check.h"
+
+namespace madkernels {
+namespace {
+
+using torch::stable::parallel_for;
+
+// The arguments after checks, held while kernels use their memory.
+struct Arguments {
+  Tensor u, delta, A, B, C;
+  OptionalTensor D, z, delta_bias, initial_state, cu_seqlens;
+  SelectiveScan params{};
+
+  int64_t items() const { return params.batch * params.groups * params.blocks_per_group(); }
+  int64_t item_grain() const { return grain(params.seqlen * kScanBlock * (params.dstate + 4)); }
+  Shape rows() const { return {params.batch, params.seqlen, params.dim}; }
+  Shape states() const { return {params.docs.count, params.dim, params.dstate}; }
+};
+
+Arguments check(const char* op, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias, bool delta_softplus,
+                const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
+  MK_CHECK(u.dim() == 3, op, ": u has shape ", to_string(shape_of(u)), "; expected (batch, seqlen, dim)");
+  MK_CHECK(A.dim() == 2, op, ": A has shape ", to_string(shape_of(A)), "; expected (dim, dstate)");
+  MK_CHECK(B.dim() == 4, op, ": B has shape ", to_string(shape_of(B)), "; expected (batch, seqlen, groups, dstate)");
+  const Checks checks(op, "u", u);
+  SelectiveScan p{};
+  p.dtype = checks.dtype();
+  p.batch = u.size(0), p.seqlen = u.size(1), p.dim = u.size(2), p.dstate = A.size(1), p.groups = B.size(2);
+  const ScalarType type = u.scalar_type(), wide = checks.accumulate_type();
+  checks.tensor("delta", delta, {p.batch, p.seqlen, p.dim}, type);
+  checks.tensor("A", A, {p.dim, p.dstate}, wide);
+  checks.tensor("B", B, {p.batch, p.seqlen, p.groups, p.dstate}, type);
+  checks.tensor("C", C, {p.batch, p.seqlen, p.groups, p.dstate}, type);
+  MK_CHECK(p.groups >= 1 && p.dim % p.groups == 0, op, ": B has ", p.groups, " groups; expected a divisor of dim, ", p.dim);
+  checks.tensor("D", D, {p.dim}, wide);
+  checks.tensor("z", z, {p.batch, p.seqlen, p.dim}, type);
+  checks.tensor("delta_bias", delta_bias, {p.dim}, wide);
+  p.docs = checks.documents(cu_seqlens, p.batch, p.seqlen);
+  checks.tensor("initial_state", initial_state, {p.docs.count, p.dim, p.dstate}, wide);
+  p.delta_softplus = delta_softplus;
+
+  Arguments a{with_dense_axis(u), with_dense_axis(delta), torch::stable::contiguous(A), B, C, contiguous(D),
+              z ? OptionalTensor(with_dense_axis(*z)) : std::nullopt, contiguous(delta_bias),
+              contiguous(initial_state), cu_seqlens, p};
+  a.params.u = rows_of(a.u), a.params.delta = rows_of(a.delta);
+  if (a.z) a.params.z = rows_of(*a.z);
+  a.params.B = projection_of(a.B), a.params.C = projection_of(a.C);
+  a.params.A = a.A.data_ptr(), a.params.D = data_or_null(a.D), a.params.delta_bias = data_or_null(a.delta_bias);
+  a.params.initial_state = data_or_null(a.initial_state);
+  return a;
+}
+
+// -> out (batch, seqlen, dim), final_state (docs, dim, dstate), checkpoints (slots, dstate, dim) or (0,)
+std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+                                                  OptionalTensor z, OptionalTensor delta_bias, bool delta_softplus,
+                                                  OptionalTensor initial_state, OptionalTensor cu_seqlens,
+                                                  bool save_checkpoints) {
+  Arguments a = check("selective_scan", u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
+  SelectiveScan& p = a.params;
+  const ScalarType wide = A.scalar_type();
+  Tensor out = torch::stable::empty_like(a.u), final_state = empty(a.states(), wide, u);
+  Tensor checkpoints = empty(save_checkpoints ? Shape{p.checkpoint_slots(), p.dstate, p.dim} : Shape{0}, wide, u);
+  p.out = rows_of(out), p.final_state = final_state.data_ptr();
+  p.checkpoints = save_checkpoints ? checkpoints.data_ptr() : nullptr;
+  parallel_for(0, a.items(), a.item_grain(),
+               [&](int64_t begin, int64_t end) { selective_scan_cpu().forward(p, begin, end); });
+  return {out, final_state, checkpoints};
+}
+
+// Gradients; where an argument is absent, its gradient is empty (0,).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
+    Tensor dout, OptionalTensor dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+    OptionalTensor z, OptionalTensor delta_bias, bool delta_softplus, OptionalTensor initial_state,
+    OptionalTensor cu_seqlens, Tensor checkpoints) {
+  const char* op = "selective_scan_backward";
+  Arguments a = check(op, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
+  SelectiveScan& p = a.params;
+  const ScalarType wide = A.scalar_type();
+  const Checks checks(op, "u", u);
+  checks.tensor("dout", dout, a.rows(), u.scalar_type());
+  checks.tensor("dfinal_state", dfinal_state, a.states(), wide);
+  checks.tensor("checkpoints", checkpoints, {p.checkpoint_slots(), p.dstate, p.dim}, wide);
+  const Tensor dout_rows = with_dense_axis(dout);
+  const OptionalTensor dfinal = contiguous(dfinal_state);
+
+  const Shape nothing{0};
+  Tensor du = torch::stable::empty_like(a.u), ddelta = torch::stable::empty_like(a.delta);
+  Tensor dz = a.z ? torch::stable::empty_like(*a.z) : empty(nothing, u.scalar_type(), u);
+  Tensor dinitial = empty(a.states(), wide, u);
+  const Shape parts{p.groups, p.blocks_per_group(), p.batch, p.seqlen, p.dstate};
+  Tensor dB_parts = empty(parts, wide, u), dC_parts = empty(parts, wide, u);
+  Tensor dA_parts = empty({p.batch, p.dim, p.dstate}, wide, u);
+  Tensor dD_parts = empty({p.batch, p.dim}, wide, u), dbias_parts = empty({p.batch, p.dim}, wide, u);
+
+  p.checkpoints = checkpoints.data_ptr();
+  SelectiveScanBackward q{p, rows_of(dout_rows), data_or_null(dfinal), rows_of(du), rows_of(ddelta),
+                          a.z ? rows_of(dz) : Rows{}, dinitial.data_ptr(), dB_parts.data_ptr(), dC_parts.data_ptr(),
+                          dA_parts.data_ptr(), dD_parts.data_ptr(), dbias_parts.data_ptr()};
+  parallel_for(0, a.items(), a.item_grain(),
+               [&](int64_t begin, int64_t end) { selective_scan_cpu().backward(q, begin, end); });
+
+  const auto projection_gradient = [&](const Tensor& blocks) {  // -> (batch, seqlen, groups, dstate)
+    Tensor sums = sum_parts(blocks, 1);                         // (groups, batch, seqlen, dstate)
+    sums = torch::stable::transpose(torch::stable::transpose(sums, 0, 1), 1, 2);
+    return torch::stable::contiguous(torch::stable::to(sums, u.scalar_type()));
+  };
+  return {du, ddelta, sum_parts(dA_parts, 0), projection_gradient(dB_parts), projection_gradient(dC_parts),
+          D ? sum_parts(dD_parts, 0) : empty(nothing, wide, u), dz,
+          delta_bias ? sum_parts(dbias_parts, 0) : empty(nothing, wide, u),
+          initial_state ? dinitial : empty(nothing, wide, u)};
+}
+
+// One step of decoding is a scan of length one whose state is read and written in place.
+// state (batch, dim, dstate); u, delta, z (batch, 1, dim); B, C (batch, 1, groups, dstate) -> (batch, 1, dim)
+Tensor selective_scan_step(Tensor state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+                           OptionalTensor z, OptionalTensor delta_bias, bool delta_softplus) {
+  Arguments a = check("selective_scan_step", u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, std::nullopt);
+  SelectiveScan& p = a.params;
+  MK_CHECK(p.seqlen == 1, "selective_scan_step: u has seqlen ", p.seqlen, "; expected 1");
+  MK_CHECK(state.is_contiguous(), "selective_scan_step: state must be contiguous, since it is updated in place");
+  Tensor out = torch::stable::empty_like(a.u);
+  p.out = rows_of(out), p.initial_state = state.data_ptr(), p.final_state = state.data_ptr();
+  parallel_for(0, a.items(), a.item_grain(),
+               [&](int64_t begin, int64_t end) { selective_scan_cpu().forward(p, begin, end); });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(madkernels, m) {
+  m.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+      "bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens, bool save_checkpoints) "
+      "-> (Tensor out, Tensor final_state, Tensor checkpoints)");
+  m.def(
+      "selective_scan_backward(Tensor dout, Tensor? dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens, "
+      "Tensor checkpoints) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, "
+      "Tensor ddelta_bias, Tensor dinitial_state)");
+  m.def(
+      "selective_scan_step(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? delta_bias, bool delta_softplus) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(madkernels, CPU, m) {
+  m.impl("selective_scan", TORCH_BOX(&selective_scan));
+  m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward));
+  m.impl("selective_scan_step", TORCH_BOX(&selective_scan_step));
+}
+
+}  // namespace madkernels

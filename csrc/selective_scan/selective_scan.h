@@ -1,0 +1,74 @@
+// Selective scan (S6; Gu and Dao 2023, arXiv 2312.00752): what its kernels take. No torch here.
+//
+//   h[t, d, n] = exp(delta'[t, d] A[d, n]) h[t-1, d, n] + delta'[t, d] u[t, d] B[t, n]
+//   out[t, d]  = (sum_n C[t, n] h[t, d, n] + D[d] u[t, d]) silu(z[t, d])
+//   delta'     = delta + delta_bias, through softplus where asked for
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu.h"
+#include "common/dtype.h"
+#include "common/strided.h"
+
+namespace madkernels {
+
+// Time is cut into chunks of this many steps, per document. The forward saves the states that enter each chunk; the
+// backward recomputes the states inside it.
+constexpr int64_t kScanChunk = 32;
+
+// Channels whose parts of dB and dC are summed before they reach the workspace. The sums do not depend on the thread count.
+constexpr int64_t kScanBlock = 64;
+
+struct SelectiveScan {
+  DType dtype;
+  int64_t batch, seqlen, dim, dstate, groups;
+  Documents docs;
+
+  Rows u, delta, z, out;              // [batch, seqlen, dim]; z may be absent
+  Projection B, C;                    // [batch, seqlen, groups, dstate]
+  const void* A;                      // [dim, dstate]
+  const void* D;                      // [dim] or null
+  const void* delta_bias;             // [dim] or null
+  bool delta_softplus;
+  const void* initial_state;          // [docs, dim, dstate] or null
+  void* final_state;                  // [docs, dim, dstate]
+  void* checkpoints;                  // [slots, dstate, dim] or null: the states that enter each chunk
+
+  // Where the states that enter a document's chunk lie among the checkpoints.
+  int64_t checkpoint_slot(int64_t doc, int64_t chunk) const {
+    if (docs.cu_seqlens == nullptr) return doc * ((seqlen + kScanChunk - 1) / kScanChunk) + chunk;
+    return docs.cu_seqlens[doc] / kScanChunk + doc + chunk;
+  }
+  int64_t checkpoint_slots() const {
+    if (docs.cu_seqlens == nullptr) return batch * ((seqlen + kScanChunk - 1) / kScanChunk);
+    return seqlen / kScanChunk + docs.count;
+  }
+  int64_t channels_per_group() const { return dim / groups; }
+  int64_t blocks_per_group() const { return (channels_per_group() + kScanBlock - 1) / kScanBlock; }
+};
+
+struct SelectiveScanBackward {
+  SelectiveScan forward;      // `out`, `final_state` unused; `checkpoints` as the forward left them
+  Rows dout;                  // [batch, seqlen, dim]
+  const void* dfinal_state;   // [docs, dim, dstate] or null
+  Rows du, ddelta, dz;        // [batch, seqlen, dim]
+  void* dinitial_state;       // [docs, dim, dstate]
+  // Workspaces, summed in a fixed order by `reduce`. Parts of a sum lie on the first axis.
+  void* dB_parts;             // [blocks_per_group, batch, seqlen, groups, dstate]
+  void* dC_parts;             // like dB_parts
+  void* dA_parts;             // [batch, dim, dstate]
+  void* dD_parts;             // [batch, dim]
+  void* ddelta_bias_parts;    // [batch, dim]
+};
+
+// Kernels work on a range of items, so that the caller chooses the threads.
+struct SelectiveScanKernels {
+  // Items: (batch row, block of channels), batch * groups * blocks_per_group of them.
+  void (*forward)(const SelectiveScan&, int64_t begin, int64_t end);
+  void (*backward)(const SelectiveScanBackward&, int64_t begin, int64_t end);
+};
+
+MADKERNELS_DECLARE_CPU_KERNELS(SelectiveScanKernels, selective_scan)
+
+}  // namespace madkernels

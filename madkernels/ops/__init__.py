@@ -1,0 +1,1 @@
+"""The ops: public functions, and what torch needs to know of each (shapes, gradients, autocast). One file an op."""

@@ -1,0 +1,198 @@
+"""Selective scan (S6): the public functions, and shapes, gradients and autocast for torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from madkernels import reference
+from madkernels.ops.registration import differentiate_gradient, if_given, register_autocast, rows_like
+
+_forward = torch.ops.madkernels.selective_scan.default
+_backward = torch.ops.madkernels.selective_scan_backward.default
+_step = torch.ops.madkernels.selective_scan_step.default
+
+CHUNK = 32  # kScanChunk in selective_scan.h; a test holds them together
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective state-space scan, the recurrence of Mamba (Gu and Dao 2023, arXiv 2312.00752).
+
+    With ``delta' = delta + delta_bias`` (through softplus if `delta_softplus`), for each channel d and state n::
+
+        h[t, d, n] = exp(delta'[t, d] A[d, n]) h[t-1, d, n] + delta'[t, d] B[t, n] u[t, d]
+        out[t, d]  = (sum_n C[t, n] h[t, d, n] + D[d] u[t, d]) silu(z[t, d])
+
+    Args:
+        u: (batch, seqlen, dim); float32, bfloat16, float16, or float64.
+        delta: step sizes, (batch, seqlen, dim), dtype of `u`.
+        A: (dim, dstate), float32 (float64 with float64 `u`); negative for a stable recurrence.
+        B: input projection, (batch, seqlen, dstate), or (batch, seqlen, groups, dstate) where groups divides dim and
+            group g serves channels ``g * dim / groups`` onwards; dtype of `u`.
+        C: output projection, like `B`.
+        D: skip weight, (dim,), dtype of `A`.
+        z: gate, (batch, seqlen, dim), dtype of `u`.
+        delta_bias: (dim,), dtype of `A`.
+        delta_softplus: whether softplus is applied to the biased `delta`.
+        initial_state: h before the first step, (batch, dim, dstate), or (num_docs, dim, dstate) with `cu_seqlens`; dtype of
+            `A`. Zero if absent.
+        cu_seqlens: offsets of documents packed along the sequence, (num_docs + 1,) int32, from 0 to seqlen; batch must be 1.
+            No state crosses from one document to the next.
+        return_final_state: whether to return the state after each sequence (document) too.
+
+    Any of the activations may be a view whose last or second-last axis is dense, such as a transposed (batch, dim, seqlen)
+    tensor: it is read in place. Arithmetic and states are in the dtype of `A`.
+
+    Returns:
+        out (batch, seqlen, dim), dtype and layout of `u`; with `return_final_state` also the states, as `initial_state`.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
+
+    Differentiable in all tensors, the states included, and a second time through the reference. The same inputs give the
+    same bits, whatever the number of threads.
+    """
+    grouped = [t.unsqueeze(2) if t.dim() == 3 else t for t in (B, C)]
+    tensors = (u, delta, A, *grouped, D, z, delta_bias)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, initial_state))
+    out, state, _ = _forward(*tensors, delta_softplus, initial_state, cu_seqlens, save)
+    return (out, state) if return_final_state else out
+
+
+def selective_scan_step(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> Tensor:
+    """One step of :func:`selective_scan`, for decoding. Updates `state` in place; not differentiable.
+
+    Args:
+        state: h of the step before, (batch, dim, dstate), contiguous, dtype of `A`; becomes h of this step.
+        u: (batch, dim); likewise `delta` and `z`.
+        B: (batch, dstate) or (batch, groups, dstate); likewise `C`.
+        A, D, delta_bias, delta_softplus: as in :func:`selective_scan`.
+
+    Returns:
+        out (batch, dim), dtype of `u`.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
+    """
+    grouped = [t.unsqueeze(1) if t.dim() == 2 else t for t in (B, C)]
+    z = None if z is None else z.unsqueeze(1)
+    with torch.no_grad():
+        out: Tensor = _step(
+            state, u.unsqueeze(1), delta.unsqueeze(1), A, *(t.unsqueeze(1) for t in grouped), D, z, delta_bias,
+            delta_softplus,
+        )  # fmt: skip
+    return out.squeeze(1)
+
+
+@torch.library.register_fake("madkernels::selective_scan")
+def _forward_fake(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    save_checkpoints: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, seqlen, dim = u.shape
+    dstate = A.shape[1]
+    if cu_seqlens is None:
+        sequences, slots = batch, batch * ((seqlen + CHUNK - 1) // CHUNK)
+    else:
+        sequences = cu_seqlens.shape[0] - 1
+        slots = seqlen // CHUNK + sequences
+    checkpoints = (slots, dstate, dim) if save_checkpoints else (0,)
+    return rows_like(u), A.new_empty(sequences, dim, dstate), A.new_empty(checkpoints)
+
+
+@torch.library.register_fake("madkernels::selective_scan_backward")
+def _backward_fake(
+    dout: Tensor, dfinal_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, checkpoints: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return (
+        rows_like(u),
+        rows_like(delta),
+        A.new_empty(A.shape),
+        B.new_empty(B.shape),
+        C.new_empty(C.shape),
+        A.new_empty((0,) if D is None else D.shape),
+        u.new_empty(0) if z is None else rows_like(z),
+        A.new_empty((0,) if delta_bias is None else delta_bias.shape),
+        A.new_empty((0,) if initial_state is None else initial_state.shape),
+    )
+
+
+@torch.library.register_fake("madkernels::selective_scan_step")
+def _step_fake(state: Tensor, u: Tensor, *parameters: Any) -> Tensor:
+    return rows_like(u)
+
+
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, softplus, initial_state, cu_seqlens, _ = inputs
+    ctx.save_for_backward(*tensors, initial_state, cu_seqlens, output[2])
+    ctx.delta_softplus = softplus
+    ctx.set_materialize_grads(False)
+
+
+def _forward_gradient(ctx: Any, dout: Tensor | None, dstate: Tensor | None, _: None) -> tuple[Any, ...]:
+    *tensors, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(tensors[0])
+    grads = _backward(dout, dstate, *tensors, ctx.delta_softplus, initial_state, cu_seqlens, checkpoints)
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = grads
+    _, _, _, _, _, D, z, bias = tensors
+    return (
+        du, ddelta, dA, dB, dC, if_given(D, dD), if_given(z, dz), if_given(bias, dbias),
+        None, if_given(initial_state, dinitial), None, None,
+    )  # fmt: skip
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    dout, dstate, *tensors, softplus, initial_state, cu_seqlens, _ = inputs
+    ctx.save_for_backward(dout, dstate, *tensors, initial_state, cu_seqlens)
+    ctx.delta_softplus = softplus
+
+
+def _second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
+    dout, dstate, *tensors, initial_state, cu_seqlens = ctx.saved_tensors
+
+    def scan(arguments: Sequence[Any]) -> Sequence[Tensor]:
+        *inputs, state = arguments
+        return reference.selective_scan(
+            *inputs, ctx.delta_softplus, initial_state=state, cu_seqlens=cu_seqlens, return_final_state=True
+        )
+
+    cotangents, arguments = differentiate_gradient(scan, [*tensors, initial_state], [dout, dstate], weights)
+    return (*cotangents, *arguments[:-1], None, arguments[-1], None, None)
+
+
+torch.library.register_autograd("madkernels::selective_scan", _forward_gradient, setup_context=_save_forward)
+torch.library.register_autograd("madkernels::selective_scan_backward", _second_gradient, setup_context=_save_backward)
+register_autocast(_forward, "madkernels::selective_scan", activations=(0, 1, 3, 4, 6))
+register_autocast(_step, "madkernels::selective_scan_step", activations=(1, 2, 4, 5, 7))
