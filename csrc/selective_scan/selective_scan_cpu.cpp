@@ -78,6 +78,12 @@ void load_rows(Vec<Acc<T>>* tile, const Rows& rows, int64_t b, const Chunk& chun
   load_tile(tile, rows.at<T>(b, chunk.begin, channel), rows.row, rows.lane, chunk.rows, lanes);
 }
 
+// Asks for the next lanes of the chunk, while these are worked on.
+template <class T>
+void prefetch_rows(const Rows& rows, int64_t b, const Chunk& chunk, int64_t channel) {
+  if (rows) prefetch_tile(rows.at<T>(b, chunk.begin, channel + kLanes<Acc<T>>), rows.row, rows.lane, chunk.rows, kLanes<Acc<T>>);
+}
+
 template <class T>
 void store_rows(const Rows& rows, int64_t b, const Chunk& chunk, int64_t channel, const Vec<Acc<T>>* tile, int lanes) {
   store_tile(rows.at<T>(b, chunk.begin, channel), rows.row, rows.lane, tile, chunk.rows, lanes);
@@ -196,6 +202,7 @@ void forward_lanes(const SelectiveScan& p, int64_t b, const Chunk& chunk, int64_
   load_rows<T>(u, p.u, b, chunk, channel, lanes);
   load_raw_delta<T>(step, p, b, chunk, channel, lanes);
   apply_softplus<A>(p, step, step, chunk.rows);
+  for (const Rows* rows : {&p.u, &p.delta, &p.z, &p.out}) prefetch_rows<T>(*rows, b, chunk, channel);
   const Vec<A> skip = p.D ? per_channel<A>(p.D, channel, lanes) : Vec<A>{};
   for (int t = 0; t < chunk.rows; t++) {
     x[t] = step[t] * u[t];
@@ -362,6 +369,9 @@ void backward_lanes(const SelectiveScanBackward& q, int64_t b, const Chunk& chun
   apply_softplus<A>(p, step, raw, chunk.rows);
   load_rows<T>(dout, q.dout, b, chunk, channel, lanes);
   if (p.z) load_rows<T>(z, p.z, b, chunk, channel, lanes);
+  for (const Rows* rows : {&p.u, &p.delta, &p.z, &q.dout, &q.du, &q.ddelta, &q.dz}) {
+    prefetch_rows<T>(*rows, b, chunk, channel);
+  }
   const Vec<A> skip = p.D ? per_channel<A>(p.D, channel, lanes) : Vec<A>{};
   for (int t = 0; t < chunk.rows; t++) {
     x[t] = step[t] * u[t];
