@@ -39,8 +39,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of madkernels.";
   m.def("build_info", &build_info, "What was built: version, compiler, torch, instruction sets, CUDA.");
   m.def("cpu_isa", [] { return madkernels::isa_name(madkernels::cpu_isa()); }, "The instruction set in use.");
-  m.def("cpu_supported", [] { return names(madkernels::supported_isas()); },
-        "The instruction sets that were compiled in and that this CPU has.");
+  m.def(
+      "cpu_supported", [] { return names(madkernels::supported_isas()); },
+      "The instruction sets that were compiled in and that this CPU has.");
   m.def("exp2_rate", &madkernels::exp2_rate, pybind11::arg("threads"), pybind11::call_guard<pybind11::gil_scoped_release>(),
         "float32 evaluations of 2^x a second, in registers, all threads together.");
 }

@@ -50,9 +50,12 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const Opt
   const Tensor dense = with_dense_axis(x);
   const Tensor taps = torch::stable::to(weight, wide);
   const bool dense_channels = dense.stride(2) == 1;
-  Arguments a{dense, torch::stable::contiguous(dense_channels ? torch::stable::transpose(taps, 0, 1) : taps),
+  Arguments a{dense,
+              torch::stable::contiguous(dense_channels ? torch::stable::transpose(taps, 0, 1) : taps),
               bias ? OptionalTensor(torch::stable::contiguous(torch::stable::to(*bias, wide))) : std::nullopt,
-              contiguous(initial_state), cu_seqlens, p};
+              contiguous(initial_state),
+              cu_seqlens,
+              p};
   a.params.x = rows_of(a.x);
   a.params.weight = a.weight.data_ptr(), a.params.bias = data_or_null(a.bias);
   a.params.initial_state = data_or_null(a.initial_state);
@@ -62,14 +65,13 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const Opt
 void run(Arguments& a, const Tensor& out, void* final_state) {
   CausalConv& p = a.params;
   p.out = rows_of(out), p.final_state = final_state;
-  parallel_for(0, p.items(), a.item_grain(),
-               [&](int64_t begin, int64_t end) { causal_conv_cpu().forward(p, begin, end); });
+  parallel_for(0, p.items(), a.item_grain(), [&](int64_t begin, int64_t end) { causal_conv_cpu().forward(p, begin, end); });
   causal_conv_cpu().final_state(p);
 }
 
 // -> out (batch, seqlen, dim), final_state (docs, width - 1, dim)
-std::tuple<Tensor, Tensor> causal_conv(Tensor x, Tensor weight, OptionalTensor bias, bool silu,
-                                       OptionalTensor initial_state, OptionalTensor cu_seqlens) {
+std::tuple<Tensor, Tensor> causal_conv(Tensor x, Tensor weight, OptionalTensor bias, bool silu, OptionalTensor initial_state,
+                                       OptionalTensor cu_seqlens) {
   Arguments a = check("causal_conv", x, weight, bias, silu, initial_state, cu_seqlens);
   Tensor out = torch::stable::empty_like(a.x), final_state = empty(a.states(), x.scalar_type(), x);
   run(a, out, final_state.data_ptr());
@@ -79,8 +81,7 @@ std::tuple<Tensor, Tensor> causal_conv(Tensor x, Tensor weight, OptionalTensor b
 // Gradients; where an argument is absent, its gradient is empty (0,).
 std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(Tensor dout, OptionalTensor dfinal_state, Tensor x,
                                                                 Tensor weight, OptionalTensor bias, bool silu,
-                                                                OptionalTensor initial_state,
-                                                                OptionalTensor cu_seqlens) {
+                                                                OptionalTensor initial_state, OptionalTensor cu_seqlens) {
   const char* op = "causal_conv_backward";
   Arguments a = check(op, x, weight, bias, silu, initial_state, cu_seqlens);
   const CausalConv& p = a.params;
@@ -100,17 +101,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(Tensor dout, Opt
   }
   const Shape taps = p.dense_channels() ? Shape{p.parts(), p.width, p.dim} : Shape{p.parts(), p.dim, p.width};
   Tensor dweight_parts = empty(taps, wide, x), dbias_parts = empty({p.parts(), p.dim}, wide, x);
-  const CausalConvBackward q{p, rows_of(dout_rows), rows_of(dx), data_or_null(dfinal), dinitial.data_ptr(),
-                             dweight_parts.data_ptr(), dbias_parts.data_ptr()};
-  parallel_for(0, p.items(), a.item_grain(),
-               [&](int64_t begin, int64_t end) { causal_conv_cpu().backward(q, begin, end); });
+  const CausalConvBackward q{p,
+                             rows_of(dout_rows),
+                             rows_of(dx),
+                             data_or_null(dfinal),
+                             dinitial.data_ptr(),
+                             dweight_parts.data_ptr(),
+                             dbias_parts.data_ptr()};
+  parallel_for(0, p.items(), a.item_grain(), [&](int64_t begin, int64_t end) { causal_conv_cpu().backward(q, begin, end); });
 
   Tensor dweight = sum_parts(dweight_parts, 0);
   if (p.dense_channels()) dweight = torch::stable::contiguous(torch::stable::transpose(dweight, 0, 1));
-  const Tensor nothing = empty({0}, type, x);
   return {dx, torch::stable::to(dweight, weight.scalar_type()),
-          bias ? torch::stable::to(sum_parts(dbias_parts, 0), bias->scalar_type()) : nothing,
-          initial_state ? dinitial : nothing};
+          bias ? torch::stable::to(sum_parts(dbias_parts, 0), bias->scalar_type()) : empty({0}, type, x),
+          initial_state ? dinitial : empty({0}, type, x)};
 }
 
 // x (batch, 1, dim), state (batch, width - 1, dim), updated in place -> (batch, 1, dim)

@@ -4,8 +4,8 @@
 // pointers to rows: of x, of the document's initial state, or of zeros. Time dense: a channel's time is staged once, with
 // what lies before it, and convolved along the vector.
 //
-// Backward, with p the gradient before the activation: dx[t] = sum_j weight[j] p[t + (width - 1) - j], dweight[j] = sum_t p[t]
-// x[t - (width - 1) + j]. A final state is a copy of the last rows, so its gradient adds to theirs.
+// Backward, with p the gradient before the activation: dx[t] = sum_j weight[j] p[t + (width - 1) - j], dweight[j] = sum_t
+// p[t] x[t - (width - 1) + j]. A final state is a copy of the last rows, so its gradient adds to theirs.
 #include "causal_conv/causal_conv.h"
 
 #include "common/simd.h"
@@ -35,7 +35,9 @@ T* state_row(const CausalConv& p, const void* state, int64_t doc, int64_t r) {
 }
 
 template <class A>
-Vec<A> silu(Vec<A> x) { return x * sigmoid<A>(x); }
+Vec<A> silu(Vec<A> x) {
+  return x * sigmoid<A>(x);
+}
 
 template <class A>
 Vec<A> silu_gradient(Vec<A> x) {
@@ -66,7 +68,8 @@ void copy_final_state(const CausalConv& p) {
   }
 }
 
-// ---- channels dense ----------------------------------------------------------------------------------------------------------
+// ---- channels dense
+// ----------------------------------------------------------------------------------------------------------
 
 // rows[j] = what tap j of the output at time t sees.
 template <class T>
@@ -204,7 +207,8 @@ void backward_channels(const CausalConvBackward& q, int64_t item) {
   });
 }
 
-// ---- time dense --------------------------------------------------------------------------------------------------------------
+// ---- time dense
+// --------------------------------------------------------------------------------------------------------------
 
 // staged[i] = the input at time s.begin - (width - 1) + i of one channel, i < width - 1 + length; zeros behind it.
 template <class T>
@@ -305,15 +309,15 @@ void backward_time(const CausalConvBackward& q, int64_t item) {
   Scratch<Vec<A>> dweight(p.width);
   for (int64_t j = 0; j < p.width; j++) dweight[j] = Vec<A>{};
   Vec<A> dbias = {};
-  for_stretches(p, b, 0, p.seqlen, [&](const Stretch& s) {
-    backward_time_document<T>(q, b, d, s, staged, before, dweight, &dbias);
-  });
+  for_stretches(p, b, 0, p.seqlen,
+                [&](const Stretch& s) { backward_time_document<T>(q, b, d, s, staged, before, dweight, &dbias); });
   A* dweight_part = static_cast<A*>(q.dweight_parts) + (b * p.dim + d) * p.width;
   for (int64_t j = 0; j < p.width; j++) dweight_part[j] = sum_lanes<A>(dweight[j]);
   static_cast<A*>(q.dbias_parts)[b * p.dim + d] = sum_lanes<A>(dbias);
 }
 
-// ---- entries -----------------------------------------------------------------------------------------------------------------
+// ---- entries
+// -----------------------------------------------------------------------------------------------------------------
 
 void forward(const CausalConv& p, int64_t begin, int64_t end) {
   dispatch(p.dtype, [&]<class T>() {

@@ -24,8 +24,8 @@ using torch::headeronly::ScalarType;
 using Shape = std::vector<int64_t>;
 
 // MK_CHECK(condition, parts of a message...): the message says which argument, what it got and what it takes.
-#define MK_CHECK(condition, ...)                                                    \
-  do {                                                                              \
+#define MK_CHECK(condition, ...)                                                        \
+  do {                                                                                  \
     if (!(condition)) throw std::runtime_error(::madkernels::concatenate(__VA_ARGS__)); \
   } while (0)
 
@@ -123,8 +123,8 @@ class Checks {
     if (offsets.is_cpu()) {
       MK_CHECK(values[0] == 0, op_, ": cu_seqlens starts with ", values[0], "; expected 0");
       for (int64_t i = 0; i < count; i++) {
-        MK_CHECK(values[i] <= values[i + 1], op_, ": cu_seqlens falls from ", values[i], " to ", values[i + 1],
-                 " at index ", i + 1);
+        MK_CHECK(values[i] <= values[i + 1], op_, ": cu_seqlens falls from ", values[i], " to ", values[i + 1], " at index ",
+                 i + 1);
       }
       MK_CHECK(values[count] == seqlen, op_, ": cu_seqlens ends with ", values[count], "; expected the seqlen, ", seqlen);
     }

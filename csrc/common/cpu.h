@@ -23,19 +23,27 @@ std::vector<Isa> supported_isas();  // those of them that this CPU has
 
 // Declares an op's table of kernels in each instruction set, and `<op>_cpu()` that returns the one in use.
 #ifdef MADKERNELS_X86
-#define MADKERNELS_DECLARE_CPU_KERNELS(Table, op)                            \
-  namespace baseline { extern const Table op##_kernels; }                    \
-  namespace avx2 { extern const Table op##_kernels; }                        \
-  namespace avx512 { extern const Table op##_kernels; }                      \
-  inline const Table& op##_cpu() {                                           \
-    switch (cpu_isa()) {                                                     \
-      case Isa::kAvx512: return avx512::op##_kernels;                        \
-      case Isa::kAvx2: return avx2::op##_kernels;                            \
-      default: return baseline::op##_kernels;                                \
-    }                                                                        \
+#define MADKERNELS_DECLARE_CPU_KERNELS(Table, op)     \
+  namespace baseline {                                \
+  extern const Table op##_kernels;                    \
+  }                                                   \
+  namespace avx2 {                                    \
+  extern const Table op##_kernels;                    \
+  }                                                   \
+  namespace avx512 {                                  \
+  extern const Table op##_kernels;                    \
+  }                                                   \
+  inline const Table& op##_cpu() {                    \
+    switch (cpu_isa()) {                              \
+      case Isa::kAvx512: return avx512::op##_kernels; \
+      case Isa::kAvx2: return avx2::op##_kernels;     \
+      default: return baseline::op##_kernels;         \
+    }                                                 \
   }
 #else
-#define MADKERNELS_DECLARE_CPU_KERNELS(Table, op)                            \
-  namespace baseline { extern const Table op##_kernels; }                    \
+#define MADKERNELS_DECLARE_CPU_KERNELS(Table, op) \
+  namespace baseline {                            \
+  extern const Table op##_kernels;                \
+  }                                               \
   inline const Table& op##_cpu() { return baseline::op##_kernels; }
 #endif

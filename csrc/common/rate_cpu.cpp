@@ -8,7 +8,7 @@ namespace {
 
 float exp2_loop(int64_t count, int64_t* evaluated) {
   constexpr int kChains = 8;
-  const int64_t rounds = count / (kChains * kLanes<float>) + 1;
+  const int64_t rounds = count / (kChains * kLanes<float>)+1;
   Vec<float> x[kChains], scale = broadcast(-0.5f);
   for (int i = 0; i < kChains; i++) x[i] = broadcast(0.1f * static_cast<float>(i));
   for (int64_t round = 0; round < rounds; round++) {

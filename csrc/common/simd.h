@@ -80,7 +80,9 @@ inline Half narrow_bfloat16(Vec<float> x) {
 
 #if defined(__AVX512F__)
 inline Vec<float> widen_float16(Half bits) { return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits); }
-inline Half narrow_float16(Vec<float> x) { return (Half)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+inline Half narrow_float16(Vec<float> x) {
+  return (Half)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+}
 #elif defined(__F16C__)
 inline Vec<float> widen_float16(Half bits) { return (Vec<float>)_mm256_cvtph_ps((__m128i)bits); }
 inline Half narrow_float16(Vec<float> x) { return (Half)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
@@ -104,15 +106,37 @@ inline Half narrow_float16(Vec<float> x) {
 }
 #endif
 
-inline Vec<float> widen(const float* p) { Vec<float> v; std::memcpy(&v, p, sizeof(v)); return v; }
-inline Vec<double> widen(const double* p) { Vec<double> v; std::memcpy(&v, p, sizeof(v)); return v; }
-inline Vec<float> widen(const BFloat16* p) { Half h; std::memcpy(&h, p, sizeof(h)); return widen_bfloat16(h); }
-inline Vec<float> widen(const Float16* p) { Half h; std::memcpy(&h, p, sizeof(h)); return widen_float16(h); }
+inline Vec<float> widen(const float* p) {
+  Vec<float> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline Vec<double> widen(const double* p) {
+  Vec<double> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline Vec<float> widen(const BFloat16* p) {
+  Half h;
+  std::memcpy(&h, p, sizeof(h));
+  return widen_bfloat16(h);
+}
+inline Vec<float> widen(const Float16* p) {
+  Half h;
+  std::memcpy(&h, p, sizeof(h));
+  return widen_float16(h);
+}
 
 inline void narrow(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof(v)); }
 inline void narrow(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
-inline void narrow(BFloat16* p, Vec<float> v) { const Half h = narrow_bfloat16(v); std::memcpy(p, &h, sizeof(h)); }
-inline void narrow(Float16* p, Vec<float> v) { const Half h = narrow_float16(v); std::memcpy(p, &h, sizeof(h)); }
+inline void narrow(BFloat16* p, Vec<float> v) {
+  const Half h = narrow_bfloat16(v);
+  std::memcpy(p, &h, sizeof(h));
+}
+inline void narrow(Float16* p, Vec<float> v) {
+  const Half h = narrow_float16(v);
+  std::memcpy(p, &h, sizeof(h));
+}
 
 // The first `count` lanes, the rest zero; and their store.
 template <class T>
@@ -131,9 +155,13 @@ inline void store(T* p, Vec<Acc<T>> v, int count) {
 }
 
 template <class T>
-inline Acc<T> load_one(const T* p) { return load(p, 1)[0]; }
+inline Acc<T> load_one(const T* p) {
+  return load(p, 1)[0];
+}
 template <class T>
-inline void store_one(T* p, Acc<T> value) { store(p, broadcast(value), 1); }
+inline void store_one(T* p, Acc<T> value) {
+  store(p, broadcast(value), 1);
+}
 
 template <class A>
 inline A sum_lanes(Vec<A> v) {
@@ -185,11 +213,11 @@ struct Exp2<double> {
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLow = -1023.0, kHigh = 1024.0;
   // Taylor: ln(2)^k / k!, k = 1..13.
-  static constexpr double kPolynomial[] = {
-      6.931471805599453094e-01, 2.402265069591007124e-01, 5.550410866482157995e-02, 9.618129107628477162e-03,
-      1.333355814642844343e-03, 1.540353039338160995e-04, 1.525273380405984028e-05, 1.321548679014430949e-06,
-      1.017808600923969973e-07, 7.054911620801122976e-09, 4.445538271870811498e-10, 2.567843599348820514e-11,
-      1.369148885390412888e-12};
+  static constexpr double kPolynomial[] = {6.931471805599453094e-01, 2.402265069591007124e-01, 5.550410866482157995e-02,
+                                           9.618129107628477162e-03, 1.333355814642844343e-03, 1.540353039338160995e-04,
+                                           1.525273380405984028e-05, 1.321548679014430949e-06, 1.017808600923969973e-07,
+                                           7.054911620801122976e-09, 4.445538271870811498e-10, 2.567843599348820514e-11,
+                                           1.369148885390412888e-12};
 };
 
 template <class A>
@@ -250,7 +278,9 @@ inline Vec<A> log1p_of_unit(Vec<A> e) {
 }
 
 template <class A>
-inline Vec<A> sigmoid(Vec<A> x) { return A(1) / (A(1) + exp<A>(-x)); }
+inline Vec<A> sigmoid(Vec<A> x) {
+  return A(1) / (A(1) + exp<A>(-x));
+}
 
 // log(1 + e^x), and x itself above 20, as torch defines it.
 template <class A>
@@ -260,7 +290,8 @@ inline Vec<A> softplus(Vec<A> x) {
   return x > A(20) ? x : smooth;
 }
 
-// ---- scratch memory --------------------------------------------------------------------------------------------------------
+// ---- scratch memory
+// --------------------------------------------------------------------------------------------------------
 
 // Aligned to a cache line, uninitialised. (No std::vector here: see cpu.h.)
 template <class A>

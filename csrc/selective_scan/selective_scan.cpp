@@ -45,9 +45,17 @@ Arguments check(const char* op, const Tensor& u, const Tensor& delta, const Tens
   checks.tensor("initial_state", initial_state, {p.docs.count, p.dim, p.dstate}, wide);
   p.delta_softplus = delta_softplus;
 
-  Arguments a{with_dense_axis(u), with_dense_axis(delta), torch::stable::contiguous(A), B, C, contiguous(D),
-              z ? OptionalTensor(with_dense_axis(*z)) : std::nullopt, contiguous(delta_bias),
-              contiguous(initial_state), cu_seqlens, p};
+  Arguments a{with_dense_axis(u),
+              with_dense_axis(delta),
+              torch::stable::contiguous(A),
+              B,
+              C,
+              contiguous(D),
+              z ? OptionalTensor(with_dense_axis(*z)) : std::nullopt,
+              contiguous(delta_bias),
+              contiguous(initial_state),
+              cu_seqlens,
+              p};
   a.params.u = rows_of(a.u), a.params.delta = rows_of(a.delta);
   if (a.z) a.params.z = rows_of(*a.z);
   a.params.B = projection_of(a.B), a.params.C = projection_of(a.C);
@@ -99,9 +107,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor dD_parts = empty({p.batch, p.dim}, wide, u), dbias_parts = empty({p.batch, p.dim}, wide, u);
 
   p.checkpoints = checkpoints.data_ptr();
-  SelectiveScanBackward q{p, rows_of(dout_rows), data_or_null(dfinal), rows_of(du), rows_of(ddelta),
-                          a.z ? rows_of(dz) : Rows{}, dinitial.data_ptr(), dB_parts.data_ptr(), dC_parts.data_ptr(),
-                          dA_parts.data_ptr(), dD_parts.data_ptr(), dbias_parts.data_ptr()};
+  SelectiveScanBackward q{p,
+                          rows_of(dout_rows),
+                          data_or_null(dfinal),
+                          rows_of(du),
+                          rows_of(ddelta),
+                          a.z ? rows_of(dz) : Rows{},
+                          dinitial.data_ptr(),
+                          dB_parts.data_ptr(),
+                          dC_parts.data_ptr(),
+                          dA_parts.data_ptr(),
+                          dD_parts.data_ptr(),
+                          dbias_parts.data_ptr()};
   parallel_for(0, a.items(), a.item_grain(),
                [&](int64_t begin, int64_t end) { selective_scan_cpu().backward(q, begin, end); });
 
@@ -110,8 +127,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     sums = torch::stable::transpose(torch::stable::transpose(sums, 0, 1), 1, 2);
     return torch::stable::contiguous(torch::stable::to(sums, u.scalar_type()));
   };
-  return {du, ddelta, sum_parts(dA_parts, 0), projection_gradient(dB_parts), projection_gradient(dC_parts),
-          D ? sum_parts(dD_parts, 0) : empty(nothing, wide, u), dz,
+  return {du,
+          ddelta,
+          sum_parts(dA_parts, 0),
+          projection_gradient(dB_parts),
+          projection_gradient(dC_parts),
+          D ? sum_parts(dD_parts, 0) : empty(nothing, wide, u),
+          dz,
           delta_bias ? sum_parts(dbias_parts, 0) : empty(nothing, wide, u),
           initial_state ? dinitial : empty(nothing, wide, u)};
 }

@@ -25,15 +25,15 @@ struct SelectiveScan {
   int64_t batch, seqlen, dim, dstate, groups;
   Documents docs;
 
-  Rows u, delta, z, out;              // [batch, seqlen, dim]; z may be absent
-  Projection B, C;                    // [batch, seqlen, groups, dstate]
-  const void* A;                      // [dim, dstate]
-  const void* D;                      // [dim] or null
-  const void* delta_bias;             // [dim] or null
+  Rows u, delta, z, out;   // [batch, seqlen, dim]; z may be absent
+  Projection B, C;         // [batch, seqlen, groups, dstate]
+  const void* A;           // [dim, dstate]
+  const void* D;           // [dim] or null
+  const void* delta_bias;  // [dim] or null
   bool delta_softplus;
-  const void* initial_state;          // [docs, dim, dstate] or null
-  void* final_state;                  // [docs, dim, dstate]
-  void* checkpoints;                  // [slots, dstate, dim] or null: the states that enter each chunk
+  const void* initial_state;  // [docs, dim, dstate] or null
+  void* final_state;          // [docs, dim, dstate]
+  void* checkpoints;          // [slots, dstate, dim] or null: the states that enter each chunk
 
   // Where the states that enter a document's chunk lie among the checkpoints.
   int64_t checkpoint_slot(int64_t doc, int64_t chunk) const {
@@ -49,17 +49,17 @@ struct SelectiveScan {
 };
 
 struct SelectiveScanBackward {
-  SelectiveScan forward;      // `out`, `final_state` unused; `checkpoints` as the forward left them
-  Rows dout;                  // [batch, seqlen, dim]
-  const void* dfinal_state;   // [docs, dim, dstate] or null
-  Rows du, ddelta, dz;        // [batch, seqlen, dim]
-  void* dinitial_state;       // [docs, dim, dstate]
+  SelectiveScan forward;     // `out`, `final_state` unused; `checkpoints` as the forward left them
+  Rows dout;                 // [batch, seqlen, dim]
+  const void* dfinal_state;  // [docs, dim, dstate] or null
+  Rows du, ddelta, dz;       // [batch, seqlen, dim]
+  void* dinitial_state;      // [docs, dim, dstate]
   // Workspaces, summed in a fixed order by `reduce`. Parts of a sum lie on the first axis.
-  void* dB_parts;             // [blocks_per_group, batch, seqlen, groups, dstate]
-  void* dC_parts;             // like dB_parts
-  void* dA_parts;             // [batch, dim, dstate]
-  void* dD_parts;             // [batch, dim]
-  void* ddelta_bias_parts;    // [batch, dim]
+  void* dB_parts;           // [blocks_per_group, batch, seqlen, groups, dstate]
+  void* dC_parts;           // like dB_parts
+  void* dA_parts;           // [batch, dim, dstate]
+  void* dD_parts;           // [batch, dim]
+  void* ddelta_bias_parts;  // [batch, dim]
 };
 
 // Kernels work on a range of items, so that the caller chooses the threads.

@@ -45,7 +45,7 @@ struct Item {
 struct Chunk {
   int64_t doc, begin;  // `begin`: position in the batch row
   int rows;
-  int64_t slot;        // of its checkpoint
+  int64_t slot;  // of its checkpoint
 };
 
 int64_t chunk_count(int64_t length) { return (length + kScanChunk - 1) / kScanChunk; }
@@ -55,7 +55,8 @@ Chunk chunk_of(const SelectiveScan& p, int64_t doc, int64_t index) {
   return {doc, begin, static_cast<int>(left < kScanChunk ? left : kScanChunk), p.checkpoint_slot(doc, index)};
 }
 
-// ---- staging ---------------------------------------------------------------------------------------------------------------
+// ---- staging
+// ---------------------------------------------------------------------------------------------------------------
 
 // staged[t * dstate + n] = B or C of the chunk.
 template <class T>
@@ -81,7 +82,8 @@ void load_rows(Vec<Acc<T>>* tile, const Rows& rows, int64_t b, const Chunk& chun
 // Asks for the next lanes of the chunk, while these are worked on.
 template <class T>
 void prefetch_rows(const Rows& rows, int64_t b, const Chunk& chunk, int64_t channel) {
-  if (rows) prefetch_tile(rows.at<T>(b, chunk.begin, channel + kLanes<Acc<T>>), rows.row, rows.lane, chunk.rows, kLanes<Acc<T>>);
+  if (rows)
+    prefetch_tile(rows.at<T>(b, chunk.begin, channel + kLanes<Acc<T>>), rows.row, rows.lane, chunk.rows, kLanes<Acc<T>>);
 }
 
 template <class T>
@@ -116,7 +118,8 @@ void clear(Vec<A>* vectors, int64_t count) {
   for (int64_t i = 0; i < count; i++) vectors[i] = Vec<A>{};
 }
 
-// ---- what is common to both directions ---------------------------------------------------------------------------------------
+// ---- what is common to both directions
+// ---------------------------------------------------------------------------------------
 
 // step = delta', in place of the raw delta with its bias.
 template <class A>
@@ -170,12 +173,13 @@ inline void for_runs_of_states(int64_t dstate, F&& f) {
   for (; n < dstate; n++) f.template operator()<1>(n);
 }
 
-// ---- forward -----------------------------------------------------------------------------------------------------------------
+// ---- forward
+// -----------------------------------------------------------------------------------------------------------------
 
 // y[t] += sum over kStates states; x = delta' u. B and C: [rows, dstate], at the first of these states.
 template <class A, int kStates, bool kInRange>
-void scan_states(int rows, int64_t dstate, const Vec<A>* step, const Vec<A>* x, const A* B, const A* C,
-                 const Vec<A>* log2, Vec<A>* carried, Vec<A>* y) {
+void scan_states(int rows, int64_t dstate, const Vec<A>* step, const Vec<A>* x, const A* B, const A* C, const Vec<A>* log2,
+                 Vec<A>* carried, Vec<A>* y) {
   Vec<A> h[kStates];
   for (int n = 0; n < kStates; n++) h[n] = carried[n];
   for (int t = 0; t < rows; t++, B += dstate, C += dstate) {
@@ -292,7 +296,8 @@ void forward(const SelectiveScan& p, int64_t begin, int64_t end) {
   });
 }
 
-// ---- backward ----------------------------------------------------------------------------------------------------------------
+// ---- backward
+// ----------------------------------------------------------------------------------------------------------------
 
 // What the adjoint of one chunk of one group of lanes reads and adds to.
 template <class A>
@@ -356,8 +361,8 @@ struct Carried {
 
 template <class T>
 void backward_lanes(const SelectiveScanBackward& q, int64_t b, const Chunk& chunk, int64_t channel, int lanes,
-                    const Acc<T>* B, const Acc<T>* C, const Carried<Acc<T>>& carried, Vec<Acc<T>>* entering,
-                    Vec<Acc<T>>* dB, Vec<Acc<T>>* dC) {
+                    const Acc<T>* B, const Acc<T>* C, const Carried<Acc<T>>& carried, Vec<Acc<T>>* entering, Vec<Acc<T>>* dB,
+                    Vec<Acc<T>>* dC) {
   using A = Acc<T>;
   const SelectiveScan& p = q.forward;
   const A* saved = static_cast<const A*>(p.checkpoints) + chunk.slot * p.dstate * p.dim + channel;
@@ -379,8 +384,8 @@ void backward_lanes(const SelectiveScanBackward& q, int64_t b, const Chunk& chun
     dy[t] = p.z ? dout[t] * z[t] * sigmoid<A>(z[t]) : dout[t];
     dx[t] = dstep[t] = Vec<A>{};
   }
-  const Adjoint<A> adjoint{chunk.rows, p.dstate, step, x, dy, dx, dstep, p.z ? y : nullptr, B, C,
-                           carried.log2, entering, carried.dh, carried.dA, dB, dC};
+  const Adjoint<A> adjoint{chunk.rows, p.dstate, step,         x,        dy,         dx,         dstep, p.z ? y : nullptr,
+                           B,          C,        carried.log2, entering, carried.dh, carried.dA, dB,    dC};
   const bool in_range = Decay<A>{carried.log2}.in_range(step, chunk.rows, p.dstate);
   for_runs_of_states<kBackwardStates>(p.dstate, [&]<int kStates>(int64_t n) {
     (in_range ? adjoint_of_states<A, kStates, true> : adjoint_of_states<A, kStates, false>)(adjoint, n);
@@ -409,9 +414,21 @@ class BackwardRow {
 
  public:
   BackwardRow(const SelectiveScanBackward& q, int64_t begin, int64_t end)
-      : q(q), p(q.forward), begin(begin), end(end), b(Item(p, begin).b), groups((end - begin) * kLaneGroups),
-        log2(groups * p.dstate), dh(groups * p.dstate), dA(groups * p.dstate), dD(groups), dbias(groups),
-        entering(p.dstate), dB(kScanChunk * p.dstate), dC(kScanChunk * p.dstate), B(kScanChunk * p.dstate),
+      : q(q),
+        p(q.forward),
+        begin(begin),
+        end(end),
+        b(Item(p, begin).b),
+        groups((end - begin) * kLaneGroups),
+        log2(groups * p.dstate),
+        dh(groups * p.dstate),
+        dA(groups * p.dstate),
+        dD(groups),
+        dbias(groups),
+        entering(p.dstate),
+        dB(kScanChunk * p.dstate),
+        dC(kScanChunk * p.dstate),
+        B(kScanChunk * p.dstate),
         C(kScanChunk * p.dstate) {}
 
   void run() {
@@ -474,9 +491,8 @@ class BackwardRow {
   template <class F>
   void for_all_lanes(F&& f) {
     for (int64_t i = begin; i < end; i++) {
-      for_lanes<A>(Item(p, i), [&](int64_t group, int64_t channel, int lanes) {
-        f((i - begin) * kLaneGroups + group, channel, lanes);
-      });
+      for_lanes<A>(Item(p, i),
+                   [&](int64_t group, int64_t channel, int lanes) { f((i - begin) * kLaneGroups + group, channel, lanes); });
     }
   }
 

@@ -57,7 +57,7 @@ def selective_scan(
     for t in range(seqlen):
         h = torch.exp(step[:, t, :, None] * decay) * h + (step[:, t] * x[:, t]).unsqueeze(-1) * Bx[:, t]
         ys.append((h * Cx[:, t]).sum(-1))
-    y = torch.stack(ys, dim=1) if ys else torch.zeros_like(x)
+    y = torch.stack(ys, dim=1) if ys else x  # empty as well
     out = _skip_and_gate(y, x, D, z).to(u.dtype)
     return (out, h) if return_final_state else out
 

@@ -1,0 +1,66 @@
+# Everything runs in .venv, which `make install` makes.
+#
+#   make demo      install, then score two architectures on the MAD tasks
+#   make test      install, then run the tests
+#   make lint      formatters, linters and type checkers
+#   make sanitize  the op tests over kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
+#
+# TORCH chooses the torch to install where .venv has none, e.g. make test TORCH=torch==2.11.0.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+OUT ?= out/demo
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: install demo test lint format sanitize wheel clean
+
+install: .venv/installed
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/torch: | .venv/bin/python
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
+	touch $@
+
+# Without build isolation, so that the extension is built against the torch that runs it.
+.venv/installed: $(SOURCES) .venv/torch
+	$(BIN)/pip install --quiet 'setuptools>=77' 'cmake>=3.26' ninja 'pybind11>=2.13' numpy
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/madkernels mad run --preset demo --out $(OUT)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/python tests/check_sources.py
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+# The sanitizers' runtime has to be loaded before Python; leaks are Python's own, so they are not reported.
+sanitize: install
+	rm -rf build/sanitized
+	MADKERNELS_SANITIZE=ON $(BIN)/pip install --quiet --no-build-isolation --no-deps --target build/sanitized .
+	cd build/sanitized && \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=$(CURDIR)/build/sanitized ../../$(BIN)/python -m pytest --rootdir=$(CURDIR)/tests -c $(CURDIR)/pyproject.toml \
+	  -p no:cacheprovider $(CURDIR)/tests/test_selective_scan.py $(CURDIR)/tests/test_causal_conv.py
+
+wheel: install
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist .venv *.egg-info madkernels/_C*.so

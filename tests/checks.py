@@ -1,0 +1,84 @@
+"""How an op is compared with its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Sequence[Tensor]]
+
+
+def relative_rms(value: Tensor, exact: Tensor) -> float:
+    """RMS error over the RMS of what it should be, or over 1 where that is smaller: tests have inputs at unit scale, so an
+    output far below it is a cancellation. Infinite where one is NaN and the other is not."""
+    value, exact = value.detach().double(), exact.detach().double()
+    if value.numel() == 0:
+        return 0.0
+    if not torch.equal(value.isnan(), exact.isnan()):
+        return float("inf")
+    error = (value - exact).nan_to_num().square().mean().sqrt()
+    return float(error / exact.nan_to_num().square().mean().sqrt().clamp_min(1.0))
+
+
+def with_gradients(function: Function, inputs: dict[str, Tensor | None], seed: int = 0) -> dict[str, Tensor]:
+    """Outputs, and the gradients of a random weighting of them, by name."""
+    leaves = {k: None if v is None else v.detach().requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
+    outputs = function(**leaves)
+    generator = torch.Generator().manual_seed(seed)
+    # Rounded to bfloat16, so that they are the same numbers in every dtype.
+    weights = [torch.randn(o.shape, generator=generator).bfloat16().to(o.dtype) for o in outputs]
+    wanted = {k: v for k, v in leaves.items() if v is not None and v.requires_grad}
+    pairs = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    grads = torch.autograd.grad(
+        [o for o, _ in pairs], list(wanted.values()), [w for _, w in pairs], materialize_grads=True
+    )
+    found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    return found | {f"d{k}": g for k, g in zip(wanted, grads, strict=True)}
+
+
+def check(op: Function, reference: Function, inputs: dict[str, Tensor | None], **options: Any) -> None:
+    """Asserts that `op` is as near to `reference` in float64 as twice `reference` in the dtype of the inputs.
+
+    Both are given the same (rounded) inputs.
+    """
+    exact = with_gradients(lambda **t: reference(**t, **options), {k: _double(v) for k, v in inputs.items()})
+    plain = with_gradients(lambda **t: reference(**t, **options), inputs)
+    found = with_gradients(lambda **t: op(**t, **options), inputs)
+    assert found.keys() == exact.keys()
+    for name, value in found.items():
+        assert value.shape == exact[name].shape, name
+        assert value.dtype == plain[name].dtype, f"{name} is {value.dtype}, not {plain[name].dtype}"
+        allowed = 2 * relative_rms(plain[name], exact[name]) + _rounding(value)
+        error = relative_rms(value, exact[name])
+        assert error <= allowed, f"{name}: relative RMS error {error:.1e}, allowed {allowed:.1e}"
+
+
+def _double(t: Tensor | None) -> Tensor | None:
+    return t.double() if t is not None and t.is_floating_point() else t
+
+
+def _rounding(t: Tensor) -> float:
+    """A few roundings of the arithmetic; more in float64, where what is called exact is rounded as well."""
+    return 64 * torch.finfo(torch.float64).eps if t.dtype == torch.float64 else 4 * torch.finfo(torch.float32).eps
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The same values, laid out with the second-last axis dense."""
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same values, no axis dense."""
+    wide = torch.zeros(*t.shape, 2, dtype=t.dtype)
+    wide[..., 0] = t
+    return wide[..., 0]
+
+
+def misaligned(t: Tensor) -> Tensor:
+    """The same values, one element off."""
+    flat = torch.zeros(t.numel() + 1, dtype=t.dtype)
+    flat[1:] = t.flatten()
+    return flat[1:].view(t.shape)

@@ -1,0 +1,41 @@
+"""Every instruction set that this CPU has passes the tests of the ops, and the environment variable chooses it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from madkernels import _C
+
+TESTS = Path(__file__).parent
+WITH_KERNELS = ["matches_reference", "any_shape", "layouts", "packed", "step_by_step", "extreme", "special", "softplus"]
+
+
+@pytest.mark.parametrize("isa", [isa for isa in _C.cpu_supported() if isa != _C.cpu_isa()])
+def test_op_tests_pass(isa: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-k", " or ".join(WITH_KERNELS)]
+    command += [str(TESTS / "test_selective_scan.py"), str(TESTS / "test_causal_conv.py"), "-p", "no:cacheprovider"]
+    environment = os.environ | {"MADKERNELS_CPU": isa}
+    run = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+def python(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"MADKERNELS_CPU": isa}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_environment_variable_chooses() -> None:
+    for isa in _C.cpu_supported():
+        run = python("import torch; from madkernels import _C; print(_C.cpu_isa())", isa)
+        assert run.stdout.strip() == isa, run.stderr
+
+
+def test_refuses_an_unknown_instruction_set() -> None:
+    run = python("import madkernels", "mmx")
+    assert run.returncode != 0
+    assert "MADKERNELS_CPU=mmx: this build and CPU offer baseline" in run.stderr
