@@ -32,9 +32,7 @@ def with_gradients(function: Function, inputs: dict[str, Tensor | None], seed: i
     weights = [torch.randn(o.shape, generator=generator).bfloat16().to(o.dtype) for o in outputs]
     wanted = {k: v for k, v in leaves.items() if v is not None and v.requires_grad}
     pairs = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
-    grads = torch.autograd.grad(
-        [o for o, _ in pairs], list(wanted.values()), [w for _, w in pairs], materialize_grads=True
-    )
+    grads = torch.autograd.grad([o for o, _ in pairs], list(wanted.values()), [w for _, w in pairs], materialize_grads=True)
     found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     return found | {f"d{k}": g for k, g in zip(wanted, grads, strict=True)}
 
@@ -62,7 +60,7 @@ def _double(t: Tensor | None) -> Tensor | None:
 
 def _rounding(t: Tensor) -> float:
     """A few roundings of the arithmetic; more in float64, where what is called exact is rounded as well."""
-    return 64 * torch.finfo(torch.float64).eps if t.dtype == torch.float64 else 4 * torch.finfo(torch.float32).eps
+    return 64 * torch.finfo(torch.float64).eps if t.dtype == torch.float64 else 8 * torch.finfo(torch.float32).eps
 
 
 def transposed(t: Tensor) -> Tensor:

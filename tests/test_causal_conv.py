@@ -54,7 +54,16 @@ LAYOUTS = [lambda t: t, transposed]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("batch", "seqlen", "dim", "width"),
-    [(2, 65, 37, 4), (1, 130, 16, 3), (3, 1, 5, 4), (2, 3, 20, 7), (1, 64, 33, 2), (2, 50, 8, 1), (1, 2, 1, 70), (1, 1500, 3, 4)],
+    [
+        (2, 65, 37, 4),
+        (1, 130, 16, 3),
+        (3, 1, 5, 4),
+        (2, 3, 20, 7),
+        (1, 64, 33, 2),
+        (2, 50, 8, 1),
+        (1, 2, 1, 70),
+        (1, 1500, 3, 4),
+    ],
 )
 def test_matches_reference(
     layout: Any, activation: str | None, dtype: torch.dtype, batch: int, seqlen: int, dim: int, width: int
@@ -138,14 +147,13 @@ def test_step_by_step(dtype: torch.dtype, width: int) -> None:
     out, final = causal_conv(**inputs, activation="silu", return_final_state=True)
     state = inputs["initial_state"].clone()
     steps = [
-        causal_conv_step(state, inputs["x"][:, t], inputs["weight"], inputs["bias"], activation="silu")
-        for t in range(6)
+        causal_conv_step(state, inputs["x"][:, t], inputs["weight"], inputs["bias"], activation="silu") for t in range(6)
     ]
     assert torch.equal(torch.stack(steps, 1), out)
     assert torch.equal(state, final)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     batch=st.integers(0, 3),
     seqlen=st.integers(0, 80),
@@ -155,9 +163,7 @@ def test_step_by_step(dtype: torch.dtype, width: int) -> None:
     optional=st.booleans(),
     layout=st.sampled_from(LAYOUTS),
 )
-def test_any_shape(
-    batch: int, seqlen: int, dim: int, width: int, dtype: torch.dtype, optional: bool, layout: Any
-) -> None:
+def test_any_shape(batch: int, seqlen: int, dim: int, width: int, dtype: torch.dtype, optional: bool, layout: Any) -> None:
     inputs = make_inputs(batch, seqlen, dim, width, dtype=dtype, optional=optional)
     inputs["x"] = layout(inputs["x"])
     check_conv(causal_conv, inputs, activation="silu")
@@ -267,7 +273,10 @@ def test_autocast_casts_the_input_only() -> None:
         ({"weight": torch.zeros(4, 0)}, "with a width of 1 at least"),
         ({"weight": torch.zeros(4, 3, dtype=torch.float16)}, "weight has dtype float16; .* it takes float32"),
         ({"bias": torch.zeros(3)}, r"bias has shape \(3,\); expected \(4,\)"),
-        ({"initial_state": torch.zeros(2, 3, 4)}, r"initial_state has shape \(2, 3, 4\); expected \(2, 2, 4\)"),
+        (
+            {"initial_state": torch.zeros(2, 3, 4)},
+            r"initial_state has shape \(2, 3, 4\); expected \(2, 2, 4\)",
+        ),
         ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, "expected batch 1, got 2"),
     ],
 )
@@ -281,7 +290,7 @@ def test_refuses_an_unknown_activation() -> None:
         causal_conv(torch.zeros(1, 2, 3), torch.zeros(3, 2), activation="gelu")
 
 
-# ---- wrong on purpose: each must be caught by the checks above ----------------------------------------------------------------
+# ---- wrong on purpose: each must be caught by the checks above
 
 
 def sees_one_step_ahead(x: Tensor, **rest: Any) -> Any:
@@ -301,9 +310,7 @@ def forgets_the_activation(**inputs: Any) -> Any:
     return causal_conv(**inputs | {"activation": None})
 
 
-@pytest.mark.parametrize(
-    "mutant", [sees_one_step_ahead, drops_the_carry, reverses_the_taps, forgets_the_activation]
-)
+@pytest.mark.parametrize("mutant", [sees_one_step_ahead, drops_the_carry, reverses_the_taps, forgets_the_activation])
 def test_mutants_are_caught(mutant: Any) -> None:
     with pytest.raises(AssertionError, match=r"relative RMS error"):
         check_conv(mutant, make_inputs(2, 65, 37, 4), activation="silu")

@@ -12,13 +12,27 @@ import pytest
 from madkernels import _C
 
 TESTS = Path(__file__).parent
-WITH_KERNELS = ["matches_reference", "any_shape", "layouts", "packed", "step_by_step", "extreme", "special", "softplus"]
+WITH_KERNELS = [
+    "matches_reference",
+    "any_shape",
+    "layouts",
+    "packed",
+    "step_by_step",
+    "extreme",
+    "special",
+    "softplus",
+]
 
 
 @pytest.mark.parametrize("isa", [isa for isa in _C.cpu_supported() if isa != _C.cpu_isa()])
 def test_op_tests_pass(isa: str) -> None:
     command = [sys.executable, "-m", "pytest", "-k", " or ".join(WITH_KERNELS)]
-    command += [str(TESTS / "test_selective_scan.py"), str(TESTS / "test_causal_conv.py"), "-p", "no:cacheprovider"]
+    command += [
+        str(TESTS / "test_selective_scan.py"),
+        str(TESTS / "test_causal_conv.py"),
+        "-p",
+        "no:cacheprovider",
+    ]
     environment = os.environ | {"MADKERNELS_CPU": isa}
     run = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-3000:]

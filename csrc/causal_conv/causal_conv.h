@@ -31,7 +31,7 @@ struct CausalConv {
   bool dense_channels() const { return x.lane == 1; }
   int64_t chunks() const { return (seqlen + kConvChunk - 1) / kConvChunk; }
   // Items: (batch row, chunk of time) where channels are dense, (batch row, channel) where time is.
-  int64_t items() const { return batch * (dense_channels() ? chunks() : dim); }
+  int64_t items() const { return batch * (dense_channels() ? (dim > 0 ? chunks() : 0) : dim); }
   // Parts of dweight and dbias: one an item, or one a batch row.
   int64_t parts() const { return batch * (dense_channels() ? chunks() : 1); }
 };

@@ -86,7 +86,12 @@ def _is_silu(activation: str | None) -> bool:
 
 @torch.library.register_fake("madkernels::causal_conv")
 def _forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return rows_like(x), x.new_empty(sequences, weight.shape[1] - 1, x.shape[2])
@@ -136,13 +141,14 @@ def _second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
 
     def convolve(arguments: Sequence[Any]) -> Sequence[Tensor]:
         *inputs, state = arguments
-        return reference.causal_conv(
+        outputs = reference.causal_conv(
             *inputs,
             activation="silu" if ctx.silu else None,
             initial_state=state,
             cu_seqlens=cu_seqlens,
             return_final_state=True,
         )
+        return tuple(outputs)
 
     cotangents, arguments = differentiate_gradient(convolve, [*tensors, initial_state], [dout, dstate], weights)
     return (*cotangents, *arguments[:-1], None, arguments[-1], None)

@@ -184,9 +184,10 @@ def _second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
 
     def scan(arguments: Sequence[Any]) -> Sequence[Tensor]:
         *inputs, state = arguments
-        return reference.selective_scan(
-            *inputs, ctx.delta_softplus, initial_state=state, cu_seqlens=cu_seqlens, return_final_state=True
+        outputs = reference.selective_scan(
+            *inputs[:8], ctx.delta_softplus, initial_state=state, cu_seqlens=cu_seqlens, return_final_state=True
         )
+        return tuple(outputs)
 
     cotangents, arguments = differentiate_gradient(scan, [*tensors, initial_state], [dout, dstate], weights)
     return (*cotangents, *arguments[:-1], None, arguments[-1], None, None)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor
 
 
 def document_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     """The (begin, end) of each document; `cu_seqlens` (num_docs + 1,) holds the offsets of their first tokens and the end."""
-    offsets = cu_seqlens.tolist()
-    return list(zip(offsets[:-1], offsets[1:], strict=True))
+    return list(pairwise(cu_seqlens.tolist()))
