@@ -183,10 +183,9 @@ def _second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
     dout, dstate, *tensors, initial_state, cu_seqlens = ctx.saved_tensors
 
     def scan(arguments: Sequence[Any]) -> Sequence[Tensor]:
-        *inputs, state = arguments
-        outputs = reference.selective_scan(
-            *inputs[:8], ctx.delta_softplus, initial_state=state, cu_seqlens=cu_seqlens, return_final_state=True
-        )
+        u, delta, A, B, C, D, z, bias, state = arguments
+        options = {"initial_state": state, "cu_seqlens": cu_seqlens, "return_final_state": True}
+        outputs = reference.selective_scan(u, delta, A, B, C, D, z, bias, ctx.delta_softplus, **options)
         return tuple(outputs)
 
     cotangents, arguments = differentiate_gradient(scan, [*tensors, initial_state], [dout, dstate], weights)

@@ -8,5 +8,5 @@ from torch import Tensor
 
 
 def document_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    """The (begin, end) of each document; `cu_seqlens` (num_docs + 1,) holds the offsets of their first tokens and the end."""
+    """The (begin, end) of each document; `cu_seqlens` (num_docs + 1,) holds where each begins, and the end of the last."""
     return list(pairwise(cu_seqlens.tolist()))

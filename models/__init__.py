@@ -1,0 +1,7 @@
+"""Layer primitives, and the hybrid models that an architecture string describes."""
+
+from madkernels.models.autoencoder import AutoEncoder
+from madkernels.models.lm import HybridLM
+from madkernels.models.spec import Architecture, LayerSpec, SpecError, parse
+
+__all__ = ["Architecture", "AutoEncoder", "HybridLM", "LayerSpec", "SpecError", "parse"]

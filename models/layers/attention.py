@@ -1,0 +1,87 @@
+"""Multi-head causal attention with rotary positions (Vaswani et al. 2017; Su et al. 2021, arXiv 2104.09864)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madkernels.models.layers.base import Layer, State, document_of, refuse_state_with_documents
+
+ROTARY_BASE = 10000.0
+
+
+class Attention(Layer):
+    """Softmax attention; rotary over the whole head, biases on all projections."""
+
+    window: int | None = None  # how far back a query sees, itself included; None: to the first token
+
+    def __init__(self, dim: int, *, heads: int = 16) -> None:
+        super().__init__(dim)
+        if dim % heads or dim // heads % 2:
+            raise ValueError(f"dim {dim} does not divide into {heads} heads of even width; take another dim or heads=")
+        self.heads, self.head_dim = heads, dim // heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
+        refuse_state_with_documents(cu_seqlens, state)
+        batch, seqlen, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, seqlen, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        positions = torch.arange(seqlen, device=x.device)
+        if state is not None:
+            positions = positions + state["position"]
+        document = None if cu_seqlens is None else document_of(cu_seqlens, seqlen)
+        if cu_seqlens is not None and document is not None:
+            positions = positions - cu_seqlens[document]
+        q, k = rotate(q, positions), rotate(k, positions)
+        if state is not None:
+            k, v = self.remember(k, v, state, seqlen)
+        y = self.attend(q, k, v, document)
+        mixed: Tensor = self.out(y.transpose(1, 2).reshape(batch, seqlen, self.dim))
+        return mixed
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, document: Tensor | None) -> Tensor:
+        """(batch, heads, queries, head_dim); the queries are the last of the keys' positions."""
+        if document is None and self.window is None and q.shape[2] == k.shape[2]:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        queries, keys = q.shape[2], k.shape[2]
+        back = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
+        mask = back >= 0
+        if self.window is not None:
+            mask &= back < self.window
+        if document is not None:
+            mask &= document[:, None] == document
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def remember(self, k: Tensor, v: Tensor, state: State, seqlen: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole past, which become the state, as far as the window reaches."""
+        k, v = (torch.cat([state[name].to(new.dtype), new], dim=2) for name, new in (("k", k), ("v", v)))
+        keep = k.shape[2] if self.window is None else min(k.shape[2], self.window)
+        state |= {"k": k[:, :, -keep:], "v": v[:, :, -keep:], "position": state["position"] + seqlen}
+        return k, v
+
+    def init_state(self, batch: int) -> State:
+        empty = self.zeros(batch, self.heads, 0, self.head_dim)
+        return {"k": empty, "v": empty, "position": self.zeros(dtype=torch.int64)}
+
+    def seen(self, seqlen: int) -> int:
+        return seqlen if self.window is None else min(seqlen, self.window)
+
+    def state_size(self, seqlen: int) -> int:
+        return 2 * self.dim * self.seen(seqlen)
+
+    def flops(self, seqlen: int) -> int:
+        """Projections 8 L D^2, scores and mixing 4 L S D, softmax 2 H L S, for S keys a query."""
+        pairs = seqlen * self.seen(seqlen)
+        return 8 * seqlen * self.dim**2 + 4 * pairs * self.dim + 2 * self.heads * pairs
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary position embedding of x (batch, heads, seqlen, head_dim): pairs (i, i + head_dim / 2), angles in float32."""
+    half = x.shape[-1] // 2
+    frequency = ROTARY_BASE ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions.to(torch.float32)[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

@@ -1,0 +1,91 @@
+"""Mamba: selective state-space mixer (Gu and Dao 2023, arXiv 2312.00752), on the project's kernels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madkernels import causal_conv, causal_conv_step, selective_scan, selective_scan_step
+from madkernels.models.layers.base import Layer, State, refuse_state_with_documents
+
+STEP_RANGE = (1e-3, 1e-1)  # of delta at the start, log-uniform
+
+
+class Mamba(Layer):
+    """Sequence and channel mixer in one: ``expand * dim`` channels of `dstate` states, short convolution of `width` taps."""
+
+    def __init__(self, dim: int, *, dstate: int = 16, expand: int = 2, width: int = 4) -> None:
+        super().__init__(dim)
+        self.inner, self.dstate, self.width, self.rank = expand * dim, dstate, width, math.ceil(dim / 16)
+        self.in_proj = nn.Linear(dim, 2 * self.inner, bias=False)
+        conv = nn.Conv1d(self.inner, self.inner, width, groups=self.inner)  # for its initialisation
+        self.conv_weight = nn.Parameter(conv.weight.detach().squeeze(1))  # (inner, width)
+        self.conv_bias = nn.Parameter(conv.bias.detach()) if conv.bias is not None else None
+        self.x_proj = nn.Linear(self.inner, self.rank + 2 * dstate, bias=False)
+        self.delta_weight = nn.Parameter(torch.empty(self.inner, self.rank).uniform_(-(self.rank**-0.5), self.rank**-0.5))
+        self.delta_bias = nn.Parameter(initial_step_bias(self.inner))
+        self.A_log = nn.Parameter(torch.arange(1, dstate + 1, dtype=torch.float32).log().repeat(self.inner, 1))  # S4D-real
+        self.D = nn.Parameter(torch.ones(self.inner))
+        self.out_proj = nn.Linear(self.inner, dim, bias=False)
+        for parameter in (self.A_log, self.D, self.delta_bias):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
+        refuse_state_with_documents(cu_seqlens, state)
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        conv_state, scan_state = (None, None) if state is None else (state["conv"].to(u.dtype), state["scan"])
+        u, conv_state = causal_conv(
+            u, self.conv_weight, self.conv_bias, activation="silu",
+            initial_state=conv_state, cu_seqlens=cu_seqlens, return_final_state=True,
+        )  # fmt: skip
+        delta, B, C = self.project(u)
+        y, scan_state = selective_scan(
+            u, delta, self.A(), B, C, self.D.float(), z, self.delta_bias.float(), True,
+            initial_state=scan_state, cu_seqlens=cu_seqlens, return_final_state=True,
+        )  # fmt: skip
+        if state is not None:
+            state |= {"conv": conv_state, "scan": scan_state}
+        out: Tensor = self.out_proj(y)
+        return out
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        state["conv"] = state["conv"].to(u.dtype)
+        u = causal_conv_step(state["conv"], u, self.conv_weight, self.conv_bias, activation="silu")
+        delta, B, C = self.project(u)
+        y = selective_scan_step(state["scan"], u, delta, self.A(), B, C, self.D.float(), z, self.delta_bias.float(), True)
+        out: Tensor = self.out_proj(y)
+        return out
+
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The input-dependent step sizes and projections: delta like u, B and C (..., dstate)."""
+        low, B, C = self.x_proj(u).split([self.rank, self.dstate, self.dstate], dim=-1)
+        return F.linear(low, self.delta_weight), B, C
+
+    def A(self) -> Tensor:
+        return -torch.exp(self.A_log.float())
+
+    def init_state(self, batch: int) -> State:
+        return {
+            "conv": self.zeros(batch, self.width - 1, self.inner),
+            "scan": self.zeros(batch, self.inner, self.dstate, dtype=torch.float32),
+        }
+
+    def state_size(self, seqlen: int) -> int:
+        return self.inner * self.dstate
+
+    def flops(self, seqlen: int) -> int:
+        """Of width D, expansion E: projections 6 L D^2 E, convolution 2 L D E W, step sizes and projections
+        2 L D E (2 R + 2 N), scan 2 L D E N."""
+        linear = 6 * self.dim * self.inner + 2 * self.inner * self.width
+        return seqlen * (linear + 2 * self.inner * (2 * self.rank + 2 * self.dstate) + 2 * self.inner * self.dstate)
+
+
+def initial_step_bias(channels: int) -> Tensor:
+    """The inverse of softplus at steps drawn log-uniformly from STEP_RANGE."""
+    low, high = (math.log(s) for s in STEP_RANGE)
+    step = torch.exp(torch.rand(channels) * (high - low) + low).clamp(min=1e-4)
+    return step + torch.log(-torch.expm1(-step))

@@ -1,0 +1,13 @@
+"""Attention that sees a window of the past (Beltagy et al. 2020, arXiv 2004.05150, one-sided)."""
+
+from __future__ import annotations
+
+from madkernels.models.layers.attention import Attention
+
+
+class SlidingAttention(Attention):
+    """As :class:`Attention`, but a query sees itself and the `window` tokens before it."""
+
+    def __init__(self, dim: int, *, heads: int = 16, window: int = 32) -> None:
+        super().__init__(dim, heads=heads)
+        self.window = window + 1

@@ -1,0 +1,27 @@
+"""Gated channel mixer (Shazeer 2020, arXiv 2002.05202)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madkernels.models.layers.base import Layer, State
+
+
+class SwiGLU(Layer):
+    """down(silu(gate x) * up x), no biases. `hidden` 0: 8/3 of dim, rounded up to a multiple of 16."""
+
+    def __init__(self, dim: int, *, hidden: int = 0) -> None:
+        super().__init__(dim)
+        self.hidden = hidden or -(-8 * dim // 3 // 16) * 16
+        self.gate_up = nn.Linear(dim, 2 * self.hidden, bias=False)
+        self.down = nn.Linear(self.hidden, dim, bias=False)
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        y: Tensor = self.down(F.silu(gate) * up)
+        return y
+
+    def flops(self, seqlen: int) -> int:
+        """6 L D F."""
+        return 6 * seqlen * self.dim * self.hidden

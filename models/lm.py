@@ -1,0 +1,101 @@
+"""The hybrid language model: a stack of pre-norm residual layers between embedding and unembedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from madkernels.models.init import init_embedding
+from madkernels.models.layers import Layer, State
+from madkernels.models.spec import Architecture, parse
+
+NORM_EPS = 1e-5
+
+
+class Backbone(nn.Module):
+    """x = x + layer(norm(x)), layer after layer, then a last norm: (batch, seqlen, dim) to (batch, seqlen, dim)."""
+
+    def __init__(self, arch: Architecture, dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(spec.build(dim) for spec in arch.layers)
+        self.norms = nn.ModuleList(nn.RMSNorm(dim, eps=NORM_EPS) for _ in arch.layers)
+        self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, states: list[State] | None = None) -> Tensor:
+        for i, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
+            x = x + layer(norm(x), cu_seqlens=cu_seqlens, state=None if states is None else states[i])
+        y: Tensor = self.norm(x)
+        return y
+
+    def step(self, x: Tensor, states: list[State]) -> Tensor:
+        for norm, layer, state in zip(self.norms, self.layers, states, strict=True):
+            assert isinstance(layer, Layer)
+            x = x + layer.step(norm(x), state)
+        y: Tensor = self.norm(x)
+        return y
+
+    def init_state(self, batch: int) -> list[State]:
+        return [layer.init_state(batch) for layer in self.layers if isinstance(layer, Layer)]
+
+
+class HybridLM(nn.Module):
+    """A language model of any architecture string.
+
+    Args:
+        arch: the stack of layers, such as "4*(hyena swiglu) attention swiglu".
+        vocab_size: number of tokens.
+        dim: width of the residual stream.
+        tied: whether the unembedding is the embedding, without a bias; otherwise it is a linear layer of its own.
+
+    Raises:
+        SpecError: the string cannot be read. ValueError: a layer does not go with this width.
+    """
+
+    def __init__(self, arch: Architecture | str, *, vocab_size: int, dim: int = 128, tied: bool = False) -> None:
+        super().__init__()
+        self.arch = parse(arch) if isinstance(arch, str) else arch
+        self.vocab_size, self.dim, self.tied = vocab_size, dim, tied
+        self.embedding = nn.Embedding(vocab_size, dim)
+        init_embedding(self.embedding)
+        self.backbone = Backbone(self.arch, dim)
+        self.unembedding = nn.Linear(dim, vocab_size, bias=not tied)
+        if tied:
+            self.unembedding.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, states: list[State] | None = None) -> Tensor:
+        """tokens (batch, seqlen) int64 to logits (batch, seqlen, vocab_size); `states` as in :class:`Layer`."""
+        logits: Tensor = self.unembedding(self.backbone(self.embedding(tokens), cu_seqlens=cu_seqlens, states=states))
+        return logits
+
+    def init_state(self, batch: int) -> list[State]:
+        """The state of each layer before the first token."""
+        return self.backbone.init_state(batch)
+
+    def step(self, tokens: Tensor, states: list[State]) -> Tensor:
+        """tokens (batch,) to logits (batch, vocab_size); brings the states up to date."""
+        logits: Tensor = self.unembedding(self.backbone.step(self.embedding(tokens), states))
+        return logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continues prompt (batch, seqlen >= 1) to (batch, seqlen + max_new_tokens); temperature 0 takes the likeliest."""
+        if prompt.shape[1] == 0:
+            raise ValueError("generate needs a prompt of one token at least")
+        states, tokens = self.init_state(prompt.shape[0]), [prompt]
+        logits = self(prompt, states=states)[:, -1]
+        for i in range(max_new_tokens):
+            if i > 0:
+                logits = self.step(tokens[-1].squeeze(1), states)
+            if temperature == 0:
+                chosen = logits.argmax(-1, keepdim=True)
+            else:
+                chosen = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
+            tokens.append(chosen)
+        return torch.cat(tokens, dim=1)

@@ -1,0 +1,157 @@
+"""Architectures as strings.
+
+    architecture := item+
+    item         := [count '*'] (layer | '(' architecture ')')
+    layer        := name [':' option '=' value (',' option '=' value)*]
+
+For example ``"4*(hyena swiglu) attention:heads=8 moe:experts=8,top_k=2"``. A layer is one residual branch: a sequence mixer
+or a channel mixer. Names are those of :data:`madkernels.models.layers.LAYERS`, options the keyword arguments of its class.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from madkernels.models.layers import LAYERS, Layer
+
+Value = int | float | bool
+
+_TOKEN = re.compile(r"\s*(\d+\s*\*|[()]|[^\s()]+)")
+
+
+class SpecError(ValueError):
+    """An architecture string that cannot be read; the message shows where and what would be right."""
+
+    def __init__(self, text: str, start: int, length: int, problem: str) -> None:
+        super().__init__(f"{problem}\n  {text}\n  {' ' * start}{'^' * max(length, 1)}")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer: its name, and those of its options that were given, by name."""
+
+    name: str
+    options: tuple[tuple[str, Value], ...] = ()
+
+    def __str__(self) -> str:
+        options = ",".join(f"{key}={str(value).lower()}" for key, value in self.options)
+        return f"{self.name}:{options}" if options else self.name
+
+    def build(self, dim: int) -> Layer:
+        """The layer at a width; ValueError where its options do not go with it."""
+        try:
+            return LAYERS[self.name](dim, **dict(self.options))
+        except ValueError as error:
+            raise ValueError(f"{self}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A stack of layers, first to last."""
+
+    layers: tuple[LayerSpec, ...]
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.layers))
+
+
+def parse(text: str) -> Architecture:
+    """Reads an architecture string; SpecError where it cannot."""
+    tokens = [(m.group(1), m.start(1)) for m in _TOKEN.finditer(text)]
+    if not tokens:
+        raise SpecError(text, 0, 1, "an architecture needs at least one layer, such as attention")
+    parser = _Parser(text, tokens)
+    layers = tuple(parser.items(depth=0))
+    return Architecture(layers)
+
+
+class _Parser:
+    def __init__(self, text: str, tokens: list[tuple[str, int]]) -> None:
+        self.text, self.tokens, self.next = text, tokens, 0
+
+    def items(self, depth: int) -> Iterator[LayerSpec]:
+        opened = self.next
+        while self.next < len(self.tokens):
+            token, start = self.tokens[self.next]
+            if token == ")":
+                if depth == 0:
+                    raise SpecError(self.text, start, 1, "this ) closes nothing")
+                return
+            yield from self.item(depth)
+        if depth > 0:
+            raise SpecError(self.text, self.tokens[opened - 1][1], 1, "this ( is never closed")
+
+    def item(self, depth: int) -> list[LayerSpec]:
+        token, start = self.take()
+        if token.endswith("*"):
+            count = int(token[:-1])
+            if count < 1:
+                raise SpecError(self.text, start, len(token), "a repetition counts from 1")
+            if self.next == len(self.tokens) or self.tokens[self.next][0] == ")":
+                raise SpecError(self.text, start, len(token), "nothing follows to be repeated")
+            return self.item(depth) * count
+        if token == "(":
+            layers = list(self.items(depth + 1))
+            _, end = self.take()
+            if not layers:
+                raise SpecError(self.text, start, end - start + 1, "nothing between the brackets")
+            return layers
+        return [self.layer(token, start)]
+
+    def take(self) -> tuple[str, int]:
+        self.next += 1
+        return self.tokens[self.next - 1]
+
+    def layer(self, word: str, start: int) -> LayerSpec:
+        name, colon, rest = word.partition(":")
+        if name not in LAYERS:
+            known = ", ".join(LAYERS)
+            raise SpecError(self.text, start, len(name), f"unknown layer {name!r}; there are {known}")
+        options: dict[str, Value] = {}
+        at = start + len(name) + 1
+        for part in rest.split(",") if colon else ():
+            key, value = self.option(name, part, at)
+            if key in options:
+                raise SpecError(self.text, at, len(part), f"option {key!r} is given twice")
+            options[key] = value
+            at += len(part) + 1
+        return LayerSpec(name, tuple(sorted(options.items())))
+
+    def option(self, layer: str, part: str, at: int) -> tuple[str, Value]:
+        key, equals, value = part.partition("=")
+        defaults = options_of(layer)
+        if key not in defaults:
+            takes = ", ".join(defaults) or "no options"
+            raise SpecError(self.text, at, len(key), f"unknown option {key!r}; {layer} takes {takes}")
+        kind = type(defaults[key])
+        if not equals:
+            raise SpecError(self.text, at, len(part), f"option {key!r} needs a value, as in {key}={defaults[key]}")
+        try:
+            return key, _read(value, kind)
+        except ValueError:
+            wanted = {int: "a whole number from 1", float: "a number", bool: "true or false"}[kind]
+            raise SpecError(
+                self.text, at + len(key) + 1, len(value), f"option {key!r} takes {wanted}, not {value!r}"
+            ) from None
+
+
+def options_of(layer: str) -> dict[str, Value]:
+    """The options of a layer and their defaults."""
+    parameters = inspect.signature(LAYERS[layer]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _read(text: str, kind: type) -> Value:
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError
+        return text == "true"
+    if kind is float:
+        return float(text)
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number

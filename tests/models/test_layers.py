@@ -1,0 +1,136 @@
+"""What every layer promises: causal, the same step by step, packed and cut in two."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from madkernels.models import HybridLM
+from madkernels.models.layers import LAYERS, Layer
+from madkernels.models.layers.attention import rotate
+
+DIM, SEQLEN = 32, 21
+CHANNEL_MIXERS = {"swiglu", "mlp", "moe"}
+
+
+def build(name: str) -> Layer:
+    torch.manual_seed(1)
+    options = {"attention": {"heads": 4}, "sliding-attention": {"heads": 4, "window": 5}}.get(name, {})
+    return LAYERS[name](DIM, **options)
+
+
+def sequence(batch: int = 2, seqlen: int = SEQLEN) -> Tensor:
+    return torch.randn(batch, seqlen, DIM, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(params=sorted(LAYERS))
+def layer(request: pytest.FixtureRequest) -> Layer:
+    return build(request.param)
+
+
+def test_is_causal(layer: Layer) -> None:
+    x = sequence()
+    y = layer(x)
+    x[:, 10:] += 1
+    assert torch.allclose(layer(x)[:, :10], y[:, :10], atol=1e-5)
+    assert not torch.allclose(layer(x)[:, 10:], y[:, 10:], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", sorted(set(LAYERS) - CHANNEL_MIXERS))
+def test_sees_the_past(name: str) -> None:
+    layer, x = build(name), sequence()
+    y = layer(x)
+    x[:, 10] += 1
+    assert not torch.allclose(layer(x)[:, 12], y[:, 12], atol=1e-5)
+
+
+def test_window_ends_where_it_says() -> None:
+    layer, x = build("sliding-attention"), sequence()
+    y = layer(x)
+    x[:, 0] += 1
+    changed = (layer(x) - y).abs().amax(dim=(0, 2)) > 1e-6
+    assert changed.tolist() == [t <= 5 for t in range(SEQLEN)]
+
+
+@torch.no_grad()
+def test_step_by_step(layer: Layer) -> None:
+    x = sequence()
+    state = layer.init_state(2)
+    steps = torch.stack([layer.step(x[:, t], state) for t in range(SEQLEN)], dim=1)
+    torch.testing.assert_close(steps, layer(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_cut_in_two(layer: Layer) -> None:
+    x = sequence()
+    state = layer.init_state(2)
+    halves = torch.cat([layer(x[:, :8], state=state), layer(x[:, 8:], state=state)], dim=1)
+    torch.testing.assert_close(halves, layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_packed_documents(layer: Layer) -> None:
+    x = sequence(batch=1)
+    bounds = [0, 7, 7, 8, SEQLEN]
+    packed = layer(x, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    apart = [layer(x[:, a:b]) for a, b in pairwise(bounds) if b > a]
+    torch.testing.assert_close(packed, torch.cat(apart, dim=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(LAYERS) - CHANNEL_MIXERS))
+def test_refuses_state_with_documents(name: str) -> None:
+    layer = build(name)
+    with pytest.raises(ValueError, match="give cu_seqlens or state, not both"):
+        layer(sequence(1), cu_seqlens=torch.tensor([0, SEQLEN], dtype=torch.int32), state=layer.init_state(1))
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_one_step_of_training(layer: Layer, bfloat16: bool) -> None:
+    x = sequence()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        loss = layer(x).float().square().mean()
+    loss.backward()
+    assert loss.isfinite()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_moe_is_the_weighted_sum_of_its_experts() -> None:
+    layer, x = build("moe"), sequence().view(-1, DIM)
+    scores = layer.router(x)
+    expected = torch.zeros_like(x)
+    for t, row in enumerate(scores):
+        chosen = row.argsort(descending=True)[: layer.top_k]
+        for weight, i in zip(row[chosen].softmax(0), chosen, strict=True):
+            expected[t] += weight * layer.expert(int(i), x[t : t + 1])[0]
+    torch.testing.assert_close(layer(x.unsqueeze(0))[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_hyena_filter_does_not_depend_on_the_length() -> None:
+    layer = build("hyena")
+    assert torch.allclose(layer.filter(300)[:40], layer.filter(40), atol=1e-6)
+
+
+def test_rotary_positions_are_relative() -> None:
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    scores = [(rotate(q, torch.tensor([t + 3])) * rotate(k, torch.tensor([t]))).sum() for t in (0, 5, 100)]
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores[0], scores[2], rtol=1e-4, atol=1e-4)
+
+
+def test_mamba_starts_with_steps_in_range() -> None:
+    layer = LAYERS["mamba"](64)
+    step = torch.nn.functional.softplus(layer.delta_bias)
+    assert 0.9e-3 < step.min() < 3e-3
+    assert 0.03 < step.max() < 0.11
+    assert torch.allclose(layer.A()[0], -torch.arange(1.0, 17.0))
+
+
+def test_models_do_not_touch_the_layers_initialisation() -> None:
+    model = HybridLM("mamba", vocab_size=8, dim=64)
+    assert torch.nn.functional.softplus(model.backbone.layers[0].delta_bias).max() < 0.11
+    assert 0.01 < model.embedding.weight.std() < 0.03

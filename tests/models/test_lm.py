@@ -1,0 +1,157 @@
+"""The language model, the auto-encoder, and what they cost."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from madkernels.models import AutoEncoder, HybridLM, counting
+from madkernels.models.init import parameter_groups
+
+ALL = "mamba swiglu hyena mlp attention:heads=4 moe sliding-attention:heads=4,window=3"
+
+
+def model(arch: str = ALL, **options: object) -> HybridLM:
+    torch.manual_seed(0)
+    return HybridLM(arch, **{"vocab_size": 16, "dim": 32} | options)
+
+
+def tokens(batch: int, seqlen: int) -> torch.Tensor:
+    return torch.randint(16, (batch, seqlen), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_generation_is_the_argmax_of_the_whole_sequence() -> None:
+    lm = model()
+    out = lm.generate(tokens(2, 5), 6)
+    assert out.shape == (2, 11)
+    for t in range(5, 11):
+        assert torch.equal(out[:, t], lm(out[:, :t])[:, -1].argmax(-1))
+
+
+def test_sampling_follows_its_generator() -> None:
+    lm, prompt = model(), tokens(2, 5)
+    runs = [lm.generate(prompt, 8, temperature=2.0, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_generation_needs_a_prompt() -> None:
+    with pytest.raises(ValueError, match="a prompt of one token"):
+        model().generate(tokens(2, 0), 3)
+
+
+def test_packed_documents() -> None:
+    lm, text = model(), tokens(1, 20)
+    packed = lm(text, cu_seqlens=torch.tensor([0, 6, 20], dtype=torch.int32))
+    apart = torch.cat([lm(text[:, :6]), lm(text[:, 6:])], dim=1)
+    torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_tied_embeddings_are_one_parameter() -> None:
+    tied, untied = model(tied=True), model()
+    assert tied.unembedding.weight is tied.embedding.weight
+    assert counting.params(untied) - counting.params(tied) == 16 * 32 + 16
+
+
+def test_autoencoder_decodes_from_the_last_vector() -> None:
+    torch.manual_seed(0)
+    coder = AutoEncoder("attention:heads=4 mlp", vocab_size=16, dim=32, seqlen=12)
+    seen = []
+    coder.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    text = tokens(2, 12)
+    logits = coder(text)
+    assert logits.shape == (2, 12, 16)
+    code = coder.backbone(coder.embedding(text))[:, -1]
+    assert torch.equal(seen[0] - coder.positions, (code.unsqueeze(1) + coder.positions) - coder.positions)
+    with pytest.raises(ValueError, match="tokens has length 11; this auto-encoder was built for 12"):
+        coder(text[:, :11])
+
+
+def test_parameter_groups() -> None:
+    lm = model()
+    decayed, kept = parameter_groups(lm, 0.1)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): n for n, p in lm.named_parameters()}
+    kept_names = {names[id(p)] for p in kept["params"]}
+    assert {names[id(p)] for p in decayed["params"]} | kept_names == set(names.values())
+    for name in names.values():
+        vector = any(part in name for part in ("norm", "bias", "A_log", ".D", "skip", "frequency"))
+        assert (name in kept_names) == vector, name
+
+
+# ---- counts, each against one made another way
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        # the published layers' counts at width 128
+        ("attention", 66_048),
+        ("sliding-attention", 66_048),
+        ("mamba:dstate=4", 107_264),
+        ("mlp", 131_072),
+        ("swiglu", 135_168),
+        # by hand: router, 8 experts of three matrices
+        ("moe", 128 * 8 + 8 * 3 * 128 * 128),
+        # by hand: projections, short convolution, filter network and its frequencies, skip
+        (
+            "hyena",
+            (128 * 384 + 384) + (512 * 128 + 128) + 1536 * (3 + 1) + (3 * 4 + 4) + 2 * (4 * 4 + 4) + 4 + 4 * 512 + 512,
+        ),
+    ],
+)
+def test_parameters(arch: str, expected: int) -> None:
+    lm = HybridLM(arch, vocab_size=16, dim=128)
+    embeddings_and_norms = 16 * 128 + (16 * 128 + 16) + 2 * 128
+    assert counting.params(lm) == expected + embeddings_and_norms
+
+
+def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
+    lm = HybridLM("attention moe:experts=8,top_k=2,hidden=64", vocab_size=16, dim=128)
+    assert counting.params(lm) - counting.active_params(lm) == 6 * 3 * 128 * 64
+
+
+@pytest.mark.parametrize(
+    ("arch", "not_matrices"),
+    [
+        ("attention", lambda n: 2 * 16 * n * n),  # softmax
+        ("mlp", lambda n: 0),
+        ("swiglu", lambda n: 0),
+        ("moe", lambda n: 0),
+        ("mamba:dstate=4", lambda n: n * (2 * 256 * 4 + 2 * 256 * 4)),  # short convolution, scan
+        ("hyena", lambda n: 10 * n * math.log2(n) * 512 + n * 512 * (6 * 3 + 4)),  # transforms, short convolution, gates
+    ],
+)
+def test_operations_against_torchs_count(arch: str, not_matrices: object) -> None:
+    """Torch counts what goes through matrix products; the rest is added here from the formula."""
+    seqlen = 64
+    lm = HybridLM(arch, vocab_size=16, dim=128)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        lm(tokens(1, seqlen))
+    counted = counter.get_total_flops() + not_matrices(seqlen)
+    ours = counting.flops_per_token(lm, seqlen) * seqlen
+    if arch == "hyena":  # the formula takes the filter network for one linear layer
+        filter_network = 2 * seqlen * (3 * 4 + 2 * 4 * 4)
+        counted -= filter_network
+    assert ours == pytest.approx(counted, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arch", "names"),
+    [("attention", ("k", "v")), ("sliding-attention:window=9", ("k", "v")), ("mamba", ("scan",)), ("mlp", ())],
+)
+def test_state_against_what_is_kept(arch: str, names: tuple[str, ...]) -> None:
+    lm = HybridLM(arch, vocab_size=16, dim=128)
+    states = lm.init_state(1)
+    lm(tokens(1, 50), states=states)
+    assert counting.state_size(lm, 50) == sum(states[0][name].numel() for name in names)
+
+
+def test_the_papers_total_state() -> None:
+    assert counting.state_size(HybridLM("4*mamba:dstate=4", vocab_size=16), 128) == 4096
+    assert counting.state_size(HybridLM("2*(hyena swiglu)", vocab_size=16), 128) == 4096
