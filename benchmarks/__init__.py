@@ -1,0 +1,1 @@
+"""Speed, error and memory of the ops beside their peers: `madkernels bench`."""

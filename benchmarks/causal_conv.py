@@ -1,0 +1,44 @@
+"""causal_conv and the plain PyTorch ways to write it."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from madkernels import causal_conv, reference
+from madkernels.benchmarks.cases import CONV_CASES
+from madkernels.benchmarks.harness import Benchmark, Peer
+
+
+def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+    """torch's convolution, padded on both sides and cut; a copy if `x` does not have its channels first in memory."""
+    seqlen, width = x.shape[1], weight.shape[1]
+    out = F.conv1d(x.transpose(1, 2), weight.unsqueeze(1), bias, padding=width - 1, groups=weight.shape[0])
+    out = out[..., :seqlen]
+    return (F.silu(out) if activation == "silu" else out).transpose(1, 2)
+
+
+def shift_and_add(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+    """One multiply and add over the whole sequence for each tap."""
+    seqlen, width = x.shape[1], weight.shape[1]
+    padded = F.pad(x, (0, 0, width - 1, 0))
+    out = x * weight[:, -1]
+    for tap in range(width - 1):
+        out.addcmul_(padded[:, tap : tap + seqlen], weight[:, tap])
+    if bias is not None:
+        out += bias
+    return F.silu(out) if activation == "silu" else out
+
+
+BENCHMARK = Benchmark(
+    name="causal_conv",
+    function=causal_conv,
+    reference=reference.causal_conv,
+    cases=CONV_CASES,
+    peers=(
+        Peer("reference", reference.causal_conv, backward=True),
+        Peer("conv1d", conv1d, backward=True),
+        Peer("conv1d-channel-first", conv1d, backward=True, channel_first=True),
+        Peer("shift-and-add", shift_and_add, backward=True),
+    ),
+)

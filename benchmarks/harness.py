@@ -1,0 +1,246 @@
+"""Measures an op beside its peers.
+
+First a gate: every contender runs once on the timed inputs, and is compared with the float64 reference. One that is wrong is
+not timed. Then rounds: in each, every contender runs once, on the next copy of the inputs and from another place in the order,
+so that all share the machine's ups and downs and none finds its inputs in cache.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from madkernels.benchmarks.cases import Case, Inputs
+from madkernels.benchmarks.gate import TOLERANCES, Function, Gate, gradients, with_graph
+from madkernels.benchmarks.machine import Rates, last_level_cache
+
+PASSES = ("forward", "backward")
+OURS = "madkernels"
+MAX_COPIES = 32
+MIN_RUNS = 5
+SECONDS = 3.0  # spent on a contender before it is left out of the rounds
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another way to compute an op, with the op's signature.
+
+    `backward`: whether autograd follows it at a cost worth timing. `channel_first`: it is given (batch, dim, seqlen) memory
+    behind its (batch, seqlen, dim) views. `auto`: it runs without being asked for. `needs`: "module:name" that has to be
+    installed.
+    """
+
+    name: str
+    function: Function
+    backward: bool = False
+    channel_first: bool = False
+    auto: bool = True
+    needs: str | None = None
+    accepts: Callable[[Case], bool] = lambda case: True
+
+    def missing(self) -> str | None:
+        """Why it cannot run here; None if it can."""
+        if self.needs is None:
+            return None
+        module, _, name = self.needs.partition(":")
+        package = module.partition(".")[0]
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+        try:
+            found = hasattr(importlib.import_module(module), name)
+        except ImportError as error:
+            return f"{package} does not import: {error}"
+        return None if found else f"the installed {package} has no {name}"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An op, its cases and its peers."""
+
+    name: str
+    function: Function
+    reference: Function
+    cases: tuple[Case, ...]
+    peers: tuple[Peer, ...]
+
+
+@dataclass
+class Result:
+    """One contender, dtype and pass. Seconds of each run; none where the gate refused it."""
+
+    contender: str
+    dtype: str
+    direction: str  # "forward" or "backward"
+    error: float  # relative RMS against float64; of the worst gradient in the backward
+    tolerance: float
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def right(self) -> bool:
+        return self.error <= self.tolerance
+
+
+@dataclass
+class Measured:
+    """What one case gave. The bytes are by dtype."""
+
+    case: Case
+    absent: dict[str, str]  # peers that did not run, and why
+    results: list[Result] = field(default_factory=list)
+    checked: str = ""  # how much the gate compared
+    copies: dict[str, int] = field(default_factory=dict)  # how many, not bytes
+    cold: bool = True  # whether between two turns of a copy more bytes pass than the last-level cache holds
+    traffic: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes each pass must move
+    memory: dict[str, int] = field(default_factory=dict)  # peak of a forward and backward
+    rates: Rates = field(default_factory=Rates)
+
+    def add_sizes(self, dtype: str, inputs: Inputs, copies: list[Inputs]) -> None:
+        """Notes what follows from the inputs, which have the gradient of the output as `out`."""
+        total = sum(value.nbytes for value in inputs.values())
+        self.copies[dtype] = len(copies)
+        self.cold = self.cold and total * (len(copies) - 1) > last_level_cache()
+        # Forward: inputs and output once. Backward: these and the gradient of each input.
+        self.traffic[dtype] = {"forward": total, "backward": 2 * total - inputs["out"].nbytes}
+
+    def floor(self, dtype: str, direction: str) -> dict[str, float]:
+        """Seconds that exponentials and that memory traffic take at the least, at the median rates of the run."""
+        return {
+            "exp2": self.case.exponentials / statistics.median(self.rates.exp2),
+            "memory": self.traffic[dtype][direction] / statistics.median(self.rates.copy),
+        }
+
+
+@dataclass
+class Contender:
+    """A function on its copies of the inputs, in one pass."""
+
+    function: Function
+    copies: list[Inputs]  # each with the gradient of the output as `out`
+    backward: bool
+    channel_first: bool
+    result: Result
+    runs: int = 0
+
+    def run(self) -> float:
+        """Seconds of one run on the next copy."""
+        inputs = self.copies[self.runs % len(self.copies)]
+        self.runs += 1
+        if not self.backward:
+            tensors = {name: value for name, value in inputs.items() if name != "out"}
+            with torch.no_grad():
+                begin = time.perf_counter()
+                out = self.function(**tensors)
+                elapsed = time.perf_counter() - begin
+            del out
+            return elapsed
+        leaves, out = with_graph(self.function, inputs)
+        begin = time.perf_counter()
+        gradients = torch.autograd.grad(out, list(leaves.values()), inputs["out"])
+        elapsed = time.perf_counter() - begin
+        del gradients
+        return elapsed
+
+
+def channels_first(value: Tensor) -> Tensor:
+    """The same values, rows laid out as (batch, dim, seqlen) in memory."""
+    return value.transpose(1, 2).contiguous().transpose(1, 2) if value.dim() == 3 else value
+
+
+def peak_memory(function: Function, inputs: Inputs) -> int:
+    """Peak bytes of a forward and backward: the inputs, the gradient of the output, and all that torch's allocator gave out
+    and had not got back, to C++ as well as to Python. Memory taken from elsewhere would not be seen; the ops take none."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports its start and stop otherwise
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        found = gradients(function, inputs)
+        del found
+    events = trace.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak + sum(value.nbytes for value in inputs.values())
+
+
+def rotated(inputs: Inputs) -> list[Inputs]:
+    """Enough copies that between two turns of one the others fill the last-level cache; at most MAX_COPIES."""
+    size = sum(value.nbytes for value in inputs.values())
+    count = min(2 + last_level_cache() // size, MAX_COPIES)
+    return [inputs, *({name: value.clone() for name, value in inputs.items()} for _ in range(count - 1))]
+
+
+def contenders(
+    benchmark: Benchmark, case: Case, dtype: torch.dtype, passes: Sequence[str], peers: Sequence[Peer], gate: Gate
+) -> Iterator[Contender]:
+    """The op and its peers in each pass, gated; their copies are not there yet."""
+    ours = Peer(OURS, benchmark.function, backward=True)
+    for peer in (ours, *peers):
+        function = partial(peer.function, **case.options)
+        backward = peer.backward and "backward" in passes
+        errors = gate.errors(function, backward, channels_first if peer.channel_first else torch.clone)
+        for direction, error in zip(PASSES, errors, strict=False):
+            if direction in passes:
+                result = Result(peer.name, str(dtype).removeprefix("torch."), direction, error, TOLERANCES[dtype])
+                yield Contender(function, [], direction == "backward", peer.channel_first, result)
+
+
+def run_rounds(runners: Sequence[Contender], rates: Rates, runs: int) -> None:
+    """Times contenders in turn until each has had its share; the machine's rates as well, every round."""
+    waiting = list(runners)
+    for done in range(runs):
+        rates.measure()
+        first = done % len(waiting) if waiting else 0
+        for runner in waiting[first:] + waiting[:first]:
+            runner.result.seconds.append(runner.run())
+        waiting = [r for r in waiting if len(r.result.seconds) < MIN_RUNS or sum(r.result.seconds) < SECONDS]
+        if not waiting and len(rates.copy) >= MIN_RUNS:
+            return
+
+
+def measure(
+    benchmark: Benchmark, case: Case, dtypes: Sequence[torch.dtype], passes: Sequence[str], peers: Sequence[Peer],
+    runs: int = 30,
+) -> Measured:  # fmt: skip
+    """Gates and times the op and the peers given on one case, each at most `runs` times. All dtypes share the rounds."""
+    absent = {peer.name: why for peer in peers if (why := peer.missing())}
+    absent |= {peer.name: "does not take this case" for peer in peers if not peer.accepts(case)}
+    present = [peer for peer in peers if peer.name not in absent]
+    measured = Measured(case, absent)
+    runners: list[Contender] = []
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        inputs = case.make_inputs(dtype)
+        shape = [getattr(case, axis) for axis in case.axes["out"]]
+        inputs["out"] = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        gate = Gate(case, partial(benchmark.reference, **case.options), inputs)
+        measured.checked = gate.checked
+        mine = list(contenders(benchmark, case, dtype, passes, present, gate))
+        measured.results += [runner.result for runner in mine]
+        mine = [runner for runner in mine if runner.result.right]
+        copies = rotated(inputs)
+        turned: list[Inputs] = []
+        if any(runner.channel_first for runner in mine):
+            turned = [{key: channels_first(value) for key, value in copy.items()} for copy in copies]
+        for runner in mine:
+            runner.copies = turned if runner.channel_first else copies
+        runners += mine
+        measured.add_sizes(name, inputs, copies)
+        if "backward" in passes:
+            measured.memory[name] = peak_memory(partial(benchmark.function, **case.options), inputs)
+    run_rounds(runners, measured.rates, runs)
+    return measured

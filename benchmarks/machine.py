@@ -1,0 +1,91 @@
+"""The machine a benchmark ran on: what it is, and the rates that bound every op on it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from madkernels import _C, __version__
+
+
+def describe() -> dict[str, str]:
+    """Machine, versions, commit and date: what a figure needs beside it to be read later."""
+    try:
+        load = f"{os.getloadavg()[0]:.2f}"
+    except OSError:
+        load = "unknown"
+    return {
+        "cpu": cpu_name(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "instruction_set": _C.cpu_isa(),
+        "last_level_cache": f"{last_level_cache() >> 20} MiB",
+        "load_before": load,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "madkernels": __version__,
+        "compiler": _C.build_info()["compiler"],
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_name() -> str:
+    """The name the CPU gives itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache a core sees; 32 MiB where the system does not say."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [32 << 20]
+    files = list(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    if files:
+        sizes = [int(text[:-1]) * units[text[-1]] for text in (file.read_text().strip() for file in files)]
+    return max(sizes)
+
+
+def commit() -> str:
+    """The commit of the checkout this package is imported from, "-dirty" if files differ; empty if installed elsewhere."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        tracked = subprocess.run([*command[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return found.stdout.strip() if tracked.returncode == 0 else ""
+
+
+class Rates:
+    """The rates of the machine, measured again and again between the timings, so that they share the machine's ups and
+    downs.
+
+    A copy reads and writes buffers that together are twice the last-level cache.
+    """
+
+    def __init__(self) -> None:
+        self.exp2: list[float] = []  # float32 evaluations a second, all threads
+        self.copy: list[float] = []  # bytes read and written a second
+        self._source = torch.ones(last_level_cache(), dtype=torch.uint8)
+        self._target = torch.empty_like(self._source)
+        self._target.copy_(self._source)  # its pages are there from now on
+
+    def measure(self) -> None:
+        """Adds one measurement of each."""
+        begin = time.perf_counter()
+        self._target.copy_(self._source)
+        self.copy.append(2 * self._source.nbytes / (time.perf_counter() - begin))
+        self.exp2.append(_C.exp2_rate(torch.get_num_threads()))

@@ -1,0 +1,190 @@
+"""What a benchmark says: a table, the figures that matter, JSON, a picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from madkernels.benchmarks.harness import OURS, Measured, Result
+
+SCHEMA = 1
+MIB = 1 << 20
+
+
+def ours(measured: Measured, dtype: str, direction: str) -> Result | None:
+    """The op's own timing, if it has one."""
+    for result in measured.results:
+        if (result.contender, result.dtype, result.direction) == (OURS, dtype, direction) and result.seconds:
+            return result
+    return None
+
+
+def figures(measured: Measured) -> dict[str, dict[str, Any]]:
+    """The figures that matter, by dtype and pass.
+
+    `times_as_long`: the time of each peer over that of the op. `fastest_peer`: the first of them. `of_floor`: the floor over
+    the time of the op; `floor_seconds` its two parts. `times_forward`: backward over forward. `peak_memory`: peak bytes of a
+    forward and backward over the bytes of the inputs and the output. `times_float32`: the time over that of float32.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for dtype, passes in measured.traffic.items():
+        found[dtype] = {}
+        for direction in passes:
+            if mine := ours(measured, dtype, direction):
+                found[dtype][direction] = _of_pass(measured, mine)
+        if dtype in measured.memory:
+            found[dtype]["peak_memory"] = measured.memory[dtype] / passes["forward"]
+    return found
+
+
+def _of_pass(measured: Measured, mine: Result) -> dict[str, Any]:
+    dtype, direction = mine.dtype, mine.direction
+    peers = [r for r in measured.results if (r.dtype, r.direction) == (dtype, direction) and r.seconds and r is not mine]
+    peers.sort(key=lambda r: r.median)
+    floor = measured.floor(dtype, direction)
+    found: dict[str, Any] = {
+        "seconds": mine.median,
+        "floor_seconds": floor,
+        "of_floor": max(floor.values()) / mine.median,
+        "times_as_long": {peer.contender: peer.median / mine.median for peer in peers},
+        "fastest_peer": peers[0].contender if peers else None,
+    }
+    forward, single = ours(measured, dtype, "forward"), ours(measured, "float32", direction)
+    if direction == "backward" and forward:
+        found["times_forward"] = mine.median / forward.median
+    if dtype != "float32" and single:
+        found["times_float32"] = mine.median / single.median
+    return found
+
+
+def show(op: str, measured: Measured, console: Console) -> None:
+    """Prints the table of a case and its figures."""
+    copies = ", ".join(f"{count} of {dtype}" for dtype, count in measured.copies.items())
+    cold = "not found in cache" if measured.cold else "still in the last-level cache"
+    console.print(f"\n[bold]{op}[/bold] {measured.case}", highlight=False)
+    console.print(f"checked: {measured.checked}; copies of the inputs: {copies}, {cold}", highlight=False)
+    table = Table("pass", "dtype", "contender", "error", "median", "min", "quartiles", "times ours", "of floor")
+    for result in sorted(measured.results, key=lambda r: (r.direction != "forward", r.dtype)):
+        table.add_row(*_row(measured, result))
+    console.print(table)
+    for name, why in measured.absent.items():
+        console.print(f"not run: {name}: {why}", highlight=False)
+    for line in _summary(measured):
+        console.print(line, highlight=False)
+
+
+def _row(measured: Measured, result: Result) -> list[str]:
+    row = [result.direction, result.dtype, result.contender, f"{result.error:.1e}"]
+    if not result.right:
+        return [*row, f"wrong: above {result.tolerance:.0e}, not timed"]
+    low, _, high = quartiles(result.seconds)
+    row += [milliseconds(result.median), milliseconds(min(result.seconds)), f"{milliseconds(low)} to {milliseconds(high)}"]
+    mine = ours(measured, result.dtype, result.direction)
+    row.append(f"{result.median / mine.median:.2f}" if mine else "")
+    floor = max(measured.floor(result.dtype, result.direction).values())
+    return [*row, f"{floor / result.median:.1%}"]
+
+
+def _summary(measured: Measured) -> list[str]:
+    lines = []
+    for dtype, found in figures(measured).items():
+        for direction in ("forward", "backward"):
+            if direction in found:
+                lines.append(f"{dtype} {direction}: {_sentence(found[direction])}")
+        if "peak_memory" in found:
+            times = f"{found['peak_memory']:.2f} times inputs and output"
+            sizes = f"{measured.memory[dtype] / MIB:.1f} of {measured.traffic[dtype]['forward'] / MIB:.1f} MiB"
+            lines.append(f"{dtype} peak memory of forward and backward: {times} ({sizes})")
+    exp2, copy = statistics.median(measured.rates.exp2), statistics.median(measured.rates.copy)
+    lines.append(f"floor from {exp2 / 1e9:.2f} G exp2/s and {copy / 1e9:.2f} GB/s of copying, measured between the runs")
+    return lines
+
+
+def _sentence(found: dict[str, Any]) -> str:
+    parts = [f"{found['of_floor']:.1%} of the floor"]
+    if "times_forward" in found:
+        parts.append(f"{found['times_forward']:.2f} times the forward")
+    if "times_float32" in found:
+        parts.append(f"{found['times_float32']:.2f} times float32")
+    if found["fastest_peer"]:
+        name = found["fastest_peer"]
+        parts.append(f"the fastest peer, {name}, takes {found['times_as_long'][name]:.2f} times as long")
+    return "; ".join(parts)
+
+
+def milliseconds(seconds: float) -> str:
+    """With three digits or more."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+
+
+def write_json(path: Path, op: str, machine: dict[str, str], cases: Sequence[Measured]) -> None:
+    """Writes all that was measured.
+
+    Keys: `schema` (1); `op`; `machine` (text by name); `cases`, each with `case` (its fields), `checked`, `copies`, `cold`,
+    `absent` (reasons by peer), `results` (`contender`, `dtype`, `direction`, `error`, `tolerance`, `seconds` of each run, and
+    `median`, `minimum`, `lower_quartile`, `upper_quartile` where there are any), `traffic_bytes`, `peak_memory_bytes`,
+    `rates` (`exp2_per_second`, `copy_bytes_per_second`, every measurement) and `figures` (see :func:`figures`).
+    """
+    text = json.dumps({"schema": SCHEMA, "op": op, "machine": machine, "cases": [_record(m) for m in cases]}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+def _record(measured: Measured) -> dict[str, Any]:
+    results = []
+    for result in measured.results:
+        record = asdict(result)
+        if result.seconds:
+            low, median, high = quartiles(result.seconds)
+            record |= {"median": median, "minimum": min(result.seconds), "lower_quartile": low, "upper_quartile": high}
+        results.append(record)
+    return {
+        "case": asdict(measured.case),
+        "checked": measured.checked,
+        "copies": measured.copies,
+        "cold": measured.cold,
+        "absent": measured.absent,
+        "results": results,
+        "traffic_bytes": measured.traffic,
+        "peak_memory_bytes": measured.memory,
+        "rates": {"exp2_per_second": measured.rates.exp2, "copy_bytes_per_second": measured.rates.copy},
+        "figures": figures(measured),
+    }
+
+
+def plot(path: Path, op: str, machine: dict[str, str], cases: Sequence[Measured]) -> None:
+    """Draws the median of every contender, with its quartiles, one panel a case."""
+    timed = [[r for r in measured.results if r.seconds] for measured in cases]
+    height = 1.2 + sum(0.9 + 0.25 * len(results) for results in timed)
+    picture = Figure(figsize=(9, height), layout="constrained")
+    panels = picture.subplots(len(cases), 1, squeeze=False, height_ratios=[3 + len(results) for results in timed])[:, 0]
+    for panel, measured, results in zip(panels, cases, timed, strict=True):
+        medians = [r.median * 1e3 for r in results]
+        spread = [quartiles(r.seconds) for r in results]
+        below, above = ([abs(s[i] - s[1]) * 1e3 for s in spread] for i in (0, 2))
+        colours = ["C1" if r.contender == OURS else "C0" for r in results]
+        panel.barh(range(len(results)), medians, xerr=[below, above], color=colours)
+        panel.set_yticks(range(len(results)), [f"{r.contender} {r.dtype} {r.direction}" for r in results])
+        panel.invert_yaxis()
+        panel.set_xscale("log")
+        panel.set_xlabel("ms, median and quartiles")
+        panel.set_title(str(measured.case), fontsize=9)
+    picture.suptitle(f"{op} on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        picture.savefig(path)
+    except ValueError as error:  # an unknown suffix; matplotlib's text lists the known ones
+        raise ValueError(f"--plot {path}: {error}") from None

@@ -1,0 +1,188 @@
+"""selective_scan and the plain PyTorch ways to write it.
+
+All peers compute in the dtype of A, as the op does. They take one group of B and C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from madkernels import reference, selective_scan
+from madkernels.benchmarks.cases import SCAN_CASES, Case, ScanCase
+from madkernels.benchmarks.harness import Benchmark, Peer
+
+COMPILED_STEPS = 8  # steps of one compiled call: as fast as more of them, and compiled sooner
+
+# From steps delta' and delta' u (batch, seqlen, dim), A (dstate, dim), B and C (batch, seqlen, dstate) to y, like delta'.
+Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def step_loop(steps: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Step by step, states (batch, dim, dstate) updated in place."""
+    batch, seqlen, _ = x.shape
+    A = A.t().contiguous()
+    h, decay, y = x.new_zeros(batch, *A.shape), x.new_empty(batch, *A.shape), torch.empty_like(x)
+    for t in range(seqlen):
+        torch.mul(steps[:, t, :, None], A, out=decay).exp_()
+        h.mul_(decay).addcmul_(x[:, t, :, None], B[:, t, None, :])
+        y[:, t] = torch.bmm(h, C[:, t, :, None]).squeeze(-1)
+    return y
+
+
+def step_loop_transposed(steps: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Step by step, states (batch, dstate, dim): the long axis is the one that vectorises."""
+    batch, seqlen, _ = x.shape
+    h, decay, y = x.new_zeros(batch, *A.shape), x.new_empty(batch, *A.shape), torch.empty_like(x)
+    for t in range(seqlen):
+        torch.mul(steps[:, t, None], A, out=decay).exp_()
+        h.mul_(decay).addcmul_(x[:, t, None], B[:, t, :, None])
+        torch.bmm(C[:, t, None], h, out=y[:, t : t + 1])
+    return y
+
+
+def blocked(steps: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, length: int = 4, width: int = 2048) -> Tensor:
+    """Blocks of `length` steps and `width` channels, which stay in cache: one call an operation and block, but for the
+    recurrence itself, which is one call a step."""
+    batch, seqlen, dim = x.shape
+    B, C = B.transpose(0, 1).unsqueeze(-1).contiguous(), C.transpose(0, 1).unsqueeze(2).contiguous()
+    y = torch.empty_like(x)
+    for channels in (slice(c, c + width) for c in range(0, dim, width)):
+        a, y_block = A[:, channels].contiguous(), y[..., channels]
+        s, v = (rows[..., channels].transpose(0, 1).unsqueeze(2) for rows in (steps, x))
+        h = x.new_zeros(batch, *a.shape)
+        decays, states = (x.new_empty(length, *h.shape) for _ in range(2))
+        for begin in range(0, seqlen, length):
+            end = min(begin + length, seqlen)
+            decay, state = decays[: end - begin], states[: end - begin]
+            torch.mul(s[begin:end], a, out=decay).exp_()
+            torch.mul(v[begin:end], B[begin:end], out=state)
+            for i in range(end - begin):
+                h = state[i].addcmul_(decay[i], h)
+            y_block[:, begin:end] = torch.matmul(C[begin:end], state).squeeze(2).transpose(0, 1)
+            h = h.clone()  # its block is written over
+    return y
+
+
+def chunked(steps: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, length: int = 8) -> Tensor:
+    """As `blocked` over all channels, without updates in place: autograd can follow. Splits and unbinds, since the gradient
+    of a slice is as large as what it was cut from."""
+    h = x.new_zeros(x.shape[0], *A.shape)
+    ys = []
+    for s, v, b, c in zip(*(torch.split(rows, length, dim=1) for rows in (steps, x, B, C)), strict=True):
+        states = []
+        decay, added = torch.exp(s.unsqueeze(2) * A), v.unsqueeze(2) * b.unsqueeze(-1)
+        for decay_t, added_t in zip(decay.unbind(1), added.unbind(1), strict=True):
+            h = torch.addcmul(added_t, decay_t, h)
+            states.append(h)
+        ys.append(torch.matmul(c.unsqueeze(2), torch.stack(states, 1)).squeeze(2))
+    return torch.cat(ys, 1)
+
+
+def doubling(steps: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, length: int = 8) -> Tensor:
+    """Chunks scanned by doubling, log2(length) passes, without a call a step."""
+    batch, seqlen, _ = x.shape
+    h, y = x.new_zeros(batch, *A.shape), torch.empty_like(x)
+    for begin in range(0, seqlen, length):
+        chunk = slice(begin, begin + length)
+        decay = torch.exp(steps[:, chunk, None] * A)
+        state = x[:, chunk, None] * B[:, chunk, :, None]
+        state[:, 0].addcmul_(decay[:, 0], h)
+        apart = 1
+        while apart < state.shape[1]:
+            state[:, apart:] += decay[:, apart:] * state[:, :-apart]
+            decay[:, apart:] = decay[:, apart:] * decay[:, :-apart]
+            apart *= 2
+        h = state[:, -1]
+        y[:, chunk] = torch.matmul(C[:, chunk, None], state).squeeze(2)
+    return y
+
+
+@cache
+def _compiled_steps() -> Callable[..., tuple[Tensor, Tensor]]:
+    def several(h: Tensor, s: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        ys = []
+        for t in range(x.shape[1]):
+            h = torch.exp(s[:, t, None] * A) * h + x[:, t, None] * B[:, t, :, None]
+            ys.append((h * C[:, t, :, None]).sum(1))
+        return h, torch.stack(ys, 1)
+
+    return torch.compile(several, fullgraph=True, dynamic=False)
+
+
+def compiled(steps: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """A few steps at a time through torch.compile, which fuses them."""
+    h = x.new_zeros(x.shape[0], *A.shape)
+    ys = []
+    for s, v, b, c in zip(*(torch.split(rows, COMPILED_STEPS, dim=1) for rows in (steps, x, B, C)), strict=True):
+        h, y = _compiled_steps()(h, s, v, A, b, c)
+        ys.append(y)
+    return torch.cat(ys, 1)
+
+
+def whole(recurrence: Recurrence) -> Callable[..., Tensor]:
+    """The op, from the recurrence alone."""
+
+    def scan(
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+        delta_bias: Tensor | None = None, delta_softplus: bool = False,
+    ) -> Tensor:  # fmt: skip
+        x, steps, B, C = (t.to(A.dtype) for t in (u, delta, B, C))
+        if delta_bias is not None:
+            steps = steps + delta_bias
+        if delta_softplus:
+            steps = F.softplus(steps)
+        y = recurrence(steps, steps * x, A.t().contiguous(), B, C)
+        if D is not None:
+            y = torch.addcmul(y, x, D)
+        if z is not None:
+            y = y * F.silu(z.to(A.dtype))
+        return y.to(u.dtype)
+
+    return scan
+
+
+def transformers_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False,
+) -> Tensor:  # fmt: skip
+    """The PyTorch path of transformers' Mamba, which it takes where mamba-ssm is absent."""
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+
+    rows = [None if t is None else t.transpose(1, 2) for t in (u, delta, z)]
+    out: Tensor = mamba_selective_scan(
+        rows[0], rows[1], A, B.transpose(1, 2), C.transpose(1, 2), D, rows[2], delta_bias, delta_softplus
+    )
+    return out.transpose(1, 2)
+
+
+def _one_group(case: Case) -> bool:
+    return isinstance(case, ScanCase) and case.groups == 1
+
+
+BENCHMARK = Benchmark(
+    name="selective_scan",
+    function=selective_scan,
+    reference=reference.selective_scan,
+    cases=SCAN_CASES,
+    peers=(
+        # No backward: that of a slice a step writes a gradient of the whole sequence every step.
+        Peer("reference", reference.selective_scan),
+        Peer("step-loop", whole(step_loop), accepts=_one_group),
+        Peer("step-loop-transposed", whole(step_loop_transposed), accepts=_one_group),
+        Peer("blocked", whole(blocked), accepts=_one_group),
+        Peer("chunked", whole(chunked), backward=True, accepts=_one_group),
+        Peer("doubling", whole(doubling), accepts=_one_group),
+        Peer("compiled", whole(compiled), accepts=_one_group, auto=False),
+        Peer(
+            "transformers",
+            transformers_scan,
+            accepts=_one_group,
+            needs="transformers.models.mamba.modeling_mamba:mamba_selective_scan",
+        ),
+    ),
+)

@@ -1,0 +1,143 @@
+"""`madkernels bench`: an op beside its peers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:  # torch is loaded when the command runs, not to print its help
+    import torch
+
+    from madkernels.benchmarks.cases import Case
+    from madkernels.benchmarks.harness import Benchmark, Peer
+
+OPS = ("selective_scan", "causal_conv")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def bench(
+    op: Annotated[str, typer.Argument(help=" or ".join(OPS))],
+    shapes: Annotated[
+        str,
+        typer.Option(help="Names of cases, comma-separated; 'all'; or a JSON file with a list of cases."),
+    ] = "mamba-130m",
+    dtype: Annotated[str, typer.Option(help=f"One or more of {', '.join(DTYPES)}, timed in the same rounds.")] = "float32",
+    device: Annotated[str, typer.Option(help="The device to run on.")] = "cpu",
+    direction: Annotated[str, typer.Option("--pass", help="fwd, bwd or both.")] = "both",
+    peers: Annotated[str, typer.Option(help="auto (those installed and quick to prepare), none, or names.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if absent.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Writes all that was measured here.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draws the times here.")] = None,
+    quick: Annotated[bool, typer.Option(help="Small odd cases and few runs: for errors, not for speed.")] = False,
+) -> None:
+    """Time an op beside its peers, check it, and compare it with what the machine can do."""
+    import torch
+    from rich.console import Console
+
+    from madkernels.benchmarks import machine, report
+    from madkernels.benchmarks.harness import measure
+
+    benchmark = _benchmark(op)
+    cases = _cases(benchmark, shapes, quick)
+    dtypes = _dtypes(dtype)
+    passes = _passes(direction)
+    chosen = _peers(benchmark, peers)
+    _check_device(op, device)
+    console = Console()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        facts = machine.describe()
+        console.print("; ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
+        measured = []
+        for case in cases:
+            measured.append(measure(benchmark, case, dtypes, passes, chosen, runs=3 if quick else 30))
+            report.show(op, measured[-1], console)
+    finally:
+        torch.set_num_threads(before)
+    if json_file:
+        report.write_json(json_file, op, facts, measured)
+    if plot_file:
+        report.plot(plot_file, op, facts, measured)
+
+
+def _benchmark(op: str) -> Benchmark:
+    from madkernels.benchmarks import causal_conv, selective_scan
+
+    known = {"selective_scan": selective_scan.BENCHMARK, "causal_conv": causal_conv.BENCHMARK}
+    if op not in known:
+        raise ValueError(f"op {op!r} has no benchmark; expected {' or '.join(OPS)}")
+    return known[op]
+
+
+def _cases(benchmark: Benchmark, shapes: str, quick: bool) -> Sequence[Case]:
+    if quick:
+        return [case for case in benchmark.cases if case.quick]
+    if shapes.endswith(".json"):
+        return _read_cases(type(benchmark.cases[0]), Path(shapes))
+    named = {case.name: case for case in benchmark.cases if not case.quick}
+    if shapes == "all":
+        return list(named.values())
+    for name in shapes.split(","):
+        if name not in named:
+            raise ValueError(
+                f"--shapes: no case {name!r} of {benchmark.name}; expected {', '.join(named)}, all, or a .json file"
+            )
+    return [named[name] for name in shapes.split(",")]
+
+
+def _read_cases(kind: type[Case], path: Path) -> list[Case]:
+    names = [field.name for field in fields(kind)]
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--shapes {path}: {error}") from None
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"--shapes {path}: expected a list of objects with {', '.join(names)}")
+    cases = []
+    for number, entry in enumerate(entries, 1):
+        if unknown := entry.keys() - set(names):
+            raise ValueError(f"--shapes {path}: case {number} has {', '.join(sorted(unknown))}; expected {', '.join(names)}")
+        try:
+            cases.append(kind(**{"name": f"case {number}", **entry}))
+        except TypeError as error:  # a field is absent
+            raise ValueError(f"--shapes {path}: case {number}: {str(error).partition('() ')[2]}") from None
+    return cases
+
+
+def _dtypes(names: str) -> list[torch.dtype]:
+    import torch
+
+    for name in names.split(","):
+        if name not in DTYPES:
+            raise ValueError(f"--dtype: {name!r} is not one of {', '.join(DTYPES)}")
+    return [getattr(torch, name) for name in names.split(",")]
+
+
+def _passes(direction: str) -> tuple[str, ...]:
+    known = {"fwd": ("forward",), "bwd": ("backward",), "both": ("forward", "backward")}
+    if direction not in known:
+        raise ValueError(f"--pass: {direction!r} is not one of {', '.join(known)}")
+    return known[direction]
+
+
+def _peers(benchmark: Benchmark, names: str) -> list[Peer]:
+    if names in ("auto", "none"):
+        return [peer for peer in benchmark.peers if peer.auto and names == "auto"]
+    known = {peer.name: peer for peer in benchmark.peers}
+    for name in names.split(","):
+        if name not in known:
+            raise ValueError(f"--peers: {benchmark.name} has no peer {name!r}; expected auto, none, or {', '.join(known)}")
+    return [known[name] for name in names.split(",")]
+
+
+def _check_device(op: str, device: str) -> None:
+    if device.partition(":")[0] == "cuda":
+        raise ValueError(f"--device {device}: {op} has no CUDA kernel yet; it runs on the CPU (--device cpu)")
+    if device != "cpu":
+        raise ValueError(f"--device: {device!r} is not known; expected cpu")
