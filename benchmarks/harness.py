@@ -1,8 +1,8 @@
 """Measures an op beside its peers.
 
-First a gate: every contender runs once on the timed inputs, and is compared with the float64 reference. One that is wrong is
-not timed. Then rounds: in each, every contender runs once, on the next copy of the inputs and from another place in the order,
-so that all share the machine's ups and downs and none finds its inputs in cache.
+First a gate: every contender runs once on the timed inputs, and is compared with the float64 reference. One that is wrong
+is not timed. Then rounds: in each, every contender runs once, on the next copy of the inputs, so that none finds them in
+cache. All share the machine's ups and downs, and the order moves on, so that none always has the same one before it.
 """
 
 from __future__ import annotations

@@ -58,11 +58,12 @@ def last_level_cache() -> int:
 
 
 def commit() -> str:
-    """The commit of the checkout this package is imported from, "-dirty" if files differ; empty if installed elsewhere."""
-    folder = Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The commit of the checkout this file is in, "-dirty" if tracked files differ; empty if it is in none."""
+    file = Path(__file__).resolve()
+    git = ["git", "-C", str(file.parent)]
     try:
-        tracked = subprocess.run([*command[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, check=False)
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return ""
@@ -88,4 +89,6 @@ class Rates:
         begin = time.perf_counter()
         self._target.copy_(self._source)
         self.copy.append(2 * self._source.nbytes / (time.perf_counter() - begin))
+        # OpenMP's threads spin for a while after their work, and would take a fifth of the next figure.
+        time.sleep(0.02)
         self.exp2.append(_C.exp2_rate(torch.get_num_threads()))

@@ -134,9 +134,10 @@ def write_json(path: Path, op: str, machine: dict[str, str], cases: Sequence[Mea
     """Writes all that was measured.
 
     Keys: `schema` (1); `op`; `machine` (text by name); `cases`, each with `case` (its fields), `checked`, `copies`, `cold`,
-    `absent` (reasons by peer), `results` (`contender`, `dtype`, `direction`, `error`, `tolerance`, `seconds` of each run, and
-    `median`, `minimum`, `lower_quartile`, `upper_quartile` where there are any), `traffic_bytes`, `peak_memory_bytes`,
-    `rates` (`exp2_per_second`, `copy_bytes_per_second`, every measurement) and `figures` (see :func:`figures`).
+    `absent` (reasons by peer), `results` (`contender`, `dtype`, `direction`, `error`, `tolerance`, `seconds` of each run,
+    and `median`, `minimum`, `lower_quartile`, `upper_quartile` where there are any), `traffic_bytes`,
+    `peak_memory_bytes`, `rates` (`exp2_per_second`, `copy_bytes_per_second`, every measurement) and `figures` (see
+    :func:`figures`).
     """
     text = json.dumps({"schema": SCHEMA, "op": op, "machine": machine, "cases": [_record(m) for m in cases]}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)

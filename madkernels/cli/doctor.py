@@ -1,0 +1,121 @@
+"""`madkernels doctor`: what was built, what this machine offers, and which op runs where."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from madkernels._version import __version__  # not the package's public names: they need the extension
+
+OPS = ("selective_scan", "causal_conv")
+BUILD = "pip install --no-build-isolation ."
+
+
+def doctor() -> None:
+    """Say what was built, what the CPU and the GPU offer, which ops run where, and what to do about what is missing."""
+    console = Console(highlight=False)
+    extension, failure = load_extension()
+    facts = Table.grid(padding=(0, 2))
+    for name, value in describe_torch() + (describe_extension(extension) if extension else []) + describe_gpus():
+        facts.add_row(f"[bold]{name}[/bold]", value)
+    console.print(facts)
+    console.print(ops_table())
+    lines = advice(extension, failure)
+    for line in lines or ["Nothing is missing."]:
+        console.print(f"- {line}" if lines else line, markup=False)
+
+
+def load_extension() -> tuple[ModuleType | None, str]:
+    """The extension, or None and why it does not load."""
+    try:
+        return importlib.import_module("madkernels._C"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def describe_torch() -> list[tuple[str, str]]:
+    """Names and values for the first lines."""
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    return [("madkernels", __version__), ("torch", f"{torch.__version__} ({cuda}, {torch.get_num_threads()} threads)")]
+
+
+def describe_extension(extension: ModuleType) -> list[tuple[str, str]]:
+    """What was built, and what of it this CPU runs."""
+    info: dict[str, str] = extension.build_info()
+    sets = f"built for {info['isas'].replace(',', ', ')}; this CPU has {', '.join(extension.cpu_supported())}"
+    return [
+        ("extension", f"{info['version']}, {info['compiler']}, for torch {info['torch_target']} and later"),
+        ("CPU", f"{extension.cpu_isa()} in use; {sets}"),
+        ("CUDA kernels", "none" if info["cuda"] == "off" else f"built for {info['cuda']}"),
+    ]
+
+
+def describe_gpus() -> list[tuple[str, str]]:
+    """One line a GPU that torch sees, and the driver's version on NVIDIA."""
+    if not torch.cuda.is_available():
+        return [("GPU", "none that torch can use")]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        capability = f"compute capability {device.major}.{device.minor}"
+        lines.append((f"GPU {index}", f"{device.name}, {capability}, {device.total_memory / 2**30:.0f} GiB"))
+    driver = nvidia_driver()
+    return lines + ([("driver", driver)] if driver else [])
+
+
+def nvidia_driver() -> str | None:
+    """The version of NVIDIA's driver; None without one."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return None
+    pynvml.nvmlShutdown()
+    return str(version)
+
+
+def ops_table() -> Table:
+    """Which op has kernels for which device, by what is registered with torch."""
+    table = Table("op", "cpu", "cuda")
+    for op in OPS:
+        table.add_row(op, *("yes" if has_kernel(op, key) else "not built" for key in ("CPU", "CUDA")))
+    return table
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether torch would find a kernel of the op for the dispatch key."""
+    name = f"madkernels::{op}"
+    exists = torch._C._dispatch_has_kernel(name)
+    return exists and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def advice(extension: ModuleType | None, failure: str) -> list[str]:
+    """What to do about what is missing."""
+    if extension is None:
+        return [
+            f"The extension does not load: {failure}",
+            f"Build it against this torch, in the folder of the sources: {BUILD}",
+            "Until then only madkernels.reference would run, and `import madkernels` fails.",
+        ]
+    lines = []
+    info: dict[str, str] = extension.build_info()
+    supported, used = extension.cpu_supported(), extension.cpu_isa()
+    if missing := [isa for isa in ("avx2", "avx512") if isa not in info["isas"].split(",")]:
+        lines.append(
+            f"Built without {' and '.join(missing)}: rebuild with a compiler that has them, GCC 12 or later: {BUILD}"
+        )
+    if supported and used != supported[-1]:
+        lines.append(f"{used} is in use though this CPU has {supported[-1]}: unset MADKERNELS_CPU.")
+    if info["version"] != __version__:
+        lines.append(f"The extension is of version {info['version']}, the Python code of {__version__}: rebuild it: {BUILD}")
+    if torch.cuda.is_available() and info["cuda"] == "off":
+        lines.append("torch has CUDA and a GPU, but the ops have no CUDA kernels yet: keep their inputs on the CPU.")
+    elif nvidia_driver() and not torch.version.cuda:
+        lines.append("There is an NVIDIA GPU, but this torch was built without CUDA; the ops run on the CPU either way.")
+    return lines
