@@ -101,13 +101,13 @@ class Measured:
 
     case: Case
     absent: dict[str, str]  # peers that did not run, and why
+    rates: Rates
     results: list[Result] = field(default_factory=list)
     checked: str = ""  # how much the gate compared
     copies: dict[str, int] = field(default_factory=dict)  # how many, not bytes
     cold: bool = True  # whether between two turns of a copy more bytes pass than the last-level cache holds
     traffic: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes each pass must move
     memory: dict[str, int] = field(default_factory=dict)  # peak of a forward and backward
-    rates: Rates = field(default_factory=Rates)
 
     def add_sizes(self, dtype: str, inputs: Inputs, copies: list[Inputs]) -> None:
         """Notes what follows from the inputs, which have the gradient of the output as `out`."""
@@ -220,7 +220,7 @@ def measure(
     absent = {peer.name: why for peer in peers if (why := peer.missing())}
     absent |= {peer.name: "does not take this case" for peer in peers if not peer.accepts(case)}
     present = [peer for peer in peers if peer.name not in absent]
-    measured = Measured(case, absent)
+    measured = Measured(case, absent, Rates())
     runners: list[Contender] = []
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")

@@ -71,22 +71,32 @@ def show(op: str, measured: Measured, console: Console) -> None:
     cold = "not found in cache" if measured.cold else "still in the last-level cache"
     console.print(f"\n[bold]{op}[/bold] {measured.case}", highlight=False)
     console.print(f"checked: {measured.checked}; copies of the inputs: {copies}, {cold}", highlight=False)
-    table = Table("pass", "dtype", "contender", "error", "median", "min", "quartiles", "times ours", "of floor")
-    for result in sorted(measured.results, key=lambda r: (r.direction != "forward", r.dtype)):
-        table.add_row(*_row(measured, result))
-    console.print(table)
+    for dtype, passes in measured.traffic.items():
+        for direction in passes:
+            _show_pass(measured, [r for r in measured.results if (r.dtype, r.direction) == (dtype, direction)], console)
     for name, why in measured.absent.items():
         console.print(f"not run: {name}: {why}", highlight=False)
     for line in _summary(measured):
         console.print(line, highlight=False)
 
 
+def _show_pass(measured: Measured, results: Sequence[Result], console: Console) -> None:
+    if not results:
+        return
+    table = Table("contender", "error", "median", "min", "quartiles", "/ ours", "floor", box=None, title_justify="left")
+    table.title = f"{results[0].dtype} {results[0].direction}, in ms"
+    table.columns[0].no_wrap = True
+    for result in results:
+        table.add_row(*_row(measured, result))
+    console.print(table)
+
+
 def _row(measured: Measured, result: Result) -> list[str]:
-    row = [result.direction, result.dtype, result.contender, f"{result.error:.1e}"]
+    row = [result.contender, f"{result.error:.1e}"]
     if not result.right:
-        return [*row, f"wrong: above {result.tolerance:.0e}, not timed"]
+        return [*row, "wrong", "not", "timed"]
     low, _, high = quartiles(result.seconds)
-    row += [milliseconds(result.median), milliseconds(min(result.seconds)), f"{milliseconds(low)} to {milliseconds(high)}"]
+    row += [milliseconds(result.median), milliseconds(min(result.seconds)), f"{milliseconds(low)} - {milliseconds(high)}"]
     mine = ours(measured, result.dtype, result.direction)
     row.append(f"{result.median / mine.median:.2f}" if mine else "")
     floor = max(measured.floor(result.dtype, result.direction).values())
@@ -121,8 +131,8 @@ def _sentence(found: dict[str, Any]) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """With three digits or more."""
-    return f"{seconds * 1e3:.3g} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"
+    """A number of milliseconds, with three digits or more."""
+    return f"{seconds * 1e3:.3g}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
 
 
 def quartiles(values: Sequence[float]) -> list[float]:

@@ -1,0 +1,156 @@
+"""`madkernels bench`: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from madkernels.benchmarks import harness, report
+from madkernels.benchmarks.cases import ConvCase
+from madkernels.benchmarks.harness import Measured, Result
+from madkernels.cli.bench import bench
+
+app = typer.Typer()
+app.command()(bench)
+
+SMALL = [{"name": "small", "batch": 1, "seqlen": 12, "dim": 6, "width": 3, "activation": "silu"}]
+
+
+class FixedRates:
+    """Rates of round figures, at no cost."""
+
+    def __init__(self) -> None:
+        self.exp2: list[float] = []
+        self.copy: list[float] = []
+
+    def measure(self) -> None:
+        self.exp2.append(1e9)
+        self.copy.append(1e10)
+
+
+@pytest.fixture(autouse=True)
+def fixed_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "Rates", FixedRates)
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"}, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def shapes_file(folder: Path, content: Any) -> str:
+    path = folder / "shapes.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_prints_the_figures_and_writes_them(tmp_path: Path) -> None:
+    out, picture = tmp_path / "new" / "out.json", tmp_path / "out.png"
+    shapes = shapes_file(tmp_path, SMALL)
+    text = run(
+        "causal_conv", "--shapes", shapes, "--dtype", "float32,bfloat16", "--threads", "1", "--json", str(out),
+        "--plot", str(picture),
+    )  # fmt: skip
+    assert "small: batch 1, seqlen 12, dim 6, width 3, activation silu" in text
+    for words in ("of the floor", "times the forward", "times float32", "the fastest peer", "times inputs and output"):
+        assert words in text
+    record = json.loads(out.read_text())
+    assert record["schema"] == 1
+    assert record["op"] == "causal_conv"
+    assert record["machine"]["threads"] == "1"
+    (case,) = record["cases"]
+    assert case["case"]["dim"] == 6
+    contenders = {"madkernels", "reference", "conv1d", "conv1d-channel-first", "shift-and-add"}
+    assert {result["contender"] for result in case["results"]} == contenders
+    assert all(result["seconds"] and result["minimum"] <= result["median"] for result in case["results"])
+    assert case["figures"].keys() == {"float32", "bfloat16"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_threads_are_put_back(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    run("causal_conv", "--shapes", shapes_file(tmp_path, SMALL), "--peers", "none", "--threads", str(before + 1))
+    assert torch.get_num_threads() == before
+
+
+def test_peers_are_chosen_by_name(tmp_path: Path) -> None:
+    shapes = shapes_file(tmp_path, SMALL)
+    alone = run("causal_conv", "--shapes", shapes, "--peers", "none", "--pass", "fwd")
+    assert "conv1d" not in alone
+    assert "fastest peer" not in alone
+    assert "backward" not in alone
+    some = run("causal_conv", "--shapes", shapes, "--peers", "conv1d", "--pass", "fwd")
+    assert "conv1d" in some
+    assert "shift-and-add" not in some
+
+
+def test_peers_that_are_absent_are_listed() -> None:
+    text = run("selective_scan", "--quick", "--pass", "fwd", "--peers", "transformers")
+    assert "not run: transformers: does not take this case" in text  # several groups
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fft"], "op 'fft' has no benchmark; expected selective_scan or causal_conv"),
+        (["causal_conv", "--dtype", "int8"], "--dtype: 'int8' is not one of float32"),
+        (["causal_conv", "--pass", "up"], "--pass: 'up' is not one of fwd, bwd, both"),
+        (["causal_conv", "--peers", "cudnn"], "causal_conv has no peer 'cudnn'; expected auto, none, or reference"),
+        (["causal_conv", "--shapes", "gpt"], "no case 'gpt' of causal_conv; expected mamba-130m"),
+        (["causal_conv", "--shapes", "no/such.json"], "--shapes no/such.json: .*No such file"),
+        (["causal_conv", "--device", "cuda"], "causal_conv has no CUDA kernel yet"),
+        (["causal_conv", "--device", "tpu"], "--device: 'tpu' is not known; expected cpu"),
+    ],
+)
+def test_refusals(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "expected a list of objects"),
+        ({"dim": 1}, "expected a list of objects"),
+        ([{"dim": 4, "height": 3}], "case 1 has height; expected name, batch"),
+        ([{"batch": 1, "seqlen": 2, "dim": 4}], "case 1: missing 1 required keyword-only argument: 'width'"),
+        ([{"batch": 1, "seqlen": 2, "dim": -4, "width": 3}], "case 'case 1': dim is -4; expected an integer"),
+    ],
+)
+def test_shape_files_that_do_not_fit(content: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        run("causal_conv", "--shapes", shapes_file(tmp_path, content))
+
+
+def test_figures() -> None:
+    case = ConvCase(name="some", batch=1, seqlen=100, dim=10, width=1)
+    measured = Measured(case, {}, FixedRates())  # type: ignore[arg-type]
+    measured.rates.measure()
+    times = {
+        ("madkernels", "forward"): 4e-6,
+        ("madkernels", "backward"): 10e-6,
+        ("a", "forward"): 12e-6,
+        ("b", "forward"): 8e-6,
+    }
+    for (name, direction), seconds in times.items():
+        measured.results.append(Result(name, "float32", direction, 0.0, 1e-5, [seconds / 2, seconds, seconds * 9]))
+    measured.results.append(Result("wrong", "float32", "forward", 1.0, 1e-5))
+    measured.results.append(Result("madkernels", "bfloat16", "forward", 0.0, 1e-5, [2e-6]))
+    measured.traffic = {"float32": {"forward": 8000, "backward": 12000}, "bfloat16": {"forward": 4000, "backward": 6000}}
+    measured.memory = {"float32": 20000}
+    found = report.figures(measured)
+    forward = found["float32"]["forward"]
+    assert forward["times_as_long"] == {"b": pytest.approx(2.0), "a": pytest.approx(3.0)}
+    assert forward["fastest_peer"] == "b"
+    assert forward["of_floor"] == pytest.approx(8000 / 1e10 / 4e-6)
+    assert found["float32"]["backward"]["times_forward"] == pytest.approx(2.5)
+    assert found["float32"]["backward"]["fastest_peer"] is None
+    assert found["float32"]["peak_memory"] == pytest.approx(2.5)
+    assert found["bfloat16"]["forward"]["times_float32"] == pytest.approx(0.5)

@@ -1,0 +1,109 @@
+"""`madkernels doctor`: what it says, also where things are missing."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import madkernels
+from madkernels import _C
+from madkernels.cli import doctor as module
+
+app = typer.Typer()
+app.command()(module.doctor)
+
+
+def run() -> str:
+    result = CliRunner().invoke(app, [], env={"COLUMNS": "200"}, catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+def extension(**changes: Any) -> Any:
+    """A stand-in for the extension."""
+    info = {"version": madkernels.__version__, "compiler": "GNU 12", "torch_target": "2.10", "cuda": "off"}
+    info |= {"isas": "baseline,avx2,avx512"} | changes.pop("info", {})
+    facts = {"cpu_isa": "avx2", "cpu_supported": ["baseline", "avx2"]} | changes
+    return SimpleNamespace(build_info=lambda: info, **{name: lambda v=v: v for name, v in facts.items()})
+
+
+def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> ModuleType:
+        raise ImportError("undefined symbol: aoti_torch_new")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(module, "nvidia_driver", lambda: "580.1")
+
+
+def test_says_what_is_here() -> None:
+    text = run()
+    assert f"madkernels    {madkernels.__version__}" in text
+    assert torch.__version__ in text
+    assert _C.build_info()["compiler"] in text
+    assert f"{_C.cpu_isa()} in use" in text
+    for op in ("selective_scan", "causal_conv"):
+        row = next(line for line in text.splitlines() if op in line)
+        assert row.split("│")[1:4] == [f" {op:14} ", " yes ", " not built "]
+
+
+def test_extension_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_extension(monkeypatch)
+    text = run()
+    assert "undefined symbol: aoti_torch_new" in text
+    assert "pip install --no-build-isolation ." in text
+    assert "in use" not in text
+
+
+def test_ops_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.has_kernel("selective_scan", "CPU")
+    assert not module.has_kernel("selective_scan", "CUDA")
+    assert not module.has_kernel("no_such_op", "CPU")
+
+
+def test_all_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_extension", lambda: (extension(), ""))
+    monkeypatch.setattr(module, "nvidia_driver", lambda: None)
+    assert "Nothing is missing." in run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"info": {"isas": "baseline,avx2"}}, "Built without avx512:"),
+        ({"cpu_isa": "baseline"}, "baseline is in use though this CPU has avx2: unset MADKERNELS_CPU."),
+        ({"info": {"version": "0.0.1"}}, "The extension is of version 0.0.1"),
+    ],
+)
+def test_advice(changes: dict[str, Any], line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "nvidia_driver", lambda: None)
+    (found,) = module.advice(extension(**changes), "")
+    assert found.startswith(line)
+
+
+def test_gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch)
+    text = run()
+    assert "NVIDIA H100, compute capability 9.0, 80 GiB" in text
+    assert "580.1" in text
+    assert "torch has CUDA and a GPU, but the ops have no CUDA kernels yet" in text
+
+
+def test_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(module, "nvidia_driver", lambda: "580.1")
+    (line,) = module.advice(extension(), "")
+    assert line.startswith("There is an NVIDIA GPU, but this torch was built without CUDA")
