@@ -1,0 +1,32 @@
+"""`madkernels`: assembles the commands. What a command needs is imported when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from madkernels.cli.bench import bench
+from madkernels.cli.doctor import doctor
+from madkernels.cli.mad import mad
+
+app = typer.Typer(
+    help="Kernels for hybrid language models, and the MAD pipeline that designs them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(mad, name="mad")
+app.command()(bench)
+app.command()(doctor)
+
+
+def main() -> None:
+    """The entry point. What the user can put right is one message and exit code 2, without a traceback."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

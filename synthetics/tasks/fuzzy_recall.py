@@ -1,0 +1,131 @@
+"""Fuzzy in-context recall: keys and values of several tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from madkernels.synthetics.draws import Draws, Flags, Integers, Reals, distinct, split_unit
+from madkernels.synthetics.tasks.base import Split, Task, next_tokens
+
+
+@dataclass(frozen=True)
+class FuzzyRecall(Task):
+    """As recall, but a key is a tuple of distinct key tokens and a value a tuple of distinct value tokens.
+
+    Key lengths are even over 1 to `key_motif` in training, `key_motif` in validation and test; value lengths even over 1 to
+    `value_motif`. A probe pair is inserted where the sequence passes a random place, and closes the sequence; a pad token
+    (the last of the vocabulary) fills up on the left. Validation and test score the values of repeated keys and the last
+    value; training scores every next token, pads included.
+
+    As published, the probe's place may lie behind where filling stops, so that in about 2 % of sequences the last key was
+    never shown: those cannot be answered, and no model reaches an accuracy of 1.
+    """
+
+    name: ClassVar[str] = "fuzzy-recall"
+    summary: ClassVar[str] = "recall, with keys and values of one to three tokens"
+
+    key_motif: int = 3
+    value_motif: int = 3
+
+    def __post_init__(self) -> None:
+        motif = self.key_motif + self.value_motif
+        self.require(self.key_motif >= 1 and self.value_motif >= 1, "motifs take a length from 1")
+        smallest = 1 + max(2 * self.key_motif, 2 * self.value_motif - 1)
+        enough = self.keys >= self.key_motif and self.values >= self.value_motif
+        self.require(enough, f"vocab_size {self.vocab_size} is too small: it takes {smallest} at least for these motifs")
+        self.require(self.seqlen > 2 * motif, f"seqlen {self.seqlen} is too short: it takes {2 * motif + 1} at least")
+
+    @property
+    def keys(self) -> int:
+        return (self.vocab_size - 1) // 2
+
+    @property
+    def values(self) -> int:
+        return self.vocab_size - 1 - self.keys
+
+    def roles(self) -> dict[str, range]:
+        pad = self.vocab_size - 1
+        return {"key": range(self.keys), "value": range(self.keys, pad), "pad": range(pad, pad + 1)}
+
+    def make(self, draws: Draws, seed: int, split: Split) -> tuple[Integers, Integers]:
+        slots = self.seqlen // 2  # pairs that may be needed, the probe in front
+        key_length, key = self.draw_keys(draws.uniform(slots + 1), split)
+        code = self.codes(key_length, key)
+        value_length, value = self.draw_values(draws.of(code))
+        pair_length = key_length + value_length
+        start, kept = self.place(pair_length, draws.uniform())
+
+        sequence = np.full((len(code), self.seqlen + 1), self.vocab_size - 1)
+        marks = np.zeros_like(sequence, dtype=bool)
+        repeated = self.repeated(code, start, kept) if split != "train" else np.zeros_like(kept)
+        write(sequence, start, key_length, key, kept)
+        write(sequence, start + key_length, value_length, value + self.keys, kept, marks, repeated)
+        # the probe once more, at the end
+        end = np.full((len(code), 1), self.seqlen + 1)
+        always = np.ones_like(end, dtype=bool)
+        write(sequence, end - pair_length[:, :1], key_length[:, :1], key[:, :1], always)
+        write(sequence, end - value_length[:, :1], value_length[:, :1], value[:, :1] + self.keys, always, marks, always)
+        return next_tokens(sequence, None if split == "train" else marks)
+
+    def draw_keys(self, uniform: Reals, split: Split) -> tuple[Integers, Integers]:
+        """Lengths (count, slots) and tokens (count, slots, key_motif) of the keys."""
+        length, uniform = split_unit(uniform, self.key_motif)
+        length = length + 1 if split == "train" else np.full_like(length, self.key_motif)
+        return length, distinct(uniform, self.keys, self.key_motif)
+
+    def codes(self, length: Integers, key: Integers) -> Integers:
+        """A number for each key, the same for the same tokens and length."""
+        code = np.zeros_like(length)
+        for i in range(self.key_motif):
+            code = code * (self.keys + 1) + np.where(i < length, key[..., i] + 1, 0)
+        return code
+
+    def draw_values(self, uniform: Reals) -> tuple[Integers, Integers]:
+        length, uniform = split_unit(uniform, self.value_motif)
+        return length + 1, distinct(uniform, self.values, self.value_motif)
+
+    def place(self, pair_length: Integers, uniform: Reals) -> tuple[Integers, Flags]:
+        """Where each pair starts in the padded sequence, (count, slots + 1), the probe in front; and which are there."""
+        probe, others = pair_length[:, :1], pair_length[:, 1:]
+        limit = self.seqlen - probe - (self.key_motif + self.value_motif)  # filling stops here
+        passed = (uniform[:, None] * (self.seqlen - 2 * probe)).astype(np.int64)  # the probe comes where this is passed
+        start = np.cumsum(others, axis=1) - others
+        behind = start >= passed
+        slot = np.argmax(behind, axis=1)[:, None]
+        probe_start = np.where(behind.any(axis=1, keepdims=True), np.take_along_axis(start, slot, axis=1), self.seqlen)
+        start = start + np.where(behind, probe, 0)
+        start = np.concatenate([probe_start, start], axis=1)
+        kept = start < limit
+        filled = np.where(kept, start + pair_length, 0).max(axis=1, keepdims=True)
+        pad = self.seqlen + 1 - probe - filled
+        return start + pad, kept
+
+    def repeated(self, code: Integers, start: Integers, kept: Flags) -> Flags:
+        """Whether a pair's key stands earlier in the sequence, (count, slots + 1)."""
+        found = np.zeros_like(kept)
+        for slot in range(code.shape[1]):
+            same = (code == code[:, slot : slot + 1]) & kept & (start < start[:, slot : slot + 1])
+            found[:, slot] = same.any(axis=1) & kept[:, slot]
+        return found
+
+
+def write(
+    sequence: Integers,
+    start: Integers,
+    length: Integers,
+    tokens: Integers,
+    kept: Flags,
+    marks: Flags | None = None,
+    marked: Flags | None = None,
+) -> None:
+    """sequence[row, start + i] = tokens[row, slot, i] for i < length, where the slot is kept; and marks likewise."""
+    rows = np.broadcast_to(np.arange(len(sequence))[:, None], start.shape)
+    for i in range(tokens.shape[-1]):
+        here = kept & (i < length)
+        sequence[rows[here], start[here] + i] = tokens[..., i][here]
+        if marks is not None and marked is not None:
+            scored = here & marked
+            marks[rows[scored], start[scored] + i] = True
