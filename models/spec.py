@@ -19,7 +19,11 @@ from madkernels.models.layers import LAYERS, Layer
 
 Value = int | float | bool
 
-_TOKEN = re.compile(r"\s*(\d+\s*\*|[()]|[^\s()]+)")
+_TOKEN = re.compile(r"\s*([0-9]+\s*\*|[()]|[^\s()]+)")
+
+# Far beyond any model; a slip of the finger is refused before it fills the memory.
+MAX_LAYERS = 4096
+MAX_DEPTH = 32
 
 
 class SpecError(ValueError):
@@ -73,26 +77,35 @@ class _Parser:
         self.text, self.tokens, self.next = text, tokens, 0
 
     def items(self, depth: int) -> Iterator[LayerSpec]:
-        opened = self.next
+        opened, found = self.next, 0
         while self.next < len(self.tokens):
             token, start = self.tokens[self.next]
             if token == ")":
                 if depth == 0:
                     raise SpecError(self.text, start, 1, "this ) closes nothing")
                 return
-            yield from self.item(depth)
+            layers = self.item(depth)
+            found += len(layers)
+            if found > MAX_LAYERS:
+                raise SpecError(self.text, start, len(token), f"more than {MAX_LAYERS} layers")
+            yield from layers
         if depth > 0:
             raise SpecError(self.text, self.tokens[opened - 1][1], 1, "this ( is never closed")
 
     def item(self, depth: int) -> list[LayerSpec]:
         token, start = self.take()
+        if depth > MAX_DEPTH:
+            raise SpecError(self.text, start, len(token), f"repetitions and brackets go {MAX_DEPTH} deep at most")
         if token.endswith("*"):
-            count = int(token[:-1])
-            if count < 1:
-                raise SpecError(self.text, start, len(token), "a repetition counts from 1")
+            digits = token[:-1].rstrip()
+            if not re.fullmatch("[0-9]{1,9}", digits) or not 1 <= (count := int(digits)) <= MAX_LAYERS:
+                raise SpecError(self.text, start, len(token), f"a repetition counts from 1 to {MAX_LAYERS}")
             if self.next == len(self.tokens) or self.tokens[self.next][0] == ")":
                 raise SpecError(self.text, start, len(token), "nothing follows to be repeated")
-            return self.item(depth) * count
+            layers = self.item(depth + 1)
+            if len(layers) * count > MAX_LAYERS:
+                raise SpecError(self.text, start, len(token), f"more than {MAX_LAYERS} layers: {count} times {len(layers)}")
+            return layers * count
         if token == "(":
             layers = list(self.items(depth + 1))
             _, end = self.take()
@@ -151,7 +164,6 @@ def _read(text: str, kind: type) -> Value:
         return text == "true"
     if kind is float:
         return float(text)
-    number = int(text)
-    if number < 1:
+    if not re.fullmatch("0*[1-9][0-9]{0,11}", text):
         raise ValueError
-    return number
+    return int(text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +51,12 @@ def test_written_out_and_read_again(layers: list[LayerSpec]) -> None:
     assert parse(str(arch)) == arch
 
 
+@given(st.text("mlpabs()*:=,12. -\t", max_size=14) | st.text(max_size=14))
+def test_any_text_is_an_architecture_or_a_spec_error(text: str) -> None:
+    with contextlib.suppress(SpecError):
+        assert parse(text).layers
+
+
 @pytest.mark.parametrize(
     ("text", "pointed_at", "message"),
     [
@@ -67,6 +75,16 @@ def test_written_out_and_read_again(layers: list[LayerSpec]) -> None:
         ("attention:heads=2,heads=4", "heads=4", "given twice"),
         ("", " ", "at least one layer"),
         ("  ", " ", "at least one layer"),
+        ("attention:heads=٣", "٣", "a whole number from 1"),
+        ("moe:experts=" + "9" * 5000, "9" * 5000, "a whole number from 1"),
+        ("*", "*", "counts from 1"),
+        ("mlp* mlp", "mlp*", "counts from 1"),
+        ("mlp 9999*mamba", "9999*", "counts from 1 to 4096"),
+        ("1" * 5000 + "*mlp", "1" * 5000 + "*", "counts from 1 to 4096"),
+        ("80*(mamba 70*mlp)", "80*", "more than 4096 layers: 80 times 71"),
+        ("4096*mlp mamba", "mamba", "more than 4096 layers"),
+        ("(" * 5000, "(", "brackets go 32 deep"),
+        ("1*" * 5000 + "mlp", "1*", "brackets go 32 deep"),
     ],
 )
 def test_errors_point_at_the_word(text: str, pointed_at: str, message: str) -> None:
