@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from madkernels.models.init import init_embedding
-from madkernels.models.lm import NORM_EPS, Backbone
+from madkernels.models.layers.base import check_positive
+from madkernels.models.lm import NORM_EPS, Backbone, check_tokens
 from madkernels.models.spec import Architecture, parse
 
 
@@ -27,6 +28,7 @@ class AutoEncoder(nn.Module):
 
     def __init__(self, arch: Architecture | str, *, vocab_size: int, seqlen: int, dim: int = 128) -> None:
         super().__init__()
+        check_positive(vocab_size=vocab_size, dim=dim, seqlen=seqlen)
         self.arch = parse(arch) if isinstance(arch, str) else arch
         self.vocab_size, self.dim, self.seqlen = vocab_size, dim, seqlen
         self.embedding = nn.Embedding(vocab_size, dim)
@@ -42,6 +44,7 @@ class AutoEncoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (batch, seqlen) int64 to logits (batch, seqlen, vocab_size)."""
+        check_tokens(tokens)
         if tokens.shape[1] != self.seqlen:
             raise ValueError(f"tokens has length {tokens.shape[1]}; this auto-encoder was built for {self.seqlen}")
         code = self.backbone(self.embedding(tokens))[:, -1:]

@@ -31,9 +31,13 @@ def init_embedding(embedding: nn.Embedding) -> None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for an optimiser: what is decayed, and vectors and recurrence parameters, which are not."""
+    """Two groups for an optimiser: what is decayed, and vectors and recurrence parameters, which are not.
+
+    What is exempt is asked of the modules (`Layer.undecayed`): a mark on a parameter is lost when a model is copied.
+    """
+    exempt = {id(m.get_parameter(name)) for m in model.modules() for name in getattr(m, "undecayed", ())}
     parameters = [p for p in model.parameters() if p.requires_grad]
-    kept = [p for p in parameters if p.dim() < 2 or getattr(p, "_no_weight_decay", False)]
+    kept = [p for p in parameters if p.dim() < 2 or id(p) in exempt]
     ids = {id(p) for p in kept}
     decayed = [p for p in parameters if id(p) not in ids]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from madkernels.models.init import init_embedding
 from madkernels.models.layers import Layer, State
+from madkernels.models.layers.base import check_positive
 from madkernels.models.spec import Architecture, parse
 
 NORM_EPS = 1e-5
@@ -53,6 +54,7 @@ class HybridLM(nn.Module):
 
     def __init__(self, arch: Architecture | str, *, vocab_size: int, dim: int = 128, tied: bool = False) -> None:
         super().__init__()
+        check_positive(vocab_size=vocab_size, dim=dim)
         self.arch = parse(arch) if isinstance(arch, str) else arch
         self.vocab_size, self.dim, self.tied = vocab_size, dim, tied
         self.embedding = nn.Embedding(vocab_size, dim)
@@ -64,6 +66,7 @@ class HybridLM(nn.Module):
 
     def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, states: list[State] | None = None) -> Tensor:
         """tokens (batch, seqlen) int64 to logits (batch, seqlen, vocab_size); `states` as in :class:`Layer`."""
+        check_tokens(tokens)
         logits: Tensor = self.unembedding(self.backbone(self.embedding(tokens), cu_seqlens=cu_seqlens, states=states))
         return logits
 
@@ -86,8 +89,11 @@ class HybridLM(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Continues prompt (batch, seqlen >= 1) to (batch, seqlen + max_new_tokens); temperature 0 takes the likeliest."""
+        check_tokens(prompt)
         if prompt.shape[1] == 0:
             raise ValueError("generate needs a prompt of one token at least")
+        if max_new_tokens < 0 or temperature < 0:
+            raise ValueError(f"max_new_tokens is {max_new_tokens} and temperature {temperature}; expected both from 0")
         states, tokens = self.init_state(prompt.shape[0]), [prompt]
         logits = self(prompt, states=states)[:, -1]
         for i in range(max_new_tokens):
@@ -99,3 +105,9 @@ class HybridLM(nn.Module):
                 chosen = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
             tokens.append(chosen)
         return torch.cat(tokens, dim=1)
+
+
+def check_tokens(tokens: Tensor) -> None:
+    """Raises ValueError unless these are (batch, seqlen) integers that an embedding takes."""
+    if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"tokens has dtype {tokens.dtype} and shape {tuple(tokens.shape)}; expected int64 (batch, seqlen)")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels.models.layers.base import Layer, State, document_of, refuse_state_with_documents
+from madkernels.models.layers.base import Layer, State, check_positive, document_of
 
 ROTARY_BASE = 10000.0
 
@@ -18,6 +18,7 @@ class Attention(Layer):
 
     def __init__(self, dim: int, *, heads: int = 16) -> None:
         super().__init__(dim)
+        check_positive(heads=heads)
         if dim % heads or dim // heads % 2:
             raise ValueError(f"dim {dim} does not divide into {heads} heads of even width; take another dim or heads=")
         self.heads, self.head_dim = heads, dim // heads
@@ -25,7 +26,7 @@ class Attention(Layer):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
-        refuse_state_with_documents(cu_seqlens, state)
+        self.check(x, cu_seqlens, state)
         batch, seqlen, _ = x.shape
         q, k, v = self.qkv(x).view(batch, seqlen, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         positions = torch.arange(seqlen, device=x.device)
@@ -78,10 +79,11 @@ class Attention(Layer):
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary position embedding of x (batch, heads, seqlen, head_dim): pairs (i, i + head_dim / 2), angles in float32."""
+    """Rotary position embedding of x (batch, heads, seqlen, head_dim): pairs (i, i + head_dim / 2)."""
     half = x.shape[-1] // 2
-    frequency = ROTARY_BASE ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = positions.to(torch.float32)[:, None] * frequency
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    frequency = ROTARY_BASE ** -(torch.arange(half, device=x.device, dtype=dtype) / half)
+    angle = positions.to(dtype)[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -15,10 +17,14 @@ class Layer(nn.Module):
     A layer is built as ``Cls(dim, **options)``; its options are the keyword-only arguments of its class, with defaults.
     """
 
+    # Parameters of two or more dimensions that weight decay leaves alone; those of one it always does.
+    undecayed: ClassVar[tuple[str, ...]] = ()
+
     dim: int
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        check_positive(dim=dim)
         self.dim = dim
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
@@ -28,8 +34,21 @@ class Layer(nn.Module):
             x: (batch, seqlen, dim).
             cu_seqlens: offsets of packed documents, (num_docs + 1,) int32; batch must be 1. Nothing passes between them.
             state: continues the sequences that left it, and is brought up to date. Not together with `cu_seqlens`.
+
+        Raises:
+            ValueError: an argument that no layer takes, named in the message.
         """
         raise NotImplementedError
+
+    def check(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> None:
+        """Raises ValueError for what no `forward` takes."""
+        if x.dim() != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, seqlen, {self.dim})")
+        if cu_seqlens is None:
+            return
+        if state is not None:
+            raise ValueError("a state cannot be continued by packed documents: give cu_seqlens or state, not both")
+        check_documents(cu_seqlens, x)
 
     def step(self, x: Tensor, state: State) -> Tensor:
         """One token: x (batch, dim) to (batch, dim); brings `state` up to date."""
@@ -57,9 +76,26 @@ class Layer(nn.Module):
         return torch.zeros(shape, device=like.device, dtype=dtype or like.dtype)
 
 
-def refuse_state_with_documents(cu_seqlens: Tensor | None, state: State | None) -> None:
-    if cu_seqlens is not None and state is not None:
-        raise ValueError("a state cannot be continued by packed documents: give cu_seqlens or state, not both")
+def check_positive(**sizes: int) -> None:
+    """Raises ValueError unless all are integers from 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} is {size!r}; expected a whole number from 1")
+
+
+def check_documents(cu_seqlens: Tensor, x: Tensor) -> None:
+    """Raises ValueError unless `cu_seqlens` packs documents along x (1, seqlen, dim)."""
+    if x.shape[0] != 1:
+        raise ValueError(f"cu_seqlens packs documents along one row; expected batch 1, got {x.shape[0]}")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens has dtype {cu_seqlens.dtype} and shape {tuple(cu_seqlens.shape)}; expected int32 (num_docs + 1,)"
+        )
+    # The values are looked at where that costs nothing: not on a GPU, where the host would wait, nor in a graph.
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != x.shape[1] or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens is {cu_seqlens.tolist()}; expected offsets rising from 0 to the seqlen, {x.shape[1]}")
 
 
 def document_of(cu_seqlens: Tensor, seqlen: int) -> Tensor:

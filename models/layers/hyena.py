@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madkernels import causal_conv
-from madkernels.models.layers.base import Layer, State, refuse_state_with_documents
+from madkernels.models.layers.base import Layer, State, check_positive
 from madkernels.reference.documents import document_bounds
 
 
@@ -28,6 +30,7 @@ class Hyena(Layer):
         self, dim: int, *, expand: int = 4, groups: int = 4, width: int = 3, order: int = 4, horizon: int = 128
     ) -> None:
         super().__init__(dim)
+        check_positive(expand=expand, groups=groups, width=width, order=order, horizon=horizon)
         if expand * dim % groups:
             raise ValueError(f"{expand} * dim {dim} channels do not divide into {groups} groups")
         self.inner, self.groups, self.width, self.order = expand * dim, groups, width, order
@@ -37,11 +40,10 @@ class Hyena(Layer):
         self.conv_bias = nn.Parameter(conv.bias.detach()) if conv.bias is not None else None
         self.filter = ImplicitFilter(self.inner, order, horizon)
         self.skip = nn.Parameter(torch.randn(self.inner))
-        self.skip._no_weight_decay = True  # type: ignore[attr-defined]
         self.out = nn.Linear(self.inner, dim)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
-        refuse_state_with_documents(cu_seqlens, state)
+        self.check(x, cu_seqlens, state)
         projected = self.in_proj(x).repeat(1, 1, self.groups)
         conv_state = None if state is None else state["conv"].to(projected.dtype)
         qkv, conv_state = causal_conv(
@@ -54,21 +56,22 @@ class Hyena(Layer):
         if state is not None:
             kv = torch.cat([state["kv"].to(kv.dtype), kv], dim=1)
             state |= {"conv": conv_state, "kv": kv}
-        mixed = self.long_conv(kv, cu_seqlens)[:, -x.shape[1] :]
+        mixed = self.long_conv(kv, cu_seqlens)[:, kv.shape[1] - x.shape[1] :]
         y: Tensor = self.out(q * mixed)
         return y
 
     def long_conv(self, kv: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """kv (batch, seqlen, inner) convolved with the filter, plus the skip; documents one by one."""
         if cu_seqlens is not None:
-            parts = [self.long_conv(kv[:, a:b], None) for a, b in document_bounds(cu_seqlens) if b > a]
+            parts = [self.long_conv(kv[:, a:b], None) for a, b in document_bounds(cu_seqlens)]
             return torch.cat(parts, dim=1)
         seqlen = kv.shape[1]
+        if kv.numel() == 0:
+            return kv  # there is no FFT of nothing
         size = 2 * seqlen  # no wrap-around
-        with torch.autocast(kv.device.type, enabled=False):
-            filters = torch.fft.rfft(self.filter(seqlen), n=size, dim=0)  # (frequencies, inner)
-            signal = torch.fft.rfft(kv.float(), n=size, dim=1)
-            mixed = torch.fft.irfft(signal * filters, n=size, dim=1)[:, :seqlen]
+        signal = kv.to(torch.promote_types(kv.dtype, torch.float32))
+        filters = torch.fft.rfft(self.filter(seqlen, signal.dtype), n=size, dim=0)  # (frequencies, inner)
+        mixed: Tensor = torch.fft.irfft(torch.fft.rfft(signal, n=size, dim=1) * filters, n=size, dim=1)[:, :seqlen]
         return mixed.to(kv.dtype) + kv * self.skip.to(kv.dtype)
 
     def step(self, x: Tensor, state: State) -> Tensor:
@@ -80,7 +83,9 @@ class Hyena(Layer):
         )  # fmt: skip
         q, k, v = qkv.squeeze(1).chunk(3, dim=-1)
         kv = state["kv"] = torch.cat([state["kv"].to(q.dtype), (k * v).unsqueeze(1)], dim=1)
-        mixed = (kv.float() * self.filter(kv.shape[1]).flip(0)).sum(1).to(q.dtype) + k * v * self.skip.to(q.dtype)
+        signal = kv.to(torch.promote_types(kv.dtype, torch.float32))
+        mixed = (signal * self.filter(kv.shape[1], signal.dtype).flip(0)).sum(1).to(q.dtype)
+        mixed = mixed + k * v * self.skip.to(q.dtype)
         y: Tensor = self.out(q * mixed)
         return y
 
@@ -113,15 +118,17 @@ class ImplicitFilter(nn.Module):
         self.horizon = horizon
         self.layers = nn.ModuleList([nn.Linear(3, order), nn.Linear(order, order), nn.Linear(order, order)])
         self.frequency = nn.Parameter(torch.full((order,), 10.0))
-        self.frequency._no_weight_decay = True  # type: ignore[attr-defined]
         self.out = nn.Linear(order, channels, bias=False)
         self.register_buffer("rates", torch.linspace(1 / 1.5, 1 / 0.3, channels) * math.log(100), persistent=False)
 
-    def forward(self, length: int) -> Tensor:
-        """(length, channels), float32."""
-        t = torch.arange(length, device=self.rates.device, dtype=torch.float32) / self.horizon
+    def forward(self, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(length, channels) in `dtype`, whatever that of the parameters and whether autocast is on: lower precision would
+        blur the positions, and decoding would no longer agree with `forward`."""
+        t = torch.arange(length, device=self.rates.device, dtype=dtype) / self.horizon
         h = torch.stack([t, torch.cos(2 * math.pi * t), torch.sin(2 * math.pi * t)], dim=-1)
-        for layer in self.layers:
-            h = torch.sin(self.frequency.float() * layer(h))
-        filters: Tensor = self.out(h) * torch.exp(-t[:, None] * self.rates)
+        with torch.autocast(t.device.type, enabled=False):
+            for layer in cast("list[nn.Linear]", list(self.layers)):
+                h = F.linear(h, layer.weight.to(dtype), layer.bias.to(dtype))
+                h = torch.sin(self.frequency.to(dtype) * h)
+            filters: Tensor = F.linear(h, self.out.weight.to(dtype)) * torch.exp(-t[:, None] * self.rates.to(dtype))
         return filters

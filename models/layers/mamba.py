@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madkernels import causal_conv, causal_conv_step, selective_scan, selective_scan_step
-from madkernels.models.layers.base import Layer, State, refuse_state_with_documents
+from madkernels.models.layers.base import Layer, State, check_positive
 
 STEP_RANGE = (1e-3, 1e-1)  # of delta at the start, log-uniform
 
@@ -17,8 +17,11 @@ STEP_RANGE = (1e-3, 1e-1)  # of delta at the start, log-uniform
 class Mamba(Layer):
     """Sequence and channel mixer in one: ``expand * dim`` channels of `dstate` states, short convolution of `width` taps."""
 
+    undecayed = ("A_log",)
+
     def __init__(self, dim: int, *, dstate: int = 16, expand: int = 2, width: int = 4) -> None:
         super().__init__(dim)
+        check_positive(dstate=dstate, expand=expand, width=width)
         self.inner, self.dstate, self.width, self.rank = expand * dim, dstate, width, math.ceil(dim / 16)
         self.in_proj = nn.Linear(dim, 2 * self.inner, bias=False)
         conv = nn.Conv1d(self.inner, self.inner, width, groups=self.inner)  # for its initialisation
@@ -30,11 +33,9 @@ class Mamba(Layer):
         self.A_log = nn.Parameter(torch.arange(1, dstate + 1, dtype=torch.float32).log().repeat(self.inner, 1))  # S4D-real
         self.D = nn.Parameter(torch.ones(self.inner))
         self.out_proj = nn.Linear(self.inner, dim, bias=False)
-        for parameter in (self.A_log, self.D, self.delta_bias):
-            parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
-        refuse_state_with_documents(cu_seqlens, state)
+        self.check(x, cu_seqlens, state)
         u, z = self.in_proj(x).chunk(2, dim=-1)
         conv_state, scan_state = (None, None) if state is None else (state["conv"].to(u.dtype), state["scan"])
         u, conv_state = causal_conv(
@@ -43,7 +44,7 @@ class Mamba(Layer):
         )  # fmt: skip
         delta, B, C = self.project(u)
         y, scan_state = selective_scan(
-            u, delta, self.A(), B, C, self.D.float(), z, self.delta_bias.float(), True,
+            u, delta, self.A(), B, C, self.widened(self.D), z, self.widened(self.delta_bias), True,
             initial_state=scan_state, cu_seqlens=cu_seqlens, return_final_state=True,
         )  # fmt: skip
         if state is not None:
@@ -56,7 +57,8 @@ class Mamba(Layer):
         state["conv"] = state["conv"].to(u.dtype)
         u = causal_conv_step(state["conv"], u, self.conv_weight, self.conv_bias, activation="silu")
         delta, B, C = self.project(u)
-        y = selective_scan_step(state["scan"], u, delta, self.A(), B, C, self.D.float(), z, self.delta_bias.float(), True)
+        parameters = self.A(), B, C, self.widened(self.D), z, self.widened(self.delta_bias)
+        y = selective_scan_step(state["scan"], u, delta, *parameters, True)
         out: Tensor = self.out_proj(y)
         return out
 
@@ -66,12 +68,16 @@ class Mamba(Layer):
         return F.linear(low, self.delta_weight), B, C
 
     def A(self) -> Tensor:
-        return -torch.exp(self.A_log.float())
+        return -torch.exp(self.widened(self.A_log))
+
+    def widened(self, parameter: Tensor) -> Tensor:
+        """In the dtype that the scan takes of its parameters, and keeps its state in: at least float32."""
+        return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
     def init_state(self, batch: int) -> State:
         return {
             "conv": self.zeros(batch, self.width - 1, self.inner),
-            "scan": self.zeros(batch, self.inner, self.dstate, dtype=torch.float32),
+            "scan": self.zeros(batch, self.inner, self.dstate, dtype=self.widened(self.A_log).dtype),
         }
 
     def state_size(self, seqlen: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels.models.layers.base import Layer, State
+from madkernels.models.layers.base import Layer, State, check_positive
 
 
 class MLP(Layer):
@@ -13,10 +13,12 @@ class MLP(Layer):
 
     def __init__(self, dim: int, *, expand: int = 4) -> None:
         super().__init__(dim)
+        check_positive(expand=expand)
         self.up = nn.Linear(dim, expand * dim, bias=False)
         self.down = nn.Linear(expand * dim, dim, bias=False)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
+        self.check(x, cu_seqlens, state)
         y: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
         return y
 

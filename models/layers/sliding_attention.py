@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from madkernels.models.layers.attention import Attention
+from madkernels.models.layers.base import check_positive
 
 
 class SlidingAttention(Attention):
@@ -10,4 +11,5 @@ class SlidingAttention(Attention):
 
     def __init__(self, dim: int, *, heads: int = 16, window: int = 32) -> None:
         super().__init__(dim, heads=heads)
+        check_positive(window=window)
         self.window = window + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels.models.layers.base import Layer, State
+from madkernels.models.layers.base import Layer, State, check_positive
 
 
 class SwiGLU(Layer):
@@ -14,10 +14,12 @@ class SwiGLU(Layer):
     def __init__(self, dim: int, *, hidden: int = 0) -> None:
         super().__init__(dim)
         self.hidden = hidden or -(-8 * dim // 3 // 16) * 16
+        check_positive(hidden=self.hidden)
         self.gate_up = nn.Linear(dim, 2 * self.hidden, bias=False)
         self.down = nn.Linear(self.hidden, dim, bias=False)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
+        self.check(x, cu_seqlens, state)
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         y: Tensor = self.down(F.silu(gate) * up)
         return y

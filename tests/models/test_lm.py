@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -52,6 +53,68 @@ def test_packed_documents() -> None:
     torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size is 0; expected a whole number from 1"),
+        ({"dim": 0}, "dim is 0; expected a whole number from 1"),
+        ({"dim": 2.0}, "dim is 2.0; expected a whole number from 1"),
+    ],
+)
+def test_refuses_sizes(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model("mlp", **options)
+    with pytest.raises(ValueError, match=message):
+        AutoEncoder("mlp", **{"vocab_size": 16, "dim": 32, "seqlen": 4} | options)
+    with pytest.raises(ValueError, match="seqlen is 0; expected"):
+        AutoEncoder("mlp", vocab_size=16, seqlen=0)
+
+
+def test_refuses_tokens_that_are_none() -> None:
+    lm = model("mlp")
+    for bad in (tokens(2, 5).float(), tokens(2, 5)[0]):
+        with pytest.raises(ValueError, match=r"tokens has dtype .*; expected int64 \(batch, seqlen\)"):
+            lm(bad)
+        with pytest.raises(ValueError, match="expected int64"):
+            lm.generate(bad, 1)
+        with pytest.raises(ValueError, match="expected int64"):
+            AutoEncoder("mlp", vocab_size=16, dim=32, seqlen=5)(bad)
+    with pytest.raises(ValueError, match=r"max_new_tokens is 2 and temperature -1.0; expected both from 0"):
+        lm.generate(tokens(2, 5), 2, temperature=-1.0)
+    with pytest.raises(ValueError, match="max_new_tokens is -1"):
+        lm.generate(tokens(2, 5), -1)
+
+
+@torch.no_grad()
+def test_residual_blocks_are_pre_norm() -> None:
+    lm, text = model("mlp swiglu").double(), tokens(2, 5)
+    for norm in (*lm.backbone.norms, lm.backbone.norm):
+        norm.weight.uniform_(0.5, 2)
+
+    def normed(x: torch.Tensor, norm: torch.nn.RMSNorm) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+
+    x = lm.embedding.weight[text]
+    for norm, layer in zip(lm.backbone.norms, lm.backbone.layers, strict=True):
+        x = x + layer(normed(x, norm))
+    wanted = normed(x, lm.backbone.norm) @ lm.unembedding.weight.T + lm.unembedding.bias
+    torch.testing.assert_close(lm(text), wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_learns_a_sequence_by_heart(bfloat16: bool) -> None:
+    lm, text = model("mamba:dstate=4 moe:hidden=16 attention:heads=4 mlp"), tokens(2, 9)
+    optimizer = torch.optim.AdamW(parameter_groups(lm, 0.1), lr=1e-2)
+    for _ in range(25):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            logits = lm(text[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), text[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.3  # a guess is log 16 = 2.8
+
+
 def test_tied_embeddings_are_one_parameter() -> None:
     tied, untied = model(tied=True), model()
     assert tied.unembedding.weight is tied.embedding.weight
@@ -72,8 +135,8 @@ def test_autoencoder_decodes_from_the_last_vector() -> None:
         coder(text[:, :11])
 
 
-def test_parameter_groups() -> None:
-    lm = model()
+@pytest.mark.parametrize("lm", [model(), copy.deepcopy(model())], ids=["built", "copied"])
+def test_parameter_groups(lm: HybridLM) -> None:
     decayed, kept = parameter_groups(lm, 0.1)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     names = {id(p): n for n, p in lm.named_parameters()}
