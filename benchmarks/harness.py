@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,7 +169,8 @@ def peak_memory(function: Function, inputs: Inputs) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         found = gradients(function, inputs)
         del found
-    events = trace.profiler.kineto_results.events()
+    profiler: Any = trace.profiler
+    events = profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     held = peak = 0
     for _, change in changes:

@@ -5,6 +5,7 @@ All peers compute in the dtype of A, as the op does. They take one group of B an
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import cache
 
@@ -17,6 +18,7 @@ from madkernels.benchmarks.cases import SCAN_CASES, Case, ScanCase
 from madkernels.benchmarks.harness import Benchmark, Peer
 
 COMPILED_STEPS = 8  # steps of one compiled call: as fast as more of them, and compiled sooner
+TRANSFORMERS_MAMBA = "transformers.models.mamba.modeling_mamba"
 
 # From steps delta' and delta' u (batch, seqlen, dim), A (dstate, dim), B and C (batch, seqlen, dstate) to y, like delta'.
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -151,12 +153,9 @@ def transformers_scan(
     delta_bias: Tensor | None = None, delta_softplus: bool = False,
 ) -> Tensor:  # fmt: skip
     """The PyTorch path of transformers' Mamba, which it takes where mamba-ssm is absent."""
-    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
-
+    scan = importlib.import_module(TRANSFORMERS_MAMBA).mamba_selective_scan
     rows = [None if t is None else t.transpose(1, 2) for t in (u, delta, z)]
-    out: Tensor = mamba_selective_scan(
-        rows[0], rows[1], A, B.transpose(1, 2), C.transpose(1, 2), D, rows[2], delta_bias, delta_softplus
-    )
+    out: Tensor = scan(rows[0], rows[1], A, B.transpose(1, 2), C.transpose(1, 2), D, rows[2], delta_bias, delta_softplus)
     return out.transpose(1, 2)
 
 
@@ -182,7 +181,7 @@ BENCHMARK = Benchmark(
             "transformers",
             transformers_scan,
             accepts=_one_group,
-            needs="transformers.models.mamba.modeling_mamba:mamba_selective_scan",
+            needs=f"{TRANSFORMERS_MAMBA}:mamba_selective_scan",
         ),
     ),
 )
