@@ -139,7 +139,7 @@ def _progress(console: object) -> Progress:
 
 
 class Bars:
-    """A sweep's progress: a bar for all runs, and one for the epochs of each run under way. Where no terminal is: a line a run."""
+    """A sweep's progress: a bar for all runs, one for the epochs of each under way. Where no terminal is: a line a run."""
 
     def __init__(self, bars: Progress, runs: int, done: int) -> None:
         self.bars, self.runs, self.done = bars, runs, done

@@ -1,0 +1,325 @@
+"""Training, the results file, sweeps that are killed, and the command."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from madkernels.synthetics import sweep as sweep_module
+from madkernels.synthetics.protocol import DEMO, Run, Score, Training, mad_score, plan, scores
+from madkernels.synthetics.store import Store
+from madkernels.synthetics.sweep import sweep
+from madkernels.synthetics.tasks.compression import Compression
+from madkernels.synthetics.tasks.recall import Recall
+from madkernels.synthetics.train import Diverged, macro_accuracy, measure, train
+
+ARCH = "attention:heads=2 mlp"
+TINY = Training(lr=3e-3, epochs=2, batch=16, dim=16, held_out=32, seed=1)
+TASK = Recall(vocab_size=8, seqlen=8, train_examples=64)
+
+
+def tiny(arch: str = ARCH, **options: Any) -> Run:
+    return Run(arch, TASK, dataclasses.replace(TINY, **options))
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.ended: list[tuple[Run, str]] = []
+        self.epochs = 0
+
+    def run_starts(self, run: Run) -> None: ...
+
+    def epoch_ends(self, run: Run, epoch: int, point: dict[str, float]) -> None:
+        self.epochs += 1
+
+    def run_ends(self, run: Run, outcome: str) -> None:
+        self.ended.append((run, outcome))
+
+
+def without_time(result: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in result.items() if k != "seconds"}
+
+
+# ---- training
+
+
+def test_learns() -> None:
+    result = train(Run(ARCH, dataclasses.replace(TASK, train_examples=640), dataclasses.replace(TINY, epochs=20, lr=1e-2)))
+    assert result["accuracy"] > 0.6 > 0.25  # chance: a quarter of the values
+    assert result["curve"][-1]["loss"] < result["curve"][0]["loss"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_same_seed_same_result(dtype: str) -> None:
+    runs = [without_time(train(tiny(dtype=dtype))) for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert without_time(train(tiny(dtype=dtype, seed=2))) != runs[0]
+
+
+def test_stops_when_it_is_good_enough() -> None:
+    assert train(tiny(enough=0.0))["epochs"] == 1
+    assert train(tiny(enough=1.1))["epochs"] == 2
+
+
+def test_learning_rate_follows_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def record(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    train(tiny(epochs=4))
+    steps = torch.arange(16)
+    expected = 1e-6 + (3e-3 - 1e-6) * (1 + torch.cos(torch.pi * steps / 16)) / 2
+    torch.testing.assert_close(torch.tensor(rates), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_auto_encoder_for_compression() -> None:
+    result = train(Run(ARCH, Compression(vocab_size=4, seqlen=4, train_examples=64), TINY))
+    assert result["accuracy"] > 0.25  # the last token is trivial
+
+
+def test_divergence_is_told() -> None:
+    with pytest.raises(Diverged, match="the loss is"):
+        train(tiny(lr=1e30, epochs=5))
+
+
+def test_measures() -> None:
+    class Says(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(x, 4).float() * 10
+
+    inputs = torch.tensor([[0, 1, 2, 3]])
+    targets = torch.tensor([[0, 2, 2, -100]])
+    found = measure(Says(), inputs, targets, TINY)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    # classes 0, 1, 2 occur: recall 1, none wanted, 1/2
+    assert found["macro_accuracy"] == pytest.approx(0.5)
+    assert macro_accuracy(torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2]), 4) == pytest.approx(0.5)
+
+
+# ---- plans and scores
+
+
+def test_plan() -> None:
+    runs = plan("demo", ["mamba  mlp", "mamba mlp", "2*mlp"], "compression,recall")
+    assert [(r.arch, r.task.name) for r in runs] == [
+        (a, t) for a in ("mamba mlp", "mlp mlp") for t in ("recall", "compression")
+    ]
+    assert len(plan("paper", ["mlp"])) == 396
+
+
+def test_every_option_is_part_of_the_key() -> None:
+    base = tiny()
+    others = [tiny(lr=1e-4), tiny(dim=32), tiny(seed=9), tiny("mlp")]
+    others.append(Run(ARCH, Recall(vocab_size=8, seqlen=8, train_examples=65), TINY))
+    assert len({run.key() for run in [base, *others]}) == 6
+    assert tiny().key() == base.key()
+
+
+def test_scores_choose_by_validation() -> None:
+    runs = [tiny(lr=1e-3), tiny(lr=1e-2), tiny("mlp")]
+    metrics = {
+        runs[0].key(): {"validation_accuracy": 0.5, "accuracy": 0.4},
+        runs[1].key(): {"validation_accuracy": 0.4, "accuracy": 0.9},
+    }
+    table = scores(runs, metrics)
+    assert table[ARCH]["recall"] == Score(0.4, 1, 1)
+    assert table["mlp"]["recall"] == Score(None, 0, 1)
+    assert mad_score({"a": Score(0.2, 1, 1), "b": Score(0.4, 1, 1)}) == pytest.approx(0.3)
+    assert mad_score({"a": Score(0.2, 1, 1), "b": Score(None, 0, 1)}) is None
+
+
+# ---- the results file
+
+
+def test_sweep_keeps_and_reuses_results(tmp_path: Path) -> None:
+    runs = [tiny(), tiny("mlp")]
+    store, progress = Store(tmp_path), Silent()
+    assert sweep(runs, store, progress) == sweep_module.Outcome(2, 0, 0)
+    before = store.metrics()
+    assert sweep(runs, store, progress) == sweep_module.Outcome(0, 2, 0)
+    assert store.metrics() == before
+    assert sweep([*runs, tiny(lr=1e-4)], store, progress).trained == 1
+    store.close()
+
+
+def test_pool_equals_one_process(tmp_path: Path) -> None:
+    runs = [tiny(), tiny("mlp"), tiny(lr=1e30, epochs=5)]
+    found = []
+    for workers in (1, 2):
+        store, progress = Store(tmp_path / str(workers)), Silent()
+        assert sweep(runs, store, progress, workers=workers) == sweep_module.Outcome(2, 0, 1)
+        assert progress.epochs > 0
+        found.append({k: without_time(v) for k, v in store.metrics().items()})
+        store.close()
+    assert found[0] == found[1]
+
+
+def test_a_run_that_diverges_does_not_end_the_sweep(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert sweep([tiny(lr=1e30, epochs=5), tiny()], store, Silent()) == sweep_module.Outcome(1, 0, 1)
+    assert [row["status"] for row in store.rows()] == ["failed", "done"]
+    store.close()
+
+
+def test_killed_at_any_moment_loses_no_finished_run(tmp_path: Path) -> None:
+    """Kills the sweep after one, two, ... finished runs, until it ends by itself."""
+    script = f"""
+from pathlib import Path
+from madkernels.synthetics.protocol import Run, Training
+from madkernels.synthetics.store import Store
+from madkernels.synthetics.sweep import sweep
+from madkernels.synthetics.tasks.recall import Recall
+class P:
+    def run_starts(self, run): pass
+    def epoch_ends(self, run, epoch, point): pass
+    def run_ends(self, run, outcome): print("ended", flush=True)
+task = Recall(vocab_size=8, seqlen=8, train_examples=64)
+runs = [Run("{ARCH}", task, Training(lr=3e-3, epochs=2, batch=16, dim=16, held_out=32, seed=s)) for s in range(5)]
+sweep(runs, Store(Path({str(tmp_path)!r})), P())
+print("all", flush=True)
+"""
+    finished: dict[str, Any] = {}
+    for _ in range(6):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        ended = [process.stdout.readline().strip() for _ in range(2)]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        store = Store(tmp_path)
+        now = store.metrics()
+        store.close()
+        assert finished.items() <= now.items(), "a finished run was lost or done again"
+        finished = now
+        if "all" in ended:
+            break
+    assert len(finished) == 5
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "madkernels.cli", "mad", "run", "--arch", "mamba mlp", "--arch", "mlp",
+               "--tasks", "recall", "--workers", "2", "--out", str(tmp_path)]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = []
+    deadline = time.monotonic() + 60
+    while len(children) < 3 and time.monotonic() < deadline:  # two workers, and Python's resource tracker
+        time.sleep(0.2)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    time.sleep(2)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def test_refuses_a_file_of_another_version(tmp_path: Path) -> None:
+    Store(tmp_path).close()
+    db = sqlite3.connect(tmp_path / "results.sqlite")
+    db.execute("PRAGMA user_version = 99")
+    db.commit()
+    db.close()
+    content = (tmp_path / "results.sqlite").read_bytes()
+    with pytest.raises(ValueError, match=r"is of version 99, this madkernels writes version 1; choose another --out"):
+        Store(tmp_path)
+    assert (tmp_path / "results.sqlite").read_bytes() == content
+
+
+def test_refuses_what_is_no_results_file(tmp_path: Path) -> None:
+    (tmp_path / "results.sqlite").write_text("precious text, " * 100)
+    with pytest.raises(ValueError, match="is no results file"):
+        Store(tmp_path)
+    assert (tmp_path / "results.sqlite").read_text().startswith("precious")
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match="another process is writing"):
+        Store(tmp_path)
+    store.close()
+    Store(tmp_path).close()
+
+
+# ---- the command
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "madkernels.cli", "mad", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+    )
+
+
+def test_command_trains_and_writes_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command in this process, on the demo's settings cut short."""
+    from typer.testing import CliRunner
+
+    from madkernels.cli.main import app
+
+    short = dataclasses.replace(DEMO.trainings[0], epochs=1, held_out=32)
+    preset = dataclasses.replace(DEMO, trainings=(short,))
+    monkeypatch.setattr("madkernels.synthetics.protocol.PRESETS", {"demo": preset})
+    arguments = ["mad", "run", "--arch", "mlp", "--arch", "mamba mlp", "--tasks", "compression,memorization"]
+    for trained in (4, 0):
+        result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path), "--workers", "1"], env={"COLUMNS": "200"})
+        assert result.exit_code == 0, result.output
+        assert f"{trained} runs trained, {4 - trained} found done" in result.output
+        assert "MAD" in result.output
+    with (tmp_path / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["arch"] for row in rows] == ["mlp", "mamba mlp"]
+    assert all(0 <= float(row["mad_score"]) <= 1 for row in rows)
+    with (tmp_path / "runs.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4
+
+
+def test_command_shows_tasks() -> None:
+    result = command("tasks", "recall", "--count", "1")
+    assert result.returncode == 0, result.stderr
+    assert "recall: recall the value" in result.stdout
+    assert "key 0-" in result.stdout
+    assert "answer" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "--arch", "mambo"), "error: unknown layer 'mambo'; there are attention"),
+        (("run", "--arch", "mamba:dstates=3"), "error: unknown option 'dstates'; mamba takes dstate"),
+        (("run", "--arch", "attention:heads=7"), "error: attention:heads=7: dim 64 does not divide into 7 heads"),
+        (("run", "--arch", "mlp", "--tasks", "recal"), "error: unknown task 'recal'; there are recall"),
+        (("run", "--arch", "mlp", "--preset", "papers"), "error: unknown preset 'papers'; there are demo, paper"),
+        (("run", "--arch", "mlp", "--dtype", "int8"), "error: dtype is 'int8'; it takes float32 or bfloat16"),
+        (("run", "--preset", "paper"), "error: the paper preset needs an architecture"),
+        (("run", "--arch", "mlp", "--out", "/dev/null/x"), "error: cannot write to /dev/null/x: Not a directory"),
+        (("tasks", "recal"), "error: unknown task 'recal'"),
+        (("run", "--archs", "mlp"), "No such option"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    if arguments[0] == "run" and "--out" not in arguments:
+        arguments += ("--out", str(tmp_path / "out"))
+    result = command(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("out/*.csv"))
