@@ -81,11 +81,15 @@ def split_unit(uniform: Reals, choices: int) -> tuple[Integers, Reals]:
 
 
 def distinct(uniform: Reals, choices: int, length: int) -> Integers:
-    """`length` distinct integers below `choices`, in random order, from one uniform number each: (..., length)."""
-    chosen: list[Integers] = []
+    """`length` distinct integers below `choices`, in random order, from one uniform number each: (length, ...)."""
+    chosen = np.empty((length, *uniform.shape), dtype=np.int64)
+    taken: list[Integers] = []  # ascending
     for i in range(length):
         pick, uniform = split_unit(uniform, choices - i)
-        for before in np.sort(np.stack(chosen), axis=0) if chosen else ():
+        for before in taken:
             pick += pick >= before  # skip what is taken, smallest first
-        chosen.append(pick)
-    return np.stack(chosen, axis=-1)
+        chosen[i] = pick
+        for j, before in enumerate(taken):
+            taken[j], pick = np.minimum(before, pick), np.maximum(before, pick)
+        taken.append(pick)
+    return chosen

@@ -52,10 +52,10 @@ def _caption(by_arch: dict[str, dict[str, Score]], runs: Sequence[Run]) -> str:
 
 
 def write_csv(runs: Sequence[Run], store: Store, folder: Path) -> tuple[Path, Path]:
-    """`scores.csv`, an architecture a row, and `runs.csv`, a run a row; returns both paths."""
+    """`results.csv`, an architecture a row, and `runs.csv`, a run a row; returns both paths."""
     by_arch = scores(runs, store.metrics())
     tasks = list(dict.fromkeys(run.task.name for run in runs))
-    scores_path, runs_path = folder / "scores.csv", folder / "runs.csv"
+    scores_path, runs_path = folder / "results.csv", folder / "runs.csv"
     with scores_path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["arch", *tasks, "mad_score"])

@@ -51,15 +51,17 @@ class Store:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {self.path}; wait for it or choose another --out") from None
-        self.db = sqlite3.connect(self.path, isolation_level=None)
-        self._open()
-
-    def _open(self) -> None:
         try:
-            (version,) = self.db.execute("PRAGMA user_version").fetchone()
-            (tables,) = self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            self.db = sqlite3.connect(self.path, isolation_level=None)
+            self._open()
+        except sqlite3.OperationalError as error:
+            raise OSError(f"cannot open {self.path}: {error}; choose another --out") from None
         except sqlite3.DatabaseError:
             raise ValueError(f"{self.path} is no results file; choose another --out") from None
+
+    def _open(self) -> None:
+        (version,) = self.db.execute("PRAGMA user_version").fetchone()
+        (tables,) = self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if tables == 0 and version == 0:
             self.db.execute("BEGIN IMMEDIATE")
             self.db.execute(_TABLE)
@@ -77,7 +79,7 @@ class Store:
 
     def start(self, run: Run) -> None:
         """Notes that a run is under way, or is again."""
-        self.db.execute(
+        self._write(
             "INSERT OR REPLACE INTO runs (key, config, status, started) VALUES (?, ?, 'running', ?)",
             (run.key(), json.dumps(run.config(), sort_keys=True), time.time()),
         )
@@ -85,16 +87,21 @@ class Store:
     def finish(self, run: Run, result: dict[str, Any]) -> None:
         """Keeps the result of a run."""
         metrics = {k: v for k, v in result.items() if k != "curve"}
-        self.db.execute(
+        self._write(
             "UPDATE runs SET status = 'done', metrics = ?, curve = ?, error = NULL, ended = ? WHERE key = ?",
             (json.dumps(metrics), json.dumps(result["curve"]), time.time(), run.key()),
         )
 
     def fail(self, run: Run, error: str) -> None:
         """Keeps that a run failed; it is tried again when asked for again."""
-        self.db.execute(
-            "UPDATE runs SET status = 'failed', error = ?, ended = ? WHERE key = ?", (error, time.time(), run.key())
-        )
+        self._write("UPDATE runs SET status = 'failed', error = ?, ended = ? WHERE key = ?", (error, time.time(), run.key()))
+
+    def _write(self, statement: str, values: tuple[Any, ...]) -> None:
+        """One statement, which is one transaction."""
+        try:
+            self.db.execute(statement, values)
+        except sqlite3.OperationalError as error:  # the disk is full, or the file has become read-only
+            raise OSError(f"cannot write to {self.path}: {error}") from None
 
     def rows(self) -> list[dict[str, Any]]:
         """All runs, oldest first, JSON read."""

@@ -66,12 +66,12 @@ class FuzzyRecall(Task):
         # the probe once more, at the end
         end = np.full((len(code), 1), self.seqlen + 1)
         always = np.ones_like(end, dtype=bool)
-        write(sequence, end - pair_length[:, :1], key_length[:, :1], key[:, :1], always)
-        write(sequence, end - value_length[:, :1], value_length[:, :1], value[:, :1] + self.keys, always, marks, always)
+        write(sequence, end - pair_length[:, :1], key_length[:, :1], key[..., :1], always)
+        write(sequence, end - value_length[:, :1], value_length[:, :1], value[..., :1] + self.keys, always, marks, always)
         return next_tokens(sequence, None if split == "train" else marks)
 
     def draw_keys(self, uniform: Reals, split: Split) -> tuple[Integers, Integers]:
-        """Lengths (count, slots) and tokens (count, slots, key_motif) of the keys."""
+        """Lengths (count, slots) and tokens (key_motif, count, slots) of the keys."""
         length, uniform = split_unit(uniform, self.key_motif)
         length = length + 1 if split == "train" else np.full_like(length, self.key_motif)
         return length, distinct(uniform, self.keys, self.key_motif)
@@ -80,7 +80,7 @@ class FuzzyRecall(Task):
         """A number for each key, the same for the same tokens and length."""
         code = np.zeros_like(length)
         for i in range(self.key_motif):
-            code = code * (self.keys + 1) + np.where(i < length, key[..., i] + 1, 0)
+            code = code * (self.keys + 1) + (i < length) * (key[i] + 1)
         return code
 
     def draw_values(self, uniform: Reals) -> tuple[Integers, Integers]:
@@ -121,11 +121,10 @@ def write(
     marks: Flags | None = None,
     marked: Flags | None = None,
 ) -> None:
-    """sequence[row, start + i] = tokens[row, slot, i] for i < length, where the slot is kept; and marks likewise."""
-    rows = np.broadcast_to(np.arange(len(sequence))[:, None], start.shape)
-    for i in range(tokens.shape[-1]):
+    """sequence[row, start + i] = tokens[i, row, slot] for i < length, where the slot is kept; and marks likewise."""
+    place = start + sequence.shape[1] * np.arange(len(sequence))[:, None]  # in the flat sequence
+    for i, token in enumerate(tokens):
         here = kept & (i < length)
-        sequence[rows[here], start[here] + i] = tokens[..., i][here]
+        sequence.reshape(-1)[place[here] + i] = token[here]
         if marks is not None and marked is not None:
-            scored = here & marked
-            marks[rows[scored], start[scored] + i] = True
+            marks.reshape(-1)[place[here & marked] + i] = True
