@@ -127,14 +127,14 @@ PAPER = Preset(
 
 DEMO = Preset(
     settings={
-        "recall": (Recall(vocab_size=32, seqlen=48, train_examples=3200),),
-        "noisy-recall": (NoisyRecall(vocab_size=32, seqlen=48, noise_vocab=8, train_examples=3200),),
-        "fuzzy-recall": (FuzzyRecall(vocab_size=12, seqlen=48, train_examples=3200),),
-        "selective-copying": (SelectiveCopying(vocab_size=16, seqlen=40, copies=8, train_examples=3200),),
-        "compression": (Compression(vocab_size=16, seqlen=12, train_examples=3200),),
-        "memorization": (Memorization(vocab_size=256, seqlen=32, train_examples=3200),),
+        "recall": (Recall(vocab_size=24, seqlen=48, train_examples=1600),),
+        "noisy-recall": (NoisyRecall(vocab_size=32, seqlen=48, noise_vocab=8, train_examples=1600),),
+        "fuzzy-recall": (FuzzyRecall(vocab_size=12, seqlen=48, train_examples=1600),),
+        "selective-copying": (SelectiveCopying(vocab_size=16, seqlen=40, copies=8, train_examples=1600),),
+        "compression": (Compression(vocab_size=16, seqlen=12, train_examples=1600),),
+        "memorization": (Memorization(vocab_size=256, seqlen=32, train_examples=1600),),
     },
-    trainings=(Training(lr=5e-3, epochs=14, batch=32, dim=32, held_out=320),),
+    trainings=(Training(lr=5e-3, epochs=16, batch=16, dim=32, held_out=320),),
 )
 
 PRESETS = {"demo": DEMO, "paper": PAPER}

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -107,3 +111,21 @@ def test_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "nvidia_driver", lambda: "580.1")
     (line,) = module.advice(extension(), "")
     assert line.startswith("There is an NVIDIA GPU, but this torch was built without CUDA")
+
+
+def test_command_runs_where_the_extension_does_not_load(tmp_path: Path) -> None:
+    """In another process, where importing the extension fails."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'madkernels._C':\n"
+        "            raise ImportError('undefined symbol: planted')\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "madkernels.cli", "doctor"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert "undefined symbol: planted" in run.stdout
+    assert "pip install --no-build-isolation ." in run.stdout

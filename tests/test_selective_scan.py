@@ -14,7 +14,7 @@ from torch import Tensor
 
 import madkernels
 from madkernels import _C, reference, selective_scan, selective_scan_step
-from madkernels.ops import selective_scan as op_module
+from madkernels.ops.selective_scan import CHUNK
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -331,7 +331,7 @@ def test_inference_saves_no_checkpoints() -> None:
     arguments = (*(inputs[k] for k in order), True, inputs["initial_state"], None)
     assert torch.ops.madkernels.selective_scan(*arguments, False)[2].numel() == 0
     slots = torch.ops.madkernels.selective_scan(*arguments, True)[2]
-    assert slots.shape == ((40 + op_module.CHUNK - 1) // op_module.CHUNK, 3, 12)
+    assert slots.shape == ((40 + CHUNK - 1) // CHUNK, 3, 12)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_step_refuses_a_state_it_cannot_update() -> None:
 
 def drops_the_carry(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, **rest: Any) -> Any:
     """Starts each chunk from the state zero."""
-    cut = op_module.CHUNK
+    cut = CHUNK
     parts = [
         selective_scan(*(t[:, a : a + cut] if t.dim() > 2 else t for t in (u, delta, A, B, C)),
                        **{k: v[:, a : a + cut] if k == "z" else v for k, v in rest.items()})

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
 
 mad = typer.Typer(help="Score architectures on the MAD capability tasks.", no_args_is_help=True)
 
-DEMO_ARCHS = ("mamba swiglu mamba swiglu", "mamba swiglu attention swiglu")
+DEMO_ARCHS = ("mamba:dstate=4 swiglu mamba:dstate=4 swiglu", "mamba:dstate=4 swiglu attention:heads=4 swiglu")
 COLOURS = ("cyan", "green", "bright_black", "magenta")
 
 

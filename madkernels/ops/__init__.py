@@ -1,1 +1,11 @@
-"""The ops: public functions, and what torch needs to know of each (shapes, gradients, autocast). One file an op."""
+"""The ops: public functions, and what torch needs to know of each (shapes, gradients, autocast). One file an op.
+
+Importing this package registers `torch.ops.madkernels`.
+"""
+
+import torch  # noqa: F401  (first: it loads the libraries that the extension links to)
+
+from madkernels import _C  # noqa: F401
+from madkernels.ops import causal_conv, selective_scan
+
+__all__ = ["causal_conv", "selective_scan"]
