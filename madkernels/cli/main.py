@@ -7,7 +7,6 @@ import sys
 import typer
 
 from madkernels.cli.bench import bench
-from madkernels.cli.doctor import doctor
 from madkernels.cli.mad import mad
 
 app = typer.Typer(
@@ -18,7 +17,14 @@ app = typer.Typer(
 )
 app.add_typer(mad, name="mad")
 app.command()(bench)
-app.command()(doctor)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what was built, what this machine offers, which ops run where, and what to do about what is missing."""
+    from madkernels.cli import doctor as command  # loads torch
+
+    command.doctor()
 
 
 def main() -> None:

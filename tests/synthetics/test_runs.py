@@ -282,6 +282,11 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_help_does_not_load_torch() -> None:
+    check = "import sys, madkernels.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+
+
 def test_command_trains_and_writes_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command in this process, on the demo's settings cut short."""
     short = dataclasses.replace(DEMO.trainings[0], epochs=1, held_out=32)
