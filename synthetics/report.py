@@ -15,19 +15,20 @@ from madkernels.synthetics.train import build
 
 
 def table(runs: Sequence[Run], store: Store) -> Table:
-    """Architectures by tasks; the last column, their mean, is the MAD score."""
+    """Tasks by architectures; the MAD score is the mean over tasks."""
     by_arch = scores(runs, store.metrics())
-    tasks = list(dict.fromkeys(run.task.name for run in runs))
-    out = Table(title="Accuracy on held-out sequences", caption=_caption(by_arch, runs))
-    out.add_column("architecture")
-    for name in ("parameters", "state"):
-        out.add_column(name, justify="right", style="dim")
-    for task in tasks:
-        out.add_column(task, justify="right")
-    out.add_column("MAD", justify="right", style="bold")
-    for arch, by_task in by_arch.items():
-        values = [by_task[task].value for task in tasks]
-        out.add_row(arch, *_cost(arch, runs), *map(_percent, values), _percent(mad_score(by_task)))
+    out = Table(title="Accuracy on held-out sequences, in percent", caption=_caption(by_arch, runs))
+    out.add_column("task", no_wrap=True)
+    for arch in by_arch:
+        out.add_column(arch, justify="right", overflow="fold")
+    for task in dict.fromkeys(run.task.name for run in runs):
+        out.add_row(task, *(_percent(by_task[task].value) for by_task in by_arch.values()))
+    out.add_section()
+    means = (_percent(mad_score(by_task)) for by_task in by_arch.values())
+    out.add_row("MAD score", *means, style="bold", end_section=True)
+    costs = [_cost(arch, runs) for arch in by_arch]
+    out.add_row("parameters", *(parameters for parameters, _ in costs), style="dim")
+    out.add_row("state", *(state for _, state in costs), style="dim")
     return out
 
 
@@ -44,7 +45,7 @@ def _cost(arch: str, runs: Sequence[Run]) -> tuple[str, str]:
 
 def _caption(by_arch: dict[str, dict[str, Score]], runs: Sequence[Run]) -> str:
     length = runs[0].task.length
-    text = f"In percent. Parameters of the layers; state: elements kept for one sequence of length {length}."
+    text = f"Parameters of the layers; state: elements kept for one sequence of length {length}."
     settings = {score.settings for tasks in by_arch.values() for score in tasks.values()}
     if settings != {1}:
         text += " A task's score is the mean over its settings."

@@ -26,7 +26,7 @@ def doctor() -> None:
     console.print(ops_table())
     lines = advice(extension, failure)
     for line in lines or ["Nothing is missing."]:
-        console.print(f"- {line}" if lines else line, markup=False)
+        console.print(f"- {line}" if lines else line, markup=False, soft_wrap=True)
 
 
 def load_extension() -> tuple[ModuleType | None, str]:

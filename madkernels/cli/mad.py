@@ -159,4 +159,6 @@ class Bars:
         self.done += 1
         self.bars.update(self.all, advance=1)
         self.bars.remove_task(self.under_way.pop(run.key()))
-        self.bars.console.print(f"[{self.done}/{self.runs}] {run.task.name}: {run.arch}: {outcome}", markup=False)
+        self.bars.console.print(
+            f"[{self.done}/{self.runs}] {run.task.name}: {run.arch}: {outcome}", markup=False, soft_wrap=True
+        )
