@@ -16,9 +16,9 @@ class FuzzyRecall(Task):
     """As recall, but a key is a tuple of distinct key tokens and a value a tuple of distinct value tokens.
 
     Key lengths are even over 1 to `key_motif` in training, `key_motif` in validation and test; value lengths even over 1 to
-    `value_motif`. A probe pair is inserted where the sequence passes a random place, and closes the sequence; a pad token
-    (the last of the vocabulary) fills up on the left. Validation and test score the values of repeated keys and the last
-    value; training scores every next token, pads included.
+    `value_motif`. A probe pair is inserted where the sequence passes a random place, unless its key came before by chance,
+    and closes the sequence; a pad token (the last of the vocabulary) fills up on the left. Validation and test score the
+    values of repeated keys and the last value; training scores every next token, pads included.
 
     As published, the probe's place may lie behind where filling stops, so that in about 2 % of sequences the last key was
     never shown: those cannot be answered, and no model reaches an accuracy of 1.
@@ -56,7 +56,7 @@ class FuzzyRecall(Task):
         code = self.codes(key_length, key)
         value_length, value = self.draw_values(draws.of(code))
         pair_length = key_length + value_length
-        start, kept = self.place(pair_length, draws.uniform())
+        start, kept = self.place(pair_length, code, draws.uniform())
 
         sequence = np.full((len(code), self.seqlen + 1), self.vocab_size - 1)
         marks = np.zeros_like(sequence, dtype=bool)
@@ -87,13 +87,15 @@ class FuzzyRecall(Task):
         length, uniform = split_unit(uniform, self.value_motif)
         return length + 1, distinct(uniform, self.values, self.value_motif)
 
-    def place(self, pair_length: Integers, uniform: Reals) -> tuple[Integers, Flags]:
+    def place(self, pair_length: Integers, code: Integers, uniform: Reals) -> tuple[Integers, Flags]:
         """Where each pair starts in the padded sequence, (count, slots + 1), the probe in front; and which are there."""
         probe, others = pair_length[:, :1], pair_length[:, 1:]
         limit = self.seqlen - probe - (self.key_motif + self.value_motif)  # filling stops here
         passed = (uniform[:, None] * (self.seqlen - 2 * probe)).astype(np.int64)  # the probe comes where this is passed
         start = np.cumsum(others, axis=1) - others
         behind = start >= passed
+        by_chance = (code[:, 1:] == code[:, :1]) & ~behind  # the probe's key has come already: it is not inserted
+        behind &= ~by_chance.any(axis=1, keepdims=True)
         slot = np.argmax(behind, axis=1)[:, None]
         probe_start = np.where(behind.any(axis=1, keepdims=True), np.take_along_axis(start, slot, axis=1), self.seqlen)
         start = start + np.where(behind, probe, 0)

@@ -183,6 +183,33 @@ def test_mean_number_of_scored_positions(scored: tuple[str, int, float]) -> None
     assert (targets != IGNORE).sum().item() / 1000 == pytest.approx(mean, abs=0.5)
 
 
+@pytest.mark.parametrize(("frac_noise", "mean"), [(0.2, 43.4), (0.4, 31.3), (0.6, 19.2), (0.8, 8.0)])
+def test_mean_number_of_scored_positions_among_noise(frac_noise: float, mean: float) -> None:
+    """As counted on the published generator at length 128."""
+    _, targets = NoisyRecall(vocab_size=32, seqlen=128, frac_noise=frac_noise).generate(2000, seed=1, split="test")
+    assert (targets != IGNORE).sum().item() / 2000 == pytest.approx(mean, abs=0.6)
+
+
+def test_fuzzy_recall_counts() -> None:
+    """As counted on the published generator: 4.40 scored tokens in test (18000 sequences), and in training the last key
+    stands 2.36 times in a sequence (3000), which would be 2.52 if the probe were inserted where its key came by chance."""
+    task = FuzzyRecall(vocab_size=16, seqlen=128)
+    _, targets = task.generate(8000, seed=1, split="test")
+    assert (targets != IGNORE).sum().item() / 8000 == pytest.approx(4.40, abs=0.1)
+    times = 0
+    for inputs, _ in examples(task, 8000, split="train"):
+        roles = ["k" if token < task.keys else "v" for token in inputs]
+        begins = [i for i in range(len(inputs)) if roles[i] == "k" and (i == 0 or inputs[i - 1] >= task.keys)]
+        keys = []
+        for begin in begins:
+            end = begin
+            while end < len(inputs) and roles[end] == "k":
+                end += 1
+            keys.append(tuple(inputs[begin:end]))
+        times += keys.count(keys[-1])
+    assert times / 8000 == pytest.approx(2.36, abs=0.06)
+
+
 TASK_SETTINGS = st.one_of(
     st.builds(Recall, vocab_size=st.integers(2, 40), seqlen=st.integers(2, 40).map(lambda n: 2 * n)),
     st.builds(
