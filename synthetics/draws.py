@@ -66,7 +66,8 @@ class Draws:
 
 
 def to_unit(bits: Bits) -> Reals:
-    unit: Reals = (bits >> np.uint64(11)) * 2.0**-53
+    unit = (bits >> np.uint64(11)).astype(np.float64)
+    unit *= 2.0**-53
     return unit
 
 

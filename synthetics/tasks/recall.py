@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from madkernels.synthetics.draws import Draws, Flags, Integers, Reals
 from madkernels.synthetics.tasks.base import Split, Task, next_tokens
@@ -70,12 +71,12 @@ class Recall(Task):
         return np.stack([keys, values], axis=-1).reshape(len(keys), -1)
 
 
-def first_occurrences(keys: Integers, absent: Flags | None, choices: int) -> Integers:
+def first_occurrences(keys: Integers, absent: Flags | None, choices: int) -> NDArray[np.int64]:
     """The first place of each key, (count, choices); one more than the last place for keys that never come."""
     count, pairs = keys.shape
-    first = np.full(count * choices, pairs + 1, dtype=np.int32)
+    first = np.full(count * choices, pairs + 1, dtype=np.int64)
     entry = (keys + choices * np.arange(count)[:, None])[:, ::-1]
-    place = np.broadcast_to(np.arange(pairs - 1, -1, -1, dtype=np.int32), entry.shape)
+    place = np.broadcast_to(np.arange(pairs - 1, -1, -1, dtype=np.int64), entry.shape)
     if absent is None:
         first[entry] = place  # of an entry that is assigned twice the last assignment stays: the earliest place
     else:
