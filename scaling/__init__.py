@@ -1,0 +1,1 @@
+"""Scaling laws of architectures. Nothing here yet."""
