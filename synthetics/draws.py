@@ -66,7 +66,7 @@ class Draws:
 
 
 def to_unit(bits: Bits) -> Reals:
-    unit = (bits >> np.uint64(11)).astype(np.float64)
+    unit: Reals = (bits >> np.uint64(11)).astype(np.float64)
     unit *= 2.0**-53
     return unit
 

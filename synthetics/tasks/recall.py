@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from madkernels.synthetics.draws import Draws, Flags, Integers, Reals
 from madkernels.synthetics.tasks.base import Split, Task, next_tokens
@@ -71,7 +70,7 @@ class Recall(Task):
         return np.stack([keys, values], axis=-1).reshape(len(keys), -1)
 
 
-def first_occurrences(keys: Integers, absent: Flags | None, choices: int) -> NDArray[np.int64]:
+def first_occurrences(keys: Integers, absent: Flags | None, choices: int) -> Integers:
     """The first place of each key, (count, choices); one more than the last place for keys that never come."""
     count, pairs = keys.shape
     first = np.full(count * choices, pairs + 1, dtype=np.int64)
