@@ -199,7 +199,7 @@ struct Exp2;
 // 2^r = 1 + r q(r) on [-1/2, 1/2]. The polynomial is exactly 1 at 0, so that a state that should not decay does not.
 template <>
 struct Exp2<float> {
-  using Bits = int32_t;
+  using Bits = uint32_t;
   static constexpr int kMantissa = 23;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
   static constexpr float kLow = -127.0f, kHigh = 128.0f;
@@ -208,7 +208,7 @@ struct Exp2<float> {
 };
 template <>
 struct Exp2<double> {
-  using Bits = int64_t;
+  using Bits = uint64_t;
   static constexpr int kMantissa = 52;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLow = -1023.0, kHigh = 1024.0;
