@@ -23,6 +23,13 @@ def relative_rms(value: Tensor, exact: Tensor) -> float:
     return float(error / exact.nan_to_num().square().mean().sqrt().clamp_min(1.0))
 
 
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """Truly relative: what a layer gives at the start is far below unit scale. NaN where either has one."""
+    assert value.shape == exact.shape
+    value, exact = value.detach().double(), exact.detach().double()
+    return float((value - exact).norm() / exact.norm().clamp_min(1e-30)) if value.numel() else 0.0
+
+
 def with_gradients(function: Function, inputs: dict[str, Tensor | None], seed: int = 0) -> dict[str, Tensor]:
     """Outputs, and the gradients of a random weighting of them, by name."""
     leaves = {k: None if v is None else v.detach().requires_grad_(v.is_floating_point()) for k, v in inputs.items()}

@@ -101,7 +101,7 @@ def advice(extension: ModuleType | None, failure: str) -> list[str]:
         return [
             f"The extension does not load: {failure}",
             f"Build it against this torch, in the folder of the sources: {BUILD}",
-            "Until then only madkernels.reference would run, and `import madkernels` fails.",
+            "Until then only madkernels.reference would run, and asking madkernels for an op fails.",
         ]
     lines = []
     info: dict[str, str] = extension.build_info()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
+    from rich.console import Console
     from rich.progress import Progress, TaskID
     from rich.text import Text
 
@@ -78,11 +79,9 @@ def show_tasks(
         _show(console, PRESETS[preset].settings[task_name][0], count, seed)
 
 
-def _show(console: object, task: Task, count: int, seed: int) -> None:
-    from rich.console import Console
+def _show(console: Console, task: Task, count: int, seed: int) -> None:
     from rich.text import Text
 
-    assert isinstance(console, Console)
     console.print(Text(task.name, style="bold") + Text(f": {task.summary}"))
     legend = [Text(f"{role} {_span(ids)}", style=c) for c, (role, ids) in zip(COLOURS, task.roles().items(), strict=False)]
     console.print(Text("  ") + Text(", ").join(legend))
@@ -121,11 +120,9 @@ def _colour(task: Task, token: int) -> str:
     return next(colour for colour, ids in zip(COLOURS, task.roles().values(), strict=False) if token in ids)
 
 
-def _progress(console: object) -> Progress:
-    from rich.console import Console
+def _progress(console: Console) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    assert isinstance(console, Console)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from fakes import FixedRates
 from typer.testing import CliRunner
 
 from madkernels.benchmarks import harness, report
@@ -20,18 +21,6 @@ app = typer.Typer()
 app.command()(bench)
 
 SMALL = [{"name": "small", "batch": 1, "seqlen": 12, "dim": 6, "width": 3, "activation": "silu"}]
-
-
-class FixedRates:
-    """Rates of round figures, at no cost."""
-
-    def __init__(self) -> None:
-        self.exp2: list[float] = []
-        self.copy: list[float] = []
-
-    def measure(self) -> None:
-        self.exp2.append(1e9)
-        self.copy.append(1e10)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from fakes import FixedRates
 from rich.console import Console
 from torch import Tensor
 
@@ -31,18 +32,6 @@ from madkernels.benchmarks.harness import (
 )
 
 CASE = ConvCase(name="some", batch=2, seqlen=20, dim=8, width=3)
-
-
-class FixedRates:
-    """Rates of round figures, at no cost."""
-
-    def __init__(self) -> None:
-        self.exp2: list[float] = []
-        self.copy: list[float] = []
-
-    def measure(self) -> None:
-        self.exp2.append(1e9)
-        self.copy.append(1e10)
 
 
 @dataclass

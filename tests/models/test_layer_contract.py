@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks import relative_error
 from torch import Tensor
 
 from madkernels.models.layers import LAYERS, Layer
@@ -19,13 +20,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "moe": {"experts": 5, "top_k": 3, "hidden": 16},
 }
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.005}
-
-
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    """Truly relative: what a layer gives at the start is far below unit scale. NaN where either has one."""
-    assert value.shape == exact.shape
-    value, exact = value.detach().double(), exact.detach().double()
-    return float((value - exact).norm() / exact.norm().clamp_min(1e-30)) if value.numel() else 0.0
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> Layer:

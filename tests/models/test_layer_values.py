@@ -8,19 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from checks import relative_error
 from torch import Tensor
 
 from madkernels import reference
 from madkernels.models.layers import LAYERS, Layer
 
 DIM, SEQLEN = 24, 13
-
-
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    """Truly relative: what a layer gives at the start is far below unit scale. NaN where either has one."""
-    assert value.shape == exact.shape
-    value, exact = value.detach().double(), exact.detach().double()
-    return float((value - exact).norm() / exact.norm().clamp_min(1e-30)) if value.numel() else 0.0
 
 
 @pytest.fixture
