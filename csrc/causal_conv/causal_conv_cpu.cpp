@@ -68,8 +68,7 @@ void copy_final_state(const CausalConv& p) {
   }
 }
 
-// ---- channels dense
-// ----------------------------------------------------------------------------------------------------------
+// ---- channels dense ----
 
 // rows[j] = what tap j of the output at time t sees.
 template <class T>
@@ -207,8 +206,7 @@ void backward_channels(const CausalConvBackward& q, int64_t item) {
   });
 }
 
-// ---- time dense
-// --------------------------------------------------------------------------------------------------------------
+// ---- time dense ----
 
 // staged[i] = the input at time s.begin - (width - 1) + i of one channel, i < width - 1 + length; zeros behind it.
 template <class T>
@@ -316,8 +314,7 @@ void backward_time(const CausalConvBackward& q, int64_t item) {
   static_cast<A*>(q.dbias_parts)[b * p.dim + d] = sum_lanes<A>(dbias);
 }
 
-// ---- entries
-// -----------------------------------------------------------------------------------------------------------------
+// ---- entries ----
 
 void forward(const CausalConv& p, int64_t begin, int64_t end) {
   dispatch(p.dtype, [&]<class T>() {

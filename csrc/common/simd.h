@@ -64,7 +64,7 @@ inline Vec<A> at_most(Vec<A> x, A bound) {
   return x > bound ? broadcast(bound) : x;
 }
 
-// ---- loads and stores: memory holds T, registers hold Acc<T> ------------------------------------------------------------
+// ---- loads and stores: memory holds T, registers hold Acc<T> ----
 
 using Half = VectorOf<uint16_t, kLanes<float>>::type;
 using Word = VectorOf<uint32_t, kLanes<float>>::type;
@@ -170,7 +170,7 @@ inline A sum_lanes(Vec<A> v) {
   return total;
 }
 
-// ---- transposing a square of kLanes x kLanes -----------------------------------------------------------------------------
+// ---- transposing a square of kLanes x kLanes ----
 
 // Exchanges the off-diagonal blocks of a and b: lanes whose number has the bit `kStep` set in a, unset in b.
 template <class A, int kStep, int... kLane>
@@ -191,7 +191,7 @@ inline void transpose(Vec<A> (&rows)[kLanes<A>]) {
   }
 }
 
-// ---- elementary functions ------------------------------------------------------------------------------------------------
+// ---- elementary functions ----
 
 template <class A>
 struct Exp2;
@@ -290,8 +290,7 @@ inline Vec<A> softplus(Vec<A> x) {
   return x > A(20) ? x : smooth;
 }
 
-// ---- scratch memory
-// --------------------------------------------------------------------------------------------------------
+// ---- scratch memory ----
 
 // Aligned to a cache line, uninitialised. (No std::vector here: see cpu.h.)
 template <class A>

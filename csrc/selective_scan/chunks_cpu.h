@@ -1,0 +1,183 @@
+// What both directions of the selective scan on the CPU share: items of work, chunks of time, staging of tiles and states.
+#pragma once
+
+#include "common/tile.h"
+#include "selective_scan/selective_scan.h"
+
+namespace madkernels::MADKERNELS_ISA {
+
+template <class A>
+using ChunkTile = Vec<A>[kScanChunk];
+
+// A block of channels of one batch row: the unit of work.
+struct Item {
+  int64_t b, group, block;
+  int64_t channel;   // its first channel
+  int64_t channels;  // how many
+
+  Item(const SelectiveScan& p, int64_t index) {
+    const int64_t blocks = p.blocks_per_group(), first = index % blocks * kScanBlock;
+    block = index % blocks;
+    group = index / blocks % p.groups;
+    b = index / blocks / p.groups;
+    channel = group * p.channels_per_group() + first;
+    channels = p.channels_per_group() - first < kScanBlock ? p.channels_per_group() - first : kScanBlock;
+  }
+};
+
+struct Chunk {
+  int64_t doc, begin;  // `begin`: position in the batch row
+  int rows;
+  int64_t slot;  // of its checkpoint, or kNoSlot
+};
+
+constexpr int64_t kNoSlot = -1;
+
+inline int64_t chunk_count(int64_t length) { return (length + kScanChunk - 1) / kScanChunk; }
+
+// Up to `rows` steps of a document, from step `first` of it on.
+inline Chunk chunk_of(const SelectiveScan& p, int64_t doc, int64_t first, int64_t rows) {
+  const int64_t begin = p.docs.begin(doc) + first, left = p.docs.end(doc) - begin;
+  const int64_t slot = first % kScanChunk == 0 ? p.checkpoint_slot(doc, first / kScanChunk) : kNoSlot;
+  return {doc, begin, static_cast<int>(left < rows ? left : rows), slot};
+}
+
+// ---- staging ----
+
+// staged[t * dstate + n] = B or C of the chunk.
+template <class T>
+inline void stage(Acc<T>* staged, const Projection& from, const SelectiveScan& p, int64_t b, int64_t group,
+                  const Chunk& chunk) {
+  for (int t = 0; t < chunk.rows; t++) {
+    const T* row = from.at<T>(b, chunk.begin + t, group);
+    if (from.state == 1) {
+      for (int64_t n = 0; n < p.dstate; n += kLanes<Acc<T>>) {
+        const int count = static_cast<int>(p.dstate - n < kLanes<Acc<T>> ? p.dstate - n : kLanes<Acc<T>>);
+        store(staged + t * p.dstate + n, load(row + n, count), count);
+      }
+    } else {
+      for (int64_t n = 0; n < p.dstate; n++) staged[t * p.dstate + n] = load_one(row + n * from.state);
+    }
+  }
+}
+
+template <class T>
+inline void load_rows(Vec<Acc<T>>* tile, const Rows& rows, int64_t b, const Chunk& chunk, int64_t channel, int lanes) {
+  load_tile(tile, rows.at<T>(b, chunk.begin, channel), rows.row, rows.lane, chunk.rows, lanes);
+}
+
+// Asks for the next lanes of the chunk, while these are worked on.
+template <class T>
+inline void prefetch_rows(const Rows& rows, int64_t b, const Chunk& chunk, int64_t channel) {
+  if (rows)
+    prefetch_tile(rows.at<T>(b, chunk.begin, channel + kLanes<Acc<T>>), rows.row, rows.lane, chunk.rows, kLanes<Acc<T>>);
+}
+
+template <class T>
+inline void store_rows(const Rows& rows, int64_t b, const Chunk& chunk, int64_t channel, const Vec<Acc<T>>* tile,
+                       int lanes) {
+  store_tile(rows.at<T>(b, chunk.begin, channel), rows.row, rows.lane, tile, chunk.rows, lanes);
+}
+
+template <class A>
+inline Vec<A> per_channel(const void* values, int64_t channel, int lanes) {  // values [dim]
+  return load(static_cast<const A*>(values) + channel, lanes);
+}
+
+// lane l of vectors[n] = matrix[(channel + l) * dstate + n], times `scale`; matrix [dim, dstate].
+template <class A>
+inline void load_states(Vec<A>* vectors, const A* matrix, int64_t dstate, int64_t channel, int lanes, A scale = 1) {
+  for (int64_t n = 0; n < dstate; n++) {
+    Vec<A> v = {};
+    for (int l = 0; l < lanes; l++) v[l] = matrix[(channel + l) * dstate + n] * scale;
+    vectors[n] = v;
+  }
+}
+
+template <class A>
+inline void store_states(A* matrix, const Vec<A>* vectors, int64_t dstate, int64_t channel, int lanes) {
+  for (int64_t n = 0; n < dstate; n++) {
+    for (int l = 0; l < lanes; l++) matrix[(channel + l) * dstate + n] = vectors[n][l];
+  }
+}
+
+template <class A>
+inline void clear(Vec<A>* vectors, int64_t count) {
+  for (int64_t i = 0; i < count; i++) vectors[i] = Vec<A>{};
+}
+
+// ---- what is common to both directions ----
+
+// step = delta', in place of the raw delta with its bias.
+template <class A>
+inline void apply_softplus(const SelectiveScan& p, Vec<A>* step, const Vec<A>* raw, int rows) {
+  for (int t = 0; t < rows; t++) step[t] = p.delta_softplus ? softplus<A>(raw[t]) : raw[t];
+}
+
+template <class T>
+inline void load_raw_delta(Vec<Acc<T>>* raw, const SelectiveScan& p, int64_t b, const Chunk& chunk, int64_t channel,
+                           int lanes) {
+  load_rows<T>(raw, p.delta, b, chunk, channel, lanes);
+  if (p.delta_bias == nullptr) return;
+  const Vec<Acc<T>> bias = per_channel<Acc<T>>(p.delta_bias, channel, lanes);
+  for (int t = 0; t < chunk.rows; t++) raw[t] += bias;
+}
+
+// The decays of a group of lanes, base 2, and whether every exponent of a chunk is in the range of the unchecked 2^x.
+template <class A>
+struct Decay {
+  const Vec<A>* log2;  // [dstate]: A log2(e)
+
+  bool in_range(const Vec<A>* step, int rows, int64_t dstate) const {
+    Vec<A> longest = {}, fastest = {};
+    for (int t = 0; t < rows; t++) longest = larger(longest, step[t]);
+    for (int64_t n = 0; n < dstate; n++) fastest = larger(fastest, log2[n]);
+    const Vec<A> exponent = longest * fastest;
+    bool all = true;
+    for (int l = 0; l < kLanes<A>; l++) all = all && exponent[l] < -Exp2<A>::kLow - 1;  // false for NaN
+    return all;
+  }
+  // max(a, |x|); a NaN stays.
+  static Vec<A> larger(Vec<A> a, Vec<A> x) {
+    const Vec<A> magnitude = x < A(0) ? -x : x;
+    return magnitude <= a ? a : magnitude + a * A(0);
+  }
+};
+
+template <class A, bool kInRange>
+inline Vec<A> decay_of(Vec<A> step, Vec<A> log2) {
+  if constexpr (kInRange) return exp2_of_product_in_range<A>(step, log2);
+  return exp2<A>(step * log2);
+}
+
+// Calls f<kStates>(n) for runs of states that cover 0 .. dstate.
+template <int kMost, class F>
+inline void for_runs_of_states(int64_t dstate, F&& f) {
+  int64_t n = 0;
+  for (; n + kMost <= dstate; n += kMost) f.template operator()<kMost>(n);
+  if constexpr (kMost > 4) {
+    for (; n + 4 <= dstate; n += 4) f.template operator()<4>(n);
+  }
+  for (; n < dstate; n++) f.template operator()<1>(n);
+}
+
+// Calls f(lane group's number in the item, its first channel, its channels).
+template <class A, class F>
+inline void for_lanes(const Item& item, F&& f) {
+  for (int64_t c = 0, i = 0; c < item.channels; c += kLanes<A>, i++) {
+    f(i, item.channel + c, static_cast<int>(item.channels - c < kLanes<A> ? item.channels - c : kLanes<A>));
+  }
+}
+
+// Splits a range of items where the batch row changes.
+template <class F>
+inline void for_batch_rows(const SelectiveScan& p, int64_t begin, int64_t end, F&& f) {
+  const int64_t items = p.groups * p.blocks_per_group();
+  while (begin < end) {
+    const int64_t row_end = (begin / items + 1) * items, stop = row_end < end ? row_end : end;
+    f(begin, stop);
+    begin = stop;
+  }
+}
+
+}  // namespace madkernels::MADKERNELS_ISA

@@ -1,0 +1,234 @@
+// Selective scan on the CPU: backward.
+//
+// The chunks are walked from the last to the first. In each the states are recomputed from the checkpoint that the forward
+// left, then the adjoint recurrence runs (dh: gradient of the state, dy: of the scan's output before the skip):
+//
+//   dh[t] = C[t] dy[t] + a[t+1] dh[t+1]      dC[t] = sum_d dy[t] h[t]        a[t] = exp(delta'[t] A)
+//   dB[t] = sum_d dh[t] delta'[t] u[t]       dA   += dh[t] a[t] h[t-1] delta'[t]
+//   d(delta' u)[t] = sum_n dh[t] B[t]        ddelta'[t] += sum_n dh[t] a[t] h[t-1] A
+//
+// dB and dC are summed over the channels of a block in lane-wise accumulators, and over lanes once a chunk.
+#include "selective_scan/chunks_cpu.h"
+
+namespace madkernels::MADKERNELS_ISA {
+namespace {
+
+// States held in registers at once; the rest of `dstate` goes four and one at a time.
+constexpr int kStates = kVectorBytes == 64 ? 8 : 4;
+
+// What the adjoint of one chunk of one group of lanes reads and adds to.
+template <class A>
+struct Adjoint {
+  int rows;
+  int64_t dstate;
+  const Vec<A>*step, *x, *dy;  // [rows]; x = delta' u
+  Vec<A>*dx, *dstep, *y;       // [rows], added to; y null where the gate is absent
+  const A *B, *C;              // [rows, dstate]
+  const Vec<A>* log2;          // [dstate]
+  const Vec<A>* entering;      // [dstate]: the states that enter the chunk
+  Vec<A>*dh, *dA;              // [dstate]: carried from chunk to chunk
+  Vec<A>*dB, *dC;              // [rows, dstate], added to, lane by lane
+};
+
+template <class A, int kStates, bool kInRange>
+void adjoint_of_states(const Adjoint<A>& k, int64_t first) {
+  Vec<A> h[kScanChunk + 1][kStates], a[kScanChunk][kStates];
+  for (int n = 0; n < kStates; n++) h[0][n] = k.entering[first + n];
+  for (int t = 0; t < k.rows; t++) {
+    const A *B = k.B + t * k.dstate + first, *C = k.C + t * k.dstate + first;
+    Vec<A> y = {};
+#pragma GCC unroll 16
+    for (int n = 0; n < kStates; n++) {
+      a[t][n] = decay_of<A, kInRange>(k.step[t], k.log2[first + n]);
+      h[t + 1][n] = a[t][n] * h[t][n] + k.x[t] * B[n];
+      y += h[t + 1][n] * C[n];
+    }
+    if (k.y) k.y[t] += y;
+  }
+  Vec<A> dh[kStates], dA[kStates];
+  for (int n = 0; n < kStates; n++) dh[n] = k.dh[first + n], dA[n] = k.dA[first + n];
+  for (int t = k.rows - 1; t >= 0; t--) {
+    const A *B = k.B + t * k.dstate + first, *C = k.C + t * k.dstate + first;
+    Vec<A>*dB = k.dB + t * k.dstate + first, *dC = k.dC + t * k.dstate + first;
+    const Vec<A> step = k.step[t], x = k.x[t], dy = k.dy[t];
+    Vec<A> dx = {}, dstep = {};
+#pragma GCC unroll 16
+    for (int n = 0; n < kStates; n++) {
+      const Vec<A> dstate = dh[n] + dy * C[n];
+      dC[n] += dy * h[t + 1][n];
+      dB[n] += dstate * x;
+      dx += dstate * B[n];
+      dh[n] = dstate * a[t][n];
+      const Vec<A> dexponent = dh[n] * h[t][n];
+      dstep += dexponent * k.log2[first + n];
+      dA[n] += dexponent * step;
+    }
+    k.dx[t] += dx;
+    k.dstep[t] += dstep;
+  }
+  for (int n = 0; n < kStates; n++) k.dh[first + n] = dh[n], k.dA[first + n] = dA[n];
+}
+
+// Sums that one group of lanes carries over the chunks of an item.
+template <class A>
+struct Carried {
+  Vec<A>*log2, *dh, *dA;  // [dstate]
+  Vec<A>*dD, *dbias;      // [1]
+};
+
+template <class T>
+void backward_lanes(const SelectiveScanBackward& q, int64_t b, const Chunk& chunk, int64_t channel, int lanes,
+                    const Acc<T>* B, const Acc<T>* C, const Carried<Acc<T>>& carried, Vec<Acc<T>>* entering, Vec<Acc<T>>* dB,
+                    Vec<Acc<T>>* dC) {
+  using A = Acc<T>;
+  const SelectiveScan& p = q.forward;
+  const A* saved = static_cast<const A*>(p.checkpoints) + chunk.slot * p.dstate * p.dim + channel;
+  for (int64_t n = 0; n < p.dstate; n++) entering[n] = load(saved + n * p.dim, lanes);
+
+  ChunkTile<A> u, raw, step, x, dout, dy, y, z, dx, dstep;
+  load_rows<T>(u, p.u, b, chunk, channel, lanes);
+  load_raw_delta<T>(raw, p, b, chunk, channel, lanes);
+  apply_softplus<A>(p, step, raw, chunk.rows);
+  load_rows<T>(dout, q.dout, b, chunk, channel, lanes);
+  if (p.z) load_rows<T>(z, p.z, b, chunk, channel, lanes);
+  for (const Rows* rows : {&p.u, &p.delta, &p.z, &q.dout, &q.du, &q.ddelta, &q.dz}) {
+    prefetch_rows<T>(*rows, b, chunk, channel);
+  }
+  const Vec<A> skip = p.D ? per_channel<A>(p.D, channel, lanes) : Vec<A>{};
+  for (int t = 0; t < chunk.rows; t++) {
+    x[t] = step[t] * u[t];
+    y[t] = skip * u[t];
+    dy[t] = p.z ? dout[t] * z[t] * sigmoid<A>(z[t]) : dout[t];
+    dx[t] = dstep[t] = Vec<A>{};
+  }
+  const Adjoint<A> adjoint{chunk.rows, p.dstate, step,         x,        dy,         dx,         dstep, p.z ? y : nullptr,
+                           B,          C,        carried.log2, entering, carried.dh, carried.dA, dB,    dC};
+  const bool in_range = Decay<A>{carried.log2}.in_range(step, chunk.rows, p.dstate);
+  for_runs_of_states<kStates>(p.dstate, [&]<int kRun>(int64_t n) {
+    (in_range ? adjoint_of_states<A, kRun, true> : adjoint_of_states<A, kRun, false>)(adjoint, n);
+  });
+  for (int t = 0; t < chunk.rows; t++) {
+    *carried.dD += dy[t] * u[t];
+    dstep[t] = dstep[t] * A(0.693147180559945309417232121L) + dx[t] * u[t];
+    if (p.delta_softplus) dstep[t] = raw[t] > A(20) ? dstep[t] : dstep[t] * sigmoid<A>(raw[t]);
+    *carried.dbias += dstep[t];
+    dx[t] = dx[t] * step[t] + dy[t] * skip;
+    if (p.z) {
+      const Vec<A> gate = sigmoid<A>(z[t]);
+      y[t] = dout[t] * y[t] * gate * (A(1) + z[t] * (A(1) - gate));
+    }
+  }
+  store_rows<T>(q.du, b, chunk, channel, dx, lanes);
+  store_rows<T>(q.ddelta, b, chunk, channel, dstep, lanes);
+  if (p.z) store_rows<T>(q.dz, b, chunk, channel, y, lanes);
+}
+
+// Scratch of the items of one batch row, and the walk over them.
+template <class T>
+class BackwardRow {
+  using A = Acc<T>;
+  static constexpr int64_t kLaneGroups = kScanBlock / kLanes<A>;
+
+ public:
+  BackwardRow(const SelectiveScanBackward& q, int64_t begin, int64_t end)
+      : q(q),
+        p(q.forward),
+        begin(begin),
+        end(end),
+        b(Item(p, begin).b),
+        groups((end - begin) * kLaneGroups),
+        log2(groups * p.dstate),
+        dh(groups * p.dstate),
+        dA(groups * p.dstate),
+        dD(groups),
+        dbias(groups),
+        entering(p.dstate),
+        dB(kScanChunk * p.dstate),
+        dC(kScanChunk * p.dstate),
+        B(kScanChunk * p.dstate),
+        C(kScanChunk * p.dstate) {}
+
+  void run() {
+    clear<A>(dA, groups * p.dstate), clear<A>(dD, groups), clear<A>(dbias, groups);
+    for_all_lanes([&](int64_t i, int64_t channel, int lanes) {
+      load_states<A>(log2 + i * p.dstate, static_cast<const A*>(p.A), p.dstate, channel, lanes,
+                     A(1.442695040888963407359924681L));
+    });
+    for (int64_t doc = p.docs.first(b); doc < p.docs.last(b); doc++) walk_back(doc);
+    store_sums();
+  }
+
+ private:
+  void walk_back(int64_t doc) {
+    const int64_t matrix = doc * p.dim * p.dstate;
+    for_all_lanes([&](int64_t i, int64_t channel, int lanes) {
+      if (q.dfinal_state) {
+        load_states<A>(dh + i * p.dstate, static_cast<const A*>(q.dfinal_state) + matrix, p.dstate, channel, lanes);
+      } else {
+        clear<A>(dh + i * p.dstate, p.dstate);
+      }
+    });
+    for (int64_t i = chunk_count(p.docs.end(doc) - p.docs.begin(doc)) - 1; i >= 0; i--) {
+      chunk_back(chunk_of(p, doc, i * kScanChunk, kScanChunk));
+    }
+    for_all_lanes([&](int64_t i, int64_t channel, int lanes) {
+      store_states<A>(static_cast<A*>(q.dinitial_state) + matrix, dh + i * p.dstate, p.dstate, channel, lanes);
+    });
+  }
+
+  void chunk_back(const Chunk& chunk) {
+    int64_t staged_group = -1;
+    for (int64_t i = begin; i < end; i++) {
+      const Item item(p, i);
+      if (item.group != staged_group) {
+        stage<T>(B, p.B, p, b, item.group, chunk);
+        stage<T>(C, p.C, p, b, item.group, chunk);
+        staged_group = item.group;
+      }
+      clear<A>(dB, chunk.rows * p.dstate), clear<A>(dC, chunk.rows * p.dstate);
+      for_lanes<A>(item, [&](int64_t group, int64_t channel, int lanes) {
+        const int64_t at = (i - begin) * kLaneGroups + group;
+        const Carried<A> carried{log2 + at * p.dstate, dh + at * p.dstate, dA + at * p.dstate, dD + at, dbias + at};
+        backward_lanes<T>(q, b, chunk, channel, lanes, B, C, carried, entering, dB, dC);
+      });
+      const int64_t part = (item.group * p.blocks_per_group() + item.block) * p.batch + b;
+      const int64_t at = (part * p.seqlen + chunk.begin) * p.dstate;
+      store_lane_sums<A>(static_cast<A*>(q.dB_parts) + at, dB, chunk.rows * p.dstate);
+      store_lane_sums<A>(static_cast<A*>(q.dC_parts) + at, dC, chunk.rows * p.dstate);
+    }
+  }
+
+  void store_sums() {
+    for_all_lanes([&](int64_t i, int64_t channel, int lanes) {
+      A* dA_part = static_cast<A*>(q.dA_parts) + b * p.dim * p.dstate;
+      store_states<A>(dA_part, dA + i * p.dstate, p.dstate, channel, lanes);
+      store(static_cast<A*>(q.dD_parts) + b * p.dim + channel, static_cast<Vec<A>*>(dD)[i], lanes);
+      store(static_cast<A*>(q.ddelta_bias_parts) + b * p.dim + channel, static_cast<Vec<A>*>(dbias)[i], lanes);
+    });
+  }
+
+  template <class F>
+  void for_all_lanes(F&& f) {
+    for (int64_t i = begin; i < end; i++) {
+      for_lanes<A>(Item(p, i),
+                   [&](int64_t group, int64_t channel, int lanes) { f((i - begin) * kLaneGroups + group, channel, lanes); });
+    }
+  }
+
+  const SelectiveScanBackward& q;
+  const SelectiveScan& p;
+  const int64_t begin, end, b, groups;
+  Scratch<Vec<A>> log2, dh, dA, dD, dbias;  // of each group of lanes
+  Scratch<Vec<A>> entering, dB, dC;         // of the chunk at hand
+  Scratch<A> B, C;
+};
+
+}  // namespace
+
+void selective_scan_backward(const SelectiveScanBackward& q, int64_t begin, int64_t end) {
+  dispatch(q.forward.dtype, [&]<class T>() {
+    for_batch_rows(q.forward, begin, end, [&](int64_t from, int64_t to) { BackwardRow<T>(q, from, to).run(); });
+  });
+}
+
+}  // namespace madkernels::MADKERNELS_ISA
