@@ -51,6 +51,7 @@ def bench(
     console = Console()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
+    machine.keep_freed_memory()
     try:
         facts = machine.describe()
         console.print("; ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
