@@ -170,6 +170,15 @@ inline A sum_lanes(Vec<A> v) {
   return total;
 }
 
+// Whether every lane is below the bound; a NaN is not.
+template <class A>
+inline bool all_below(Vec<A> v, A bound) {
+  const auto below = v < bound;
+  bool all = true;
+  for (int i = 0; i < kLanes<A>; i++) all &= below[i] != 0;
+  return all;
+}
+
 // ---- transposing a square of kLanes x kLanes ----
 
 // Exchanges the off-diagonal blocks of a and b: lanes whose number has the bit `kStep` set in a, unset in b.

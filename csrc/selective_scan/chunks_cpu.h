@@ -123,26 +123,30 @@ inline void load_raw_delta(Vec<Acc<T>>* raw, const SelectiveScan& p, int64_t b, 
   for (int t = 0; t < chunk.rows; t++) raw[t] += bias;
 }
 
-// The decays of a group of lanes, base 2, and whether every exponent of a chunk is in the range of the unchecked 2^x.
+// The largest |v[i]|, lane by lane; NaN where one is.
 template <class A>
-struct Decay {
-  const Vec<A>* log2;  // [dstate]: A log2(e)
+inline Vec<A> largest_magnitude(const Vec<A>* v, int64_t count) {
+  Vec<A> largest = {};
+  for (int64_t i = 0; i < count; i++) {
+    const Vec<A> magnitude = v[i] < A(0) ? -v[i] : v[i];
+    largest = magnitude <= largest ? largest : magnitude + largest * A(0);
+  }
+  return largest;
+}
 
-  bool in_range(const Vec<A>* step, int rows, int64_t dstate) const {
-    Vec<A> longest = {}, fastest = {};
-    for (int t = 0; t < rows; t++) longest = larger(longest, step[t]);
-    for (int64_t n = 0; n < dstate; n++) fastest = larger(fastest, log2[n]);
-    const Vec<A> exponent = longest * fastest;
-    bool all = true;
-    for (int l = 0; l < kLanes<A>; l++) all = all && exponent[l] < -Exp2<A>::kLow - 1;  // false for NaN
-    return all;
-  }
-  // max(a, |x|); a NaN stays.
-  static Vec<A> larger(Vec<A> a, Vec<A> x) {
-    const Vec<A> magnitude = x < A(0) ? -x : x;
-    return magnitude <= a ? a : magnitude + a * A(0);
-  }
-};
+// log2[n] = A[channel + l, n] log2(e), of a group of lanes -> the largest magnitude among them.
+template <class A>
+inline Vec<A> load_decays(Vec<A>* log2, const SelectiveScan& p, int64_t channel, int lanes) {
+  load_states<A>(log2, static_cast<const A*>(p.A), p.dstate, channel, lanes, A(1.442695040888963407359924681L));
+  return largest_magnitude<A>(log2, p.dstate);
+}
+
+// Whether every exponent of a chunk, a step times A log2(e), is in the range of the unchecked 2^x. `fastest`: the largest
+// magnitude of the latter.
+template <class A>
+inline bool exponents_in_range(const Vec<A>* step, int rows, Vec<A> fastest) {
+  return all_below<A>(largest_magnitude<A>(step, rows) * fastest, -Exp2<A>::kLow - 1);
+}
 
 template <class A, bool kInRange>
 inline Vec<A> decay_of(Vec<A> step, Vec<A> log2) {

@@ -69,11 +69,11 @@ void adjoint_of_states(const Adjoint<A>& k, int64_t first) {
   for (int n = 0; n < kStates; n++) k.dh[first + n] = dh[n], k.dA[first + n] = dA[n];
 }
 
-// Sums that one group of lanes carries over the chunks of an item.
+// What one group of lanes carries over the chunks of an item.
 template <class A>
 struct Carried {
-  Vec<A>*log2, *dh, *dA;  // [dstate]
-  Vec<A>*dD, *dbias;      // [1]
+  Vec<A>*log2, *dh, *dA;        // [dstate]
+  Vec<A>*fastest, *dD, *dbias;  // [1]
 };
 
 template <class T>
@@ -103,7 +103,7 @@ void backward_lanes(const SelectiveScanBackward& q, int64_t b, const Chunk& chun
   }
   const Adjoint<A> adjoint{chunk.rows, p.dstate, step,         x,        dy,         dx,         dstep, p.z ? y : nullptr,
                            B,          C,        carried.log2, entering, carried.dh, carried.dA, dB,    dC};
-  const bool in_range = Decay<A>{carried.log2}.in_range(step, chunk.rows, p.dstate);
+  const bool in_range = exponents_in_range<A>(step, chunk.rows, *carried.fastest);
   for_runs_of_states<kStates>(p.dstate, [&]<int kRun>(int64_t n) {
     (in_range ? adjoint_of_states<A, kRun, true> : adjoint_of_states<A, kRun, false>)(adjoint, n);
   });
@@ -140,6 +140,7 @@ class BackwardRow {
         log2(groups * p.dstate),
         dh(groups * p.dstate),
         dA(groups * p.dstate),
+        fastest(groups),
         dD(groups),
         dbias(groups),
         entering(p.dstate),
@@ -150,10 +151,8 @@ class BackwardRow {
 
   void run() {
     clear<A>(dA, groups * p.dstate), clear<A>(dD, groups), clear<A>(dbias, groups);
-    for_all_lanes([&](int64_t i, int64_t channel, int lanes) {
-      load_states<A>(log2 + i * p.dstate, static_cast<const A*>(p.A), p.dstate, channel, lanes,
-                     A(1.442695040888963407359924681L));
-    });
+    for_all_lanes(
+        [&](int64_t i, int64_t channel, int lanes) { fastest[i] = load_decays<A>(log2 + i * p.dstate, p, channel, lanes); });
     for (int64_t doc = p.docs.first(b); doc < p.docs.last(b); doc++) walk_back(doc);
     store_sums();
   }
@@ -188,7 +187,8 @@ class BackwardRow {
       clear<A>(dB, chunk.rows * p.dstate), clear<A>(dC, chunk.rows * p.dstate);
       for_lanes<A>(item, [&](int64_t group, int64_t channel, int lanes) {
         const int64_t at = (i - begin) * kLaneGroups + group;
-        const Carried<A> carried{log2 + at * p.dstate, dh + at * p.dstate, dA + at * p.dstate, dD + at, dbias + at};
+        const Carried<A> carried{
+            log2 + at * p.dstate, dh + at * p.dstate, dA + at * p.dstate, fastest + at, dD + at, dbias + at};
         backward_lanes<T>(q, b, chunk, channel, lanes, B, C, carried, entering, dB, dC);
       });
       const int64_t part = (item.group * p.blocks_per_group() + item.block) * p.batch + b;
@@ -218,8 +218,8 @@ class BackwardRow {
   const SelectiveScanBackward& q;
   const SelectiveScan& p;
   const int64_t begin, end, b, groups;
-  Scratch<Vec<A>> log2, dh, dA, dD, dbias;  // of each group of lanes
-  Scratch<Vec<A>> entering, dB, dC;         // of the chunk at hand
+  Scratch<Vec<A>> log2, dh, dA, fastest, dD, dbias;  // of each group of lanes
+  Scratch<Vec<A>> entering, dB, dC;                  // of the chunk at hand
   Scratch<A> B, C;
 };
 

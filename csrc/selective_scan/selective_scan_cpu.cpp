@@ -38,7 +38,7 @@ void scan_states(int rows, int64_t dstate, const Vec<A>* step, const Vec<A>* x, 
 
 template <class T>
 void forward_lanes(const SelectiveScan& p, int64_t b, const Chunk& chunk, int64_t channel, int lanes, const Acc<T>* B,
-                   const Acc<T>* C, const Vec<Acc<T>>* log2, Vec<Acc<T>>* h) {
+                   const Acc<T>* C, const Vec<Acc<T>>* log2, Vec<Acc<T>> fastest, Vec<Acc<T>>* h) {
   using A = Acc<T>;
   if (p.checkpoints && chunk.slot != kNoSlot) {
     A* saved = static_cast<A*>(p.checkpoints) + chunk.slot * p.dstate * p.dim + channel;
@@ -54,7 +54,7 @@ void forward_lanes(const SelectiveScan& p, int64_t b, const Chunk& chunk, int64_
     x[t] = step[t] * u[t];
     y[t] = p.D ? skip * u[t] : Vec<A>{};
   }
-  const bool in_range = Decay<A>{log2}.in_range(step, chunk.rows, p.dstate);
+  const bool in_range = exponents_in_range<A>(step, chunk.rows, fastest);
   for_runs_of_states<kStates>(p.dstate, [&]<int kRun>(int64_t n) {
     const auto scan = in_range ? scan_states<A, kRun, true> : scan_states<A, kRun, false>;
     scan(chunk.rows, p.dstate, step, x, B + n, C + n, log2 + n, h + n, y);
@@ -72,44 +72,44 @@ template <class T>
 void forward_row(const SelectiveScan& p, int64_t begin, int64_t end) {
   using A = Acc<T>;
   constexpr int64_t kLaneGroups = kScanBlock / kLanes<A>;
-  const int64_t states = (end - begin) * kLaneGroups * p.dstate, b = Item(p, begin).b;
+  const int64_t groups = (end - begin) * kLaneGroups, b = Item(p, begin).b;
   const int64_t rows = p.u.lane == 1 && p.delta.lane == 1 ? kSweptRows : kScanChunk;
-  Scratch<Vec<A>> log2(states), h(states);
+  Scratch<Vec<A>> log2(groups * p.dstate), fastest(groups), h(groups * p.dstate);
   Scratch<A> B(kScanChunk * p.dstate), C(kScanChunk * p.dstate);
   const auto for_all_lanes = [&](auto&& f) {
     for (int64_t i = begin; i < end; i++) {
       const Item item(p, i);
       for_lanes<A>(item, [&](int64_t group, int64_t channel, int lanes) {
-        f(item, ((i - begin) * kLaneGroups + group) * p.dstate, channel, lanes);
+        f(item, (i - begin) * kLaneGroups + group, channel, lanes);
       });
     }
   };
-  for_all_lanes([&](const Item&, int64_t at, int64_t channel, int lanes) {
-    load_states<A>(log2 + at, static_cast<const A*>(p.A), p.dstate, channel, lanes, A(1.442695040888963407359924681L));
+  for_all_lanes([&](const Item&, int64_t i, int64_t channel, int lanes) {
+    fastest[i] = load_decays<A>(log2 + i * p.dstate, p, channel, lanes);
   });
   for (int64_t doc = p.docs.first(b); doc < p.docs.last(b); doc++) {
     const int64_t matrix = doc * p.dim * p.dstate;
-    for_all_lanes([&](const Item&, int64_t at, int64_t channel, int lanes) {
+    for_all_lanes([&](const Item&, int64_t i, int64_t channel, int lanes) {
       if (p.initial_state) {
-        load_states<A>(h + at, static_cast<const A*>(p.initial_state) + matrix, p.dstate, channel, lanes);
+        load_states<A>(h + i * p.dstate, static_cast<const A*>(p.initial_state) + matrix, p.dstate, channel, lanes);
       } else {
-        clear<A>(h + at, p.dstate);
+        clear<A>(h + i * p.dstate, p.dstate);
       }
     });
     for (int64_t first = 0; first < p.docs.end(doc) - p.docs.begin(doc); first += rows) {
       const Chunk chunk = chunk_of(p, doc, first, rows);
       int64_t staged_group = -1;
-      for_all_lanes([&](const Item& item, int64_t at, int64_t channel, int lanes) {
+      for_all_lanes([&](const Item& item, int64_t i, int64_t channel, int lanes) {
         if (item.group != staged_group) {
           stage<T>(B, p.B, p, b, item.group, chunk);
           stage<T>(C, p.C, p, b, item.group, chunk);
           staged_group = item.group;
         }
-        forward_lanes<T>(p, b, chunk, channel, lanes, B, C, log2 + at, h + at);
+        forward_lanes<T>(p, b, chunk, channel, lanes, B, C, log2 + i * p.dstate, fastest[i], h + i * p.dstate);
       });
     }
-    for_all_lanes([&](const Item&, int64_t at, int64_t channel, int lanes) {
-      store_states<A>(static_cast<A*>(p.final_state) + matrix, h + at, p.dstate, channel, lanes);
+    for_all_lanes([&](const Item&, int64_t i, int64_t channel, int lanes) {
+      store_states<A>(static_cast<A*>(p.final_state) + matrix, h + i * p.dstate, p.dstate, channel, lanes);
     });
   }
 }
