@@ -11,7 +11,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 OUT ?= out/demo
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: install demo test lint format sanitize wheel clean
 
@@ -39,7 +39,7 @@ test: install
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
 	$(BIN)/mypy
 	$(BIN)/pyright
 	$(BIN)/python tests/check_sources.py
@@ -47,12 +47,12 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
 
 # The sanitizers' runtime has to be loaded before Python; leaks are Python's own, so they are not reported.
 sanitize: install
 	rm -rf build/sanitized
-	MADKERNELS_SANITIZE=ON $(BIN)/pip install --quiet --no-build-isolation --no-deps --target build/sanitized .
+	MADKERNELS_SANITIZE=ON MADKERNELS_CUDA=off $(BIN)/pip install --quiet --no-build-isolation --no-deps --target build/sanitized .
 	cd build/sanitized && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

@@ -1,4 +1,8 @@
-"""Builds madkernels._C with CMake. Metadata and settings are in pyproject.toml, the native build in CMakeLists.txt."""
+"""Builds madkernels._C and _C_cuda with CMake. Settings are in pyproject.toml, the native build in CMakeLists.txt.
+
+Environment variables: MADKERNELS_CUDA=auto|on|off (auto: where nvcc is found and torch has CUDA),
+MADKERNELS_CUDA_ARCHS="80;90a" (if absent: those of the GPUs here, else these two), MADKERNELS_SANITIZE=ON.
+"""
 
 import os
 import re
@@ -20,14 +24,37 @@ def ninja() -> str:
     return shutil.which("ninja", path=os.pathsep.join([beside, os.environ.get("PATH", "")])) or "ninja"
 
 
+def gpu_archs() -> str:
+    """The architectures of this machine's GPUs that kernels are written for; both kinds if it has none."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        capabilities = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        capabilities = torch_capabilities()
+    found = {c.replace(".", "") for c in capabilities if re.fullmatch(r"\d+\.\d", c) and float(c) >= 8}
+    return ";".join(sorted(("90a" if c == "90" else c for c in found), key=lambda c: (len(c.rstrip("a")), c))) or "80;90a"
+
+
+def torch_capabilities() -> list[str]:
+    """The compute capabilities of the GPUs that torch sees."""
+    import torch
+
+    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return ["{}.{}".format(*torch.cuda.get_device_capability(device)) for device in devices]
+
+
 class CMakeBuild(build_ext):
     """Runs CMake in build/<interpreter>, which is kept, so that a second build compiles only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.optional:  # _C_cuda, which is built with _C
+            return
         destination = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         sanitize = os.environ.get("MADKERNELS_SANITIZE", "OFF")
         build = ROOT / "build" / (sys.implementation.cache_tag + ("-sanitize" if sanitize != "OFF" else ""))
         cmake = [sys.executable, "-m", "cmake"]
+        cuda = os.environ.get("MADKERNELS_CUDA", "auto")
+        archs = os.environ.get("MADKERNELS_CUDA_ARCHS") or (gpu_archs() if cuda != "off" else "80;90a")
         configure = [
             *cmake,
             f"-S{ROOT}",
@@ -37,10 +64,16 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DMADKERNELS_VERSION={VERSION}",
             f"-DMADKERNELS_SANITIZE={sanitize}",
+            f"-DMADKERNELS_CUDA={cuda}",
+            f"-DMADKERNELS_CUDA_ARCHS={archs}",
         ]
         subprocess.run(configure, check=True)
         subprocess.run([*cmake, "--build", str(build)], check=True)
+        for folder in (destination, *([ROOT / "madkernels"] if self.editable_mode else [])):
+            for stale in folder.glob("_C_cuda*.so"):  # of a build with CUDA, where this one may have none
+                stale.unlink()
         subprocess.run([*cmake, "--install", str(build), "--prefix", str(destination)], check=True)
 
 
-setup(ext_modules=[Extension("madkernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+MODULES = [Extension("madkernels._C", sources=[]), Extension("madkernels._C_cuda", sources=[], optional=True)]
+setup(ext_modules=MODULES, cmdclass={"build_ext": CMakeBuild})

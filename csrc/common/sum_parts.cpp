@@ -1,8 +1,23 @@
 // Deterministic reduction of a workspace: parts are added in order, so the sum does not depend on the number of threads.
 #include "common/check.h"
 
+#if defined(MADKERNELS_CUDA)
+#include "common/stream.h"
+#endif
+#include "common/sum_parts.h"
+
 namespace madkernels {
 namespace {
+
+#if defined(MADKERNELS_CUDA)
+
+void sum_into(const Tensor& parts, int64_t outer, int64_t count, int64_t inner, Tensor& sums) {
+  const OnDevice on(parts);
+  sum_parts(static_cast<const float*>(parts.data_ptr()), outer, count, inner, static_cast<float*>(sums.data_ptr()),
+            on.stream());
+}
+
+#else
 
 template <class A>
 void add_parts(const A* parts, int64_t count, int64_t inner, A* sums, int64_t begin, int64_t end) {
@@ -15,7 +30,7 @@ void add_parts(const A* parts, int64_t count, int64_t inner, A* sums, int64_t be
 }
 
 template <class A>
-void sum_into(const Tensor& parts, int64_t outer, int64_t count, int64_t inner, Tensor& sums) {
+void sum_stretches(const Tensor& parts, int64_t outer, int64_t count, int64_t inner, Tensor& sums) {
   constexpr int64_t kStretch = 2048;
   const int64_t stretches = (inner + kStretch - 1) / kStretch;
   const auto* from = static_cast<const A*>(parts.data_ptr());
@@ -29,6 +44,16 @@ void sum_into(const Tensor& parts, int64_t outer, int64_t count, int64_t inner, 
   });
 }
 
+void sum_into(const Tensor& parts, int64_t outer, int64_t count, int64_t inner, Tensor& sums) {
+  if (parts.scalar_type() == ScalarType::Double) {
+    sum_stretches<double>(parts, outer, count, inner, sums);
+  } else {
+    sum_stretches<float>(parts, outer, count, inner, sums);
+  }
+}
+
+#endif
+
 }  // namespace
 
 Tensor sum_parts(const Tensor& parts, int64_t axis) {
@@ -39,11 +64,7 @@ Tensor sum_parts(const Tensor& parts, int64_t axis) {
   const int64_t count = shape[axis];
   shape.erase(shape.begin() + axis);
   Tensor sums = empty(shape, parts.scalar_type(), parts);
-  if (parts.scalar_type() == ScalarType::Double) {
-    sum_into<double>(parts, outer, count, inner, sums);
-  } else {
-    sum_into<float>(parts, outer, count, inner, sums);
-  }
+  sum_into(parts, outer, count, inner, sums);
   return sums;
 }
 

@@ -1,0 +1,26 @@
+// Where kernels of the CUDA part run: the tensor's device, made current, and torch's stream there.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "common/cuda_errors.h"
+
+namespace madkernels {
+
+// Held by an op's entry while it allocates and launches.
+class OnDevice {
+ public:
+  explicit OnDevice(const torch::stable::Tensor& t) : guard_(t.get_device_index()) {
+    use_device(t.get_device_index());
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+}  // namespace madkernels
