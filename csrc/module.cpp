@@ -23,13 +23,8 @@ std::vector<std::string> names(const std::vector<madkernels::Isa>& isas) {
 std::map<std::string, std::string> build_info() {
   std::string isas;
   for (const std::string& name : names(madkernels::compiled_isas())) isas += (isas.empty() ? "" : ",") + name;
-  return {{"version", MADKERNELS_VERSION},
-          {"compiler", MADKERNELS_COMPILER},
-          {"build_type", MADKERNELS_BUILD_TYPE},
-          {"torch", MADKERNELS_TORCH},
-          {"torch_target", MADKERNELS_TORCH_TARGET},
-          {"isas", isas},
-          {"cuda", "off"}};
+  return {{"version", MADKERNELS_VERSION}, {"compiler", MADKERNELS_COMPILER},         {"build_type", MADKERNELS_BUILD_TYPE},
+          {"torch", MADKERNELS_TORCH},     {"torch_target", MADKERNELS_TORCH_TARGET}, {"isas", isas}};
 }
 
 }  // namespace
@@ -37,7 +32,7 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_C, m) {
   madkernels::cpu_isa();  // an impossible MADKERNELS_CPU is an ImportError, not a failure in the middle of a run
   m.doc() = "The compiled part of madkernels.";
-  m.def("build_info", &build_info, "What was built: version, compiler, torch, instruction sets, CUDA.");
+  m.def("build_info", &build_info, "What was built: version, compiler, torch, instruction sets.");
   m.def("cpu_isa", [] { return madkernels::isa_name(madkernels::cpu_isa()); }, "The instruction set in use.");
   m.def(
       "cpu_supported", [] { return names(madkernels::supported_isas()); },

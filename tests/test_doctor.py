@@ -16,7 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 import madkernels
-from madkernels import _C
+from madkernels import _C, cuda
 from madkernels.cli import doctor as module
 
 app = typer.Typer()
@@ -31,10 +31,16 @@ def run() -> str:
 
 def extension(**changes: Any) -> Any:
     """A stand-in for the extension."""
-    info = {"version": madkernels.__version__, "compiler": "GNU 12", "torch_target": "2.10", "cuda": "off"}
+    info = {"version": madkernels.__version__, "compiler": "GNU 12", "torch_target": "2.10"}
     info |= {"isas": "baseline,avx2,avx512"} | changes.pop("info", {})
     facts = {"cpu_isa": "avx2", "cpu_supported": ["baseline", "avx2"]} | changes
     return SimpleNamespace(build_info=lambda: info, **{name: lambda v=v: v for name, v in facts.items()})
+
+
+def cuda_part(problem: str = "", version: str = madkernels.__version__) -> Any:
+    """A stand-in for the CUDA part."""
+    info = {"version": version, "nvcc": "13.0.88", "archs": "80,90a", "ptx": "90"}
+    return SimpleNamespace(build_info=lambda: info, device_problem=lambda device: problem)
 
 
 def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,12 +50,13 @@ def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib, "import_module", fail)
 
 
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu(monkeypatch: pytest.MonkeyPatch, part: Any = None, failure: str = "") -> None:
     properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(module, "nvidia_driver", lambda: "580.1")
+    monkeypatch.setattr(cuda, "load", lambda: (part, failure))
 
 
 def test_says_what_is_here() -> None:
@@ -71,10 +78,9 @@ def test_extension_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "in use" not in text
 
 
-def test_ops_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module.has_kernel("selective_scan", "CPU")
-    assert not module.has_kernel("selective_scan", "CUDA")
-    assert not module.has_kernel("no_such_op", "CPU")
+def test_ops_without_a_kernel() -> None:
+    assert module.has_cpu_kernel("selective_scan")
+    assert not module.has_cpu_kernel("no_such_op")
 
 
 def test_all_well(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,19 +104,43 @@ def test_advice(changes: dict[str, Any], line: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu(monkeypatch)
+    gpu(monkeypatch, None, "madkernels was built without CUDA: rebuild it")
     text = run()
     assert "NVIDIA H100, compute capability 9.0, 80 GiB" in text
     assert "580.1" in text
-    assert "torch has CUDA and a GPU, but the ops have no CUDA kernels yet" in text
+    assert "There is a GPU, but madkernels was built without CUDA: rebuild it." in text
 
 
-def test_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", None)
+def test_gpu_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, cuda_part())
+    assert "built for 80, 90a, PTX 90, with nvcc 13.0.88" in run()
+    assert module.gpu_advice() == []
+
+
+def test_gpu_that_the_kernels_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, cuda_part("GPU 0 (Tesla T4, compute capability 7.5) is too old", "0.0.1"))
+    problem, version = module.gpu_advice()
+    assert problem.startswith("GPU 0 (Tesla T4, compute capability 7.5) is too old")
+    assert version.startswith("The CUDA part is of another version")
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "line"),
+    [
+        (None, "There is an NVIDIA GPU, but this torch was built without CUDA"),
+        ("13.0", "There is an NVIDIA driver, but torch cannot use a GPU: The NVIDIA driver on your system is too old"),
+    ],
+)
+def test_gpu_that_torch_cannot_use(torch_cuda: str | None, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).")
+
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(torch, "zeros", fail)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(module, "nvidia_driver", lambda: "580.1")
-    (line,) = module.advice(extension(), "")
-    assert line.startswith("There is an NVIDIA GPU, but this torch was built without CUDA")
+    (found,) = module.advice(extension(), "")
+    assert found.startswith(line)
 
 
 def test_command_runs_where_the_extension_does_not_load(tmp_path: Path) -> None:

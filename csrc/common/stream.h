@@ -1,16 +1,20 @@
 // Where kernels of the CUDA part run: the tensor's device, made current, and torch's stream there.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(MADKERNELS_CUDA)
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
 #include "common/cuda_errors.h"
+#endif
 
 namespace madkernels {
 
 // Held by an op's entry while it allocates and launches.
 class OnDevice {
+#if defined(MADKERNELS_CUDA)
  public:
   explicit OnDevice(const torch::stable::Tensor& t) : guard_(t.get_device_index()) {
     use_device(t.get_device_index());
@@ -21,6 +25,11 @@ class OnDevice {
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
+#else  // the emulator has one device and no streams
+ public:
+  explicit OnDevice(const torch::stable::Tensor&) {}
+  void* stream() const { return nullptr; }
+#endif
 };
 
 }  // namespace madkernels

@@ -1,15 +1,15 @@
 // Deterministic reduction of a workspace: parts are added in order, so the sum does not depend on the number of threads.
 #include "common/check.h"
 
-#if defined(MADKERNELS_CUDA)
+#if defined(MADKERNELS_CUDA) || defined(MADKERNELS_EMULATED)
 #include "common/stream.h"
-#endif
 #include "common/sum_parts.h"
+#endif
 
 namespace madkernels {
 namespace {
 
-#if defined(MADKERNELS_CUDA)
+#if defined(MADKERNELS_CUDA) || defined(MADKERNELS_EMULATED)
 
 void sum_into(const Tensor& parts, int64_t outer, int64_t count, int64_t inner, Tensor& sums) {
   const OnDevice on(parts);

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from madkernels import cuda
 from madkernels._version import __version__  # not the package's public names: they need the extension
 
 OPS = ("selective_scan", "causal_conv")
@@ -50,8 +51,16 @@ def describe_extension(extension: ModuleType) -> list[tuple[str, str]]:
     return [
         ("extension", f"{info['version']}, {info['compiler']}, for torch {info['torch_target']} and later"),
         ("CPU", f"{extension.cpu_isa()} in use; {sets}"),
-        ("CUDA kernels", "none" if info["cuda"] == "off" else f"built for {info['cuda']}"),
+        ("CUDA kernels", describe_cuda_part(cuda.load()[0])),
     ]
+
+
+def describe_cuda_part(part: ModuleType | None) -> str:
+    """What was built for CUDA."""
+    if part is None:
+        return "none loaded"
+    info: dict[str, str] = part.build_info()
+    return f"built for {info['archs'].replace(',', ', ')}, PTX {info['ptx']}, with nvcc {info['nvcc']}"
 
 
 def describe_gpus() -> list[tuple[str, str]]:
@@ -84,15 +93,15 @@ def ops_table() -> Table:
     """Which op has kernels for which device, by what is registered with torch."""
     table = Table("op", "cpu", "cuda")
     for op in OPS:
-        table.add_row(op, *("yes" if has_kernel(op, key) else "not built" for key in ("CPU", "CUDA")))
+        on_cpu, on_cuda = has_cpu_kernel(op), op in cuda.ops_with_kernels()
+        table.add_row(op, *("yes" if has else "not built" for has in (on_cpu, on_cuda)))
     return table
 
 
-def has_kernel(op: str, key: str) -> bool:
-    """Whether torch would find a kernel of the op for the dispatch key."""
+def has_cpu_kernel(op: str) -> bool:
+    """Whether torch would find a kernel of the op for the CPU."""
     name = f"madkernels::{op}"
-    exists = torch._C._dispatch_has_kernel(name)
-    return exists and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    return torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
 
 
 def advice(extension: ModuleType | None, failure: str) -> list[str]:
@@ -114,8 +123,32 @@ def advice(extension: ModuleType | None, failure: str) -> list[str]:
         lines.append(f"{used} is in use though this CPU has {supported[-1]}: unset MADKERNELS_CPU.")
     if info["version"] != __version__:
         lines.append(f"The extension is of version {info['version']}, the Python code of {__version__}: rebuild it: {BUILD}")
-    if torch.cuda.is_available() and info["cuda"] == "off":
-        lines.append("torch has CUDA and a GPU, but the ops have no CUDA kernels yet: keep their inputs on the CPU.")
-    elif nvidia_driver() and not torch.version.cuda:
-        lines.append("There is an NVIDIA GPU, but this torch was built without CUDA; the ops run on the CPU either way.")
-    return lines
+    return lines + gpu_advice()
+
+
+def gpu_advice() -> list[str]:
+    """What keeps the ops from a GPU that is here."""
+    if torch.cuda.is_available():
+        part, failure = cuda.load()
+        if part is None:
+            return [f"There is a GPU, but {failure}. Until then keep the ops' inputs on the CPU."]
+        lines = [problem for index in range(torch.cuda.device_count()) if (problem := part.device_problem(index))]
+        if part.build_info()["version"] != __version__:
+            lines.append(
+                f"The CUDA part is of another version than the Python code, {__version__}: rebuild it: {cuda.BUILD}"
+            )
+        return lines
+    if not nvidia_driver():
+        return []
+    if not torch.version.cuda:
+        return ["There is an NVIDIA GPU, but this torch was built without CUDA; the ops run on the CPU either way."]
+    return [f"There is an NVIDIA driver, but torch cannot use a GPU: {torch_failure()}"]
+
+
+def torch_failure() -> str:
+    """Why torch with CUDA finds no GPU, in its own words: no device, or a driver too old for its CUDA."""
+    try:
+        torch.zeros((), device="cuda")
+    except (RuntimeError, AssertionError) as error:
+        return str(error)
+    return "it gives no reason"

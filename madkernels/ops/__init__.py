@@ -5,7 +5,9 @@ Importing this package registers `torch.ops.madkernels`.
 
 import torch  # noqa: F401  (first: it loads the libraries that the extension links to)
 
-from madkernels import _C  # noqa: F401
+from madkernels import _C, cuda  # noqa: F401
 from madkernels.ops import causal_conv, selective_scan
+
+cuda.refuse_where_there_are_none()
 
 __all__ = ["causal_conv", "selective_scan"]

@@ -1,0 +1,102 @@
+"""The CUDA part on machines without a GPU: that it links, when it is loaded, and what is said where it is not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import madkernels
+from madkernels import cuda, ops  # noqa: F401  (ops: registers the refusals)
+
+ROOT = Path(__file__).parent.parent
+BUILT = Path(madkernels.__file__).parent / f"_C_cuda{EXTENSION_SUFFIXES[0]}"
+LOAD = """
+import ctypes, os, sys, torch
+import madkernels._C
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+sys.setdlopenflags(os.RTLD_NOW)
+import madkernels._C_cuda as part
+from madkernels import cuda, ops  # noqa: F401  (ops: registers the refusals)
+print(*part.build_info().values(), cuda.ops_with_kernels())
+"""
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    cuda.load.cache_clear()
+    yield
+    cuda.load.cache_clear()
+
+
+def call(key: str, x: Tensor, weight: Tensor) -> Any:
+    """causal_conv as the dispatcher calls it for tensors of another device."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    return torch.ops.madkernels.causal_conv.default.redispatch(keys, x, weight, None, False, None, None)
+
+
+@pytest.mark.skipif(not BUILT.exists(), reason="built without CUDA")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA: the part is simply loaded")
+def test_links_against_a_torch_without_cuda(tmp_path: Path) -> None:
+    """With a stand-in for the one symbol that only a torch with CUDA has, every symbol is found and the module loads."""
+    source, library = tmp_path / "stream.c", tmp_path / "stream.so"
+    source.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = 0; return device; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    found = subprocess.run([sys.executable, "-c", LOAD, library], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert madkernels.__version__ in found.stdout
+
+
+@pytest.mark.skipif(bool(cuda.ops_with_kernels()), reason="CUDA kernels are here")
+def test_cuda_tensors_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match=r"causal_conv has no CUDA kernel here: .*built without CUDA.*On the CPU it runs"):
+        call("CUDA", torch.randn(1, 4, 8), torch.randn(8, 3))
+    monkeypatch.setattr(cuda, "load", lambda: (object(), ""))
+    assert cuda.why_not("causal_conv").startswith("causal_conv has no CUDA kernel here: it has none yet.")
+
+
+def test_every_op_answers_cuda_tensors() -> None:
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("madkernels::")]
+    assert len(names) >= 6
+    assert all(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in names)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    ("torch_cuda", "found", "error", "reason"),
+    [
+        (None, True, None, "this torch was built without CUDA"),
+        ("13.0", False, None, "madkernels was built without CUDA"),
+        ("13.0", True, ImportError("undefined symbol: planted"), "does not load: undefined symbol: planted"),
+    ],
+)
+def test_why_the_part_is_not_loaded(
+    torch_cuda: str | None, found: bool, error: Exception | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> None:
+        assert error is not None, "it must not be loaded"
+        raise error
+
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if found else None)
+    monkeypatch.setattr(importlib, "import_module", fail)
+    part, why = cuda.load()
+    assert part is None
+    assert reason in why
+
+
+@pytest.mark.parametrize("odd", ["x", "weight"])
+def test_tensors_on_different_devices_are_refused(odd: str) -> None:
+    tensors = {"x": torch.randn(1, 4, 8), "weight": torch.randn(8, 3)}
+    tensors[odd] = tensors[odd].to("meta")
+    with pytest.raises(RuntimeError, match="causal_conv: weight is on another device than x"):
+        call("CPU", **tensors)
