@@ -3,6 +3,7 @@
 #   make demo      install, then score two architectures on the MAD tasks
 #   make test      install, then run the tests
 #   make lint      formatters, linters and type checkers
+#   make cuda-check  compile every CUDA kernel and write docs/cuda-resources.md: registers, spills, shared memory (needs nvcc)
 #   make sanitize  the op tests over kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # TORCH chooses the torch to install where .venv has none, e.g. make test TORCH=torch==2.11.0.
@@ -13,7 +14,7 @@ BIN := .venv/bin
 OUT ?= out/demo
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: install demo test lint format sanitize wheel clean
+.PHONY: install demo test lint format sanitize cuda-check wheel clean
 
 install: .venv/installed
 
@@ -58,6 +59,9 @@ sanitize: install
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH=$(CURDIR)/build/sanitized ../../$(BIN)/python -m pytest --rootdir=$(CURDIR)/tests -c $(CURDIR)/pyproject.toml \
 	  --capture=sys -p no:cacheprovider $(CURDIR)/tests/test_selective_scan.py $(CURDIR)/tests/test_causal_conv.py
+
+cuda-check:
+	$(PYTHON) tests/cuda_check.py --markdown docs/cuda-resources.md
 
 wheel: install
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -1,0 +1,87 @@
+"""How `make cuda-check` reads ptxas."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import cuda_check
+import pytest
+from cuda_check import Compiled, Kernel, as_markdown, as_text, compile_file, parse, problems, rows, short_name
+
+LOG = """\
+ptxas info    : 24 bytes gmem, 8 bytes cmem[4]
+ptxas info    : Compiling entry function '_Z4plainPf' for 'sm_80'
+ptxas info    : Function properties for _Z4plainPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 27 registers, used 1 barriers, 4096 bytes smem, 392 bytes cmem[0]
+ptxas info    : Compile time = 30.699 ms
+ptxas warning : something that no version has said so far
+ptxas info    : Compiling entry function '_Z5heavyPf' for 'sm_80'
+ptxas info    : Function properties for _Z6calledPf
+    16 bytes stack frame, 999 bytes spill stores, 999 bytes spill loads
+ptxas info    : Function properties for _Z5heavyPf
+    64 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers, 64 bytes cumulative stack size, 392 bytes cmem[0]
+"""
+
+
+def compiled(kernels: list[Kernel], failure: str = "") -> Compiled:
+    return Compiled(Path("csrc/common/some.cu"), "80", 1.25, kernels, failure)
+
+
+def test_parses_what_ptxas_says() -> None:
+    assert parse(LOG, "80") == [
+        Kernel("_Z4plainPf", "80", 27, 0, 0, 0, 4096),
+        Kernel("_Z5heavyPf", "80", 255, 12, 20, 64, 0),
+    ]
+    assert parse("ptxas info    : 0 bytes gmem\n", "80") == []
+
+
+def test_a_kernel_without_registers_is_an_error() -> None:
+    with pytest.raises(ValueError, match="not understood"):
+        parse("ptxas info : Compiling entry function '_Z1aPf' for 'sm_80'\n", "80")
+
+
+@pytest.mark.parametrize(
+    ("full", "short"),
+    [
+        ("madkernels::(anonymous namespace)::sum_parts_kernel(float const*, long, long)", "sum_parts_kernel"),
+        ("void madkernels::gpu::scan<float, (int)16, (bool)1>(madkernels::Params)", "scan<float, 16, 1>"),
+        ("void scan<madkernels::BFloat16>(float (*)(int))", "scan<BFloat16>"),
+        ("_Z4plain", "_Z4plain"),
+    ],
+)
+def test_short_names(full: str, short: str) -> None:
+    assert short_name(full) == short
+
+
+def test_spills_fail_unless_they_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    spilling = compiled([Kernel("scan<float>", "80", 255, 4, 4, 8, 0), Kernel("conv", "80", 20, 0, 0, 8, 0)])
+    assert problems([spilling]) == ["scan<float> spills on sm_80"]
+    monkeypatch.setattr(cuda_check, "ALLOWED_SPILLS", {"scan": "a reason"})
+    assert problems([spilling]) == []
+    assert "- `scan`: a reason" in as_markdown(list(rows([spilling])), "13.0")
+
+
+def test_tables() -> None:
+    table = list(rows([compiled([Kernel("a<float>", "80", 27, 0, 0, 0, 4096), Kernel("b", "80", 8, 0, 0, 0, 0)])]))
+    first = as_text(table).splitlines()[1]
+    assert first.split() == ["common/some.cu", "a<float>", "sm_80", "27", "0", "0", "4096", "0", "1.2", "s"]
+    assert "| common/some.cu | `b` | sm_80 | 8 | 0 | 0 | 0 | 0 |" in as_markdown(table, "13.0")
+
+
+def test_files_that_do_not_compile_fail(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'error: no such thing' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    (problem,) = problems([compile_file(str(nvcc), tmp_path / "x.cu", "80")])
+    assert "x.cu does not compile for sm_80" in problem
+    assert "no such thing" in problem
+
+
+def test_says_where_nvcc_was_looked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cuda_check, "find_nvcc", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["cuda_check.py"])
+    assert cuda_check.main() == 2
+    assert "no nvcc on PATH" in capsys.readouterr().err
