@@ -1,0 +1,60 @@
+// Launches a kernel on a one-dimensional grid, on a GPU or on the emulator.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#ifdef MADKERNELS_EMULATED
+#include "emulator/emulator.h"
+#else
+#include "common/cuda_errors.h"
+#endif
+
+namespace madkernels {
+
+using Stream = void*;
+
+// Of the current device: how much a launch should offer it.
+int multiprocessors();
+
+constexpr int64_t kMostBlocks = 0x7fffffff;
+
+inline void check_blocks(const char* name, int64_t blocks) {
+  if (blocks <= kMostBlocks) return;
+  throw std::runtime_error(std::string(name) + ": " + std::to_string(blocks) + " blocks; a GPU takes at most 2^31 - 1");
+}
+
+#ifdef MADKERNELS_EMULATED
+
+// Kernels get their arguments by value. Nothing is launched for 0 blocks.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t dynamic_shared, Stream,
+            const Arguments&... arguments) {
+  check_blocks(name, blocks);
+  if (blocks > 0) emulator::run(name, blocks, threads, dynamic_shared, [&] { kernel(arguments...); });
+}
+
+#elif defined(__CUDACC__)
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t dynamic_shared,
+            Stream stream, const Arguments&... arguments) {
+  constexpr size_t kGiven = 48 << 10;  // more dynamic shared memory has to be asked for
+  check_blocks(name, blocks);
+  if (blocks == 0) return;
+  check_before_launch(name);
+  if (dynamic_shared > kGiven) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared));
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = dynamic_shared, config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+  check_after_launch(name);
+}
+
+#endif
+
+}  // namespace madkernels
