@@ -4,11 +4,12 @@
 #include <tuple>
 
 #include "common/check.h"
+#if MADKERNELS_GPU
+#include "common/stream.h"
+#endif
 
 namespace madkernels {
 namespace {
-
-using torch::stable::parallel_for;
 
 // The arguments after checks, held while kernels use their memory.
 struct Arguments {
@@ -16,10 +17,9 @@ struct Arguments {
   OptionalTensor bias, initial_state, cu_seqlens;
   CausalConv params{};
 
-  int64_t item_grain() const {
-    const int64_t elements = params.dense_channels() ? kConvChunk * params.dim : params.seqlen;
-    return grain(elements * (params.width + 4) / 4);
-  }
+  // Whether weights and their gradient lie as [width, dim], and each chunk of time has a part of the latter.
+  bool by_tap() const { return MADKERNELS_GPU || params.dense_channels(); }
+  int64_t parts() const { return params.batch * (by_tap() ? params.chunks() : 1); }
   Shape states() const { return {params.docs.count, params.width - 1, params.dim}; }
 };
 
@@ -49,9 +49,9 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const Opt
 
   const Tensor dense = with_dense_axis(x);
   const Tensor taps = torch::stable::to(weight, wide);
-  const bool dense_channels = dense.stride(2) == 1;
+  const bool by_tap = MADKERNELS_GPU || dense.stride(2) == 1;
   Arguments a{dense,
-              torch::stable::contiguous(dense_channels ? torch::stable::transpose(taps, 0, 1) : taps),
+              torch::stable::contiguous(by_tap ? torch::stable::transpose(taps, 0, 1) : taps),
               bias ? OptionalTensor(torch::stable::contiguous(torch::stable::to(*bias, wide))) : std::nullopt,
               contiguous(initial_state),
               cu_seqlens,
@@ -62,11 +62,38 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const Opt
   return a;
 }
 
+#if MADKERNELS_GPU
+
+void run_forward(const Arguments& a) {
+  const OnDevice on(a.x);
+  gpu::causal_conv_forward(a.params, on.stream());
+  gpu::causal_conv_final_state(a.params, on.stream());
+}
+
+void run_backward(const Arguments& a, const CausalConvBackward& q) { gpu::causal_conv_backward(q, OnDevice(a.x).stream()); }
+
+#else
+
+template <class F>
+void for_items(const CausalConv& p, F&& f) {
+  const int64_t elements = p.dense_channels() ? kConvChunk * p.dim : p.seqlen;
+  torch::stable::parallel_for(0, p.items(), grain(elements * (p.width + 4) / 4), f);
+}
+
+void run_forward(const Arguments& a) {
+  for_items(a.params, [&](int64_t begin, int64_t end) { causal_conv_cpu().forward(a.params, begin, end); });
+  causal_conv_cpu().final_state(a.params);
+}
+
+void run_backward(const Arguments& a, const CausalConvBackward& q) {
+  for_items(a.params, [&](int64_t begin, int64_t end) { causal_conv_cpu().backward(q, begin, end); });
+}
+
+#endif
+
 void run(Arguments& a, const Tensor& out, void* final_state) {
-  CausalConv& p = a.params;
-  p.out = rows_of(out), p.final_state = final_state;
-  parallel_for(0, p.items(), a.item_grain(), [&](int64_t begin, int64_t end) { causal_conv_cpu().forward(p, begin, end); });
-  causal_conv_cpu().final_state(p);
+  a.params.out = rows_of(out), a.params.final_state = final_state;
+  run_forward(a);
 }
 
 // -> out (batch, seqlen, dim), final_state (docs, width - 1, dim)
@@ -99,8 +126,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(Tensor dout, Opt
   } else {
     torch::stable::zero_(dinitial);
   }
-  const Shape taps = p.dense_channels() ? Shape{p.parts(), p.width, p.dim} : Shape{p.parts(), p.dim, p.width};
-  Tensor dweight_parts = empty(taps, wide, x), dbias_parts = empty({p.parts(), p.dim}, wide, x);
+  const Shape taps = a.by_tap() ? Shape{a.parts(), p.width, p.dim} : Shape{a.parts(), p.dim, p.width};
+  Tensor dweight_parts = empty(taps, wide, x), dbias_parts = empty({a.parts(), p.dim}, wide, x);
   const CausalConvBackward q{p,
                              rows_of(dout_rows),
                              rows_of(dx),
@@ -108,10 +135,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(Tensor dout, Opt
                              dinitial.data_ptr(),
                              dweight_parts.data_ptr(),
                              dbias_parts.data_ptr()};
-  parallel_for(0, p.items(), a.item_grain(), [&](int64_t begin, int64_t end) { causal_conv_cpu().backward(q, begin, end); });
+  run_backward(a, q);
 
   Tensor dweight = sum_parts(dweight_parts, 0);
-  if (p.dense_channels()) dweight = torch::stable::contiguous(torch::stable::transpose(dweight, 0, 1));
+  if (a.by_tap()) dweight = torch::stable::contiguous(torch::stable::transpose(dweight, 0, 1));
   return {dx, torch::stable::to(dweight, weight.scalar_type()),
           bias ? torch::stable::to(sum_parts(dbias_parts, 0), bias->scalar_type()) : empty({0}, type, x),
           initial_state ? dinitial : empty({0}, type, x)};
@@ -129,7 +156,8 @@ Tensor causal_conv_step(Tensor state, Tensor x, Tensor weight, OptionalTensor bi
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(madkernels, m) {
+#ifndef MADKERNELS_CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
   m.def(
       "causal_conv(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens) "
       "-> (Tensor out, Tensor final_state)");
@@ -139,8 +167,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(madkernels, m) {
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
   m.def("causal_conv_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor");
 }
+#endif
 
-STABLE_TORCH_LIBRARY_IMPL(madkernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(MADKERNELS_LIBRARY, MADKERNELS_KEY, m) {
   m.impl("causal_conv", TORCH_BOX(&causal_conv));
   m.impl("causal_conv_backward", TORCH_BOX(&causal_conv_backward));
   m.impl("causal_conv_step", TORCH_BOX(&causal_conv_step));

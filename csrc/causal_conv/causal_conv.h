@@ -28,12 +28,10 @@ struct CausalConv {
   const void* initial_state;  // [docs, width - 1, dim] or null
   void* final_state;          // [docs, width - 1, dim]; may be initial_state
 
-  bool dense_channels() const { return x.lane == 1; }
-  int64_t chunks() const { return (seqlen + kConvChunk - 1) / kConvChunk; }
+  MADKERNELS_ANYWHERE bool dense_channels() const { return x.lane == 1; }
+  MADKERNELS_ANYWHERE int64_t chunks() const { return (seqlen + kConvChunk - 1) / kConvChunk; }
   // Items: (batch row, chunk of time) where channels are dense, (batch row, channel) where time is.
   int64_t items() const { return batch * (dense_channels() ? (dim > 0 ? chunks() : 0) : dim); }
-  // Parts of dweight and dbias: one an item, or one a batch row.
-  int64_t parts() const { return batch * (dense_channels() ? chunks() : 1); }
 };
 
 struct CausalConvBackward {
@@ -53,5 +51,12 @@ struct CausalConvKernels {
 };
 
 MADKERNELS_DECLARE_CPU_KERNELS(CausalConvKernels, causal_conv)
+
+namespace gpu {
+// float32, bfloat16 and float16. Weights and their parts are [width, dim] in every layout; parts: one a batch row and chunk.
+void causal_conv_forward(const CausalConv& p, void* stream);
+void causal_conv_final_state(const CausalConv& p, void* stream);  // after all of forward
+void causal_conv_backward(const CausalConvBackward& q, void* stream);
+}  // namespace gpu
 
 }  // namespace madkernels

@@ -16,6 +16,24 @@
 #include "common/dtype.h"
 #include "common/strided.h"
 
+// An op's entry is compiled for up to three libraries: the CPU's, CUDA's, and the one that runs the CUDA kernels on an
+// emulator, whose ops have a namespace of their own. Only their registrations and what they launch differ.
+#if defined(MADKERNELS_CUDA)
+#define MADKERNELS_LIBRARY madkernels
+#define MADKERNELS_KEY CUDA
+#elif defined(MADKERNELS_EMULATED)
+#define MADKERNELS_LIBRARY madkernels_emulated
+#define MADKERNELS_KEY CPU
+#else
+#define MADKERNELS_LIBRARY madkernels
+#define MADKERNELS_KEY CPU
+#endif
+#if defined(MADKERNELS_CUDA) || defined(MADKERNELS_EMULATED)
+#define MADKERNELS_GPU 1
+#else
+#define MADKERNELS_GPU 0
+#endif
+
 namespace madkernels {
 
 using torch::stable::Tensor;
@@ -73,7 +91,10 @@ class Checks {
       case ScalarType::Float: return DType::kFloat32;
       case ScalarType::BFloat16: return DType::kBFloat16;
       case ScalarType::Half: return DType::kFloat16;
-      case ScalarType::Double: return DType::kFloat64;
+      case ScalarType::Double:
+        MK_CHECK(!MADKERNELS_GPU, op_, ": ", first_, " has dtype float64, which the CPU takes; a GPU takes float32, ",
+                 "bfloat16 or float16");
+        return DType::kFloat64;
       default: break;
     }
     MK_CHECK(false, op_, ": ", first_, " has dtype ", name_of(like_.scalar_type()),

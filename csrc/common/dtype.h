@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// What kernels of every device may call.
+#ifdef __CUDACC__
+#define MADKERNELS_ANYWHERE __host__ __device__
+#else
+#define MADKERNELS_ANYWHERE
+#endif
+
 namespace madkernels {
 
 enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
@@ -35,6 +42,17 @@ void dispatch(DType dtype, F&& f) {
     case DType::kBFloat16: return f.template operator()<BFloat16>();
     case DType::kFloat16: return f.template operator()<Float16>();
     case DType::kFloat64: return f.template operator()<double>();
+  }
+}
+
+// The same for what kernels on a GPU take: not float64.
+template <class F>
+void dispatch_gpu(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f.template operator()<float>();
+    case DType::kBFloat16: return f.template operator()<BFloat16>();
+    case DType::kFloat16: return f.template operator()<Float16>();
+    case DType::kFloat64: return;
   }
 }
 

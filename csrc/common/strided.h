@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace madkernels {
 
 // [batch, seqlen, dim]; either `row` (time) or `lane` (channel) is 1.
@@ -10,9 +12,9 @@ struct Rows {
   void* data = nullptr;
   int64_t batch = 0, row = 0, lane = 0;
 
-  explicit operator bool() const { return data != nullptr; }
+  MADKERNELS_ANYWHERE explicit operator bool() const { return data != nullptr; }
   template <class T>
-  T* at(int64_t b, int64_t t, int64_t d) const {
+  MADKERNELS_ANYWHERE T* at(int64_t b, int64_t t, int64_t d) const {
     return static_cast<T*>(data) + b * batch + t * row + d * lane;
   }
 };
@@ -23,7 +25,7 @@ struct Projection {
   int64_t batch = 0, row = 0, group = 0, state = 0;
 
   template <class T>
-  T* at(int64_t b, int64_t t, int64_t g) const {
+  MADKERNELS_ANYWHERE T* at(int64_t b, int64_t t, int64_t g) const {
     return static_cast<T*>(data) + b * batch + t * row + g * group;
   }
 };
@@ -34,10 +36,10 @@ struct Documents {
   int64_t count = 0;                    // documents in all, or the batch size
   int64_t seqlen = 0;
 
-  int64_t first(int64_t b) const { return cu_seqlens ? 0 : b; }
-  int64_t last(int64_t b) const { return cu_seqlens ? count : b + 1; }
-  int64_t begin(int64_t doc) const { return cu_seqlens ? cu_seqlens[doc] : 0; }
-  int64_t end(int64_t doc) const { return cu_seqlens ? cu_seqlens[doc + 1] : seqlen; }
+  MADKERNELS_ANYWHERE int64_t first(int64_t b) const { return cu_seqlens ? 0 : b; }
+  MADKERNELS_ANYWHERE int64_t last(int64_t b) const { return cu_seqlens ? count : b + 1; }
+  MADKERNELS_ANYWHERE int64_t begin(int64_t doc) const { return cu_seqlens ? cu_seqlens[doc] : 0; }
+  MADKERNELS_ANYWHERE int64_t end(int64_t doc) const { return cu_seqlens ? cu_seqlens[doc + 1] : seqlen; }
 };
 
 }  // namespace madkernels

@@ -4,11 +4,13 @@
 #include <tuple>
 
 #include "common/check.h"
+#if MADKERNELS_GPU
+#include "common/launch.h"
+#include "common/stream.h"
+#endif
 
 namespace madkernels {
 namespace {
-
-using torch::stable::parallel_for;
 
 // The arguments after checks, held while kernels use their memory.
 struct Arguments {
@@ -16,8 +18,6 @@ struct Arguments {
   OptionalTensor D, z, delta_bias, initial_state, cu_seqlens;
   SelectiveScan params{};
 
-  int64_t items() const { return params.batch * params.groups * params.blocks_per_group(); }
-  int64_t item_grain() const { return grain(params.seqlen * kScanBlock * (params.dstate + 4)); }
   Shape rows() const { return {params.batch, params.seqlen, params.dim}; }
   Shape states() const { return {params.docs.count, params.dim, params.dstate}; }
 };
@@ -64,6 +64,64 @@ Arguments check(const char* op, const Tensor& u, const Tensor& delta, const Tens
   return a;
 }
 
+#if MADKERNELS_GPU
+
+// A split of time, with the memory it needs.
+struct Split : ScanSplit {
+  Tensor states_memory, elapsed_memory;
+
+  explicit Split(const Arguments& a)
+      : ScanSplit(split_scan(a.params, multiprocessors())),
+        states_memory(workspace(a, needs_states(a.params) ? a.params.dstate : 0)),
+        elapsed_memory(workspace(a, segments > 1 ? 1 : 0)) {
+    states = states_memory.data_ptr(), elapsed = elapsed_memory.data_ptr();
+  }
+  Tensor workspace(const Arguments& a, int64_t rows) const {
+    return empty({a.params.batch * segments, rows, a.params.dim}, ScalarType::Float, a.u);
+  }
+};
+
+// Kernels on a GPU save one checkpoint a chunk of the row, whatever the documents: fewer than there is room for.
+void clear_spare(Tensor& checkpoints, const SelectiveScan& p) {
+  const int64_t used = p.batch * ((p.seqlen + kScanChunk - 1) / kScanChunk), room = checkpoints.size(0);
+  if (used >= room) return;
+  Tensor spare = torch::stable::narrow(checkpoints, 0, used, room - used);
+  torch::stable::zero_(spare);
+}
+
+void run_forward(const Arguments& a) {
+  const OnDevice on(a.u);
+  gpu::selective_scan_forward(a.params, Split(a), on.stream());
+}
+
+void run_backward(const Arguments& a, const SelectiveScanBackward& q, const ScanSplit& split) {
+  const OnDevice on(a.u);
+  gpu::selective_scan_backward(q, split, on.stream());
+}
+
+#else
+
+struct Split {
+  int64_t segments = 1;
+  explicit Split(const Arguments&) {}
+};
+
+template <class F>
+void for_items(const SelectiveScan& p, F&& f) {
+  const int64_t items = p.batch * p.groups * p.blocks_per_group();
+  torch::stable::parallel_for(0, items, grain(p.seqlen * kScanBlock * (p.dstate + 4)), f);
+}
+
+void run_forward(const Arguments& a) {
+  for_items(a.params, [&](int64_t begin, int64_t end) { selective_scan_cpu().forward(a.params, begin, end); });
+}
+
+void run_backward(const Arguments& a, const SelectiveScanBackward& q, const Split&) {
+  for_items(a.params, [&](int64_t begin, int64_t end) { selective_scan_cpu().backward(q, begin, end); });
+}
+
+#endif
+
 // -> out (batch, seqlen, dim), final_state (docs, dim, dstate), checkpoints (slots, dstate, dim) or (0,)
 std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
                                                   OptionalTensor z, OptionalTensor delta_bias, bool delta_softplus,
@@ -76,8 +134,10 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor
   Tensor checkpoints = empty(save_checkpoints ? Shape{p.checkpoint_slots(), p.dstate, p.dim} : Shape{0}, wide, u);
   p.out = rows_of(out), p.final_state = final_state.data_ptr();
   p.checkpoints = save_checkpoints ? checkpoints.data_ptr() : nullptr;
-  parallel_for(0, a.items(), a.item_grain(),
-               [&](int64_t begin, int64_t end) { selective_scan_cpu().forward(p, begin, end); });
+#if MADKERNELS_GPU
+  if (save_checkpoints) clear_spare(checkpoints, p);
+#endif
+  run_forward(a);
   return {out, final_state, checkpoints};
 }
 
@@ -103,8 +163,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor dinitial = empty(a.states(), wide, u);
   const Shape parts{p.groups, p.blocks_per_group(), p.batch, p.seqlen, p.dstate};
   Tensor dB_parts = empty(parts, wide, u), dC_parts = empty(parts, wide, u);
-  Tensor dA_parts = empty({p.batch, p.dim, p.dstate}, wide, u);
-  Tensor dD_parts = empty({p.batch, p.dim}, wide, u), dbias_parts = empty({p.batch, p.dim}, wide, u);
+  const Split split(a);
+  const int64_t rows = p.batch * split.segments;
+  Tensor dA_parts = empty({rows, p.dim, p.dstate}, wide, u);
+  Tensor dD_parts = empty({rows, p.dim}, wide, u), dbias_parts = empty({rows, p.dim}, wide, u);
 
   p.checkpoints = checkpoints.data_ptr();
   SelectiveScanBackward q{p,
@@ -119,8 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                           dA_parts.data_ptr(),
                           dD_parts.data_ptr(),
                           dbias_parts.data_ptr()};
-  parallel_for(0, a.items(), a.item_grain(),
-               [&](int64_t begin, int64_t end) { selective_scan_cpu().backward(q, begin, end); });
+  run_backward(a, q, split);
 
   const auto projection_gradient = [&](const Tensor& blocks) {  // -> (batch, seqlen, groups, dstate)
     Tensor sums = sum_parts(blocks, 1);                         // (groups, batch, seqlen, dstate)
@@ -148,14 +209,14 @@ Tensor selective_scan_step(Tensor state, Tensor u, Tensor delta, Tensor A, Tenso
   MK_CHECK(state.is_contiguous(), "selective_scan_step: state must be contiguous, since it is updated in place");
   Tensor out = torch::stable::empty_like(a.u);
   p.out = rows_of(out), p.initial_state = state.data_ptr(), p.final_state = state.data_ptr();
-  parallel_for(0, a.items(), a.item_grain(),
-               [&](int64_t begin, int64_t end) { selective_scan_cpu().forward(p, begin, end); });
+  run_forward(a);
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(madkernels, m) {
+#ifndef MADKERNELS_CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
   m.def(
       "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
       "bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens, bool save_checkpoints) "
@@ -169,8 +230,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(madkernels, m) {
       "selective_scan_step(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
       "Tensor? delta_bias, bool delta_softplus) -> Tensor");
 }
+#endif
 
-STABLE_TORCH_LIBRARY_IMPL(madkernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(MADKERNELS_LIBRARY, MADKERNELS_KEY, m) {
   m.impl("selective_scan", TORCH_BOX(&selective_scan));
   m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward));
   m.impl("selective_scan_step", TORCH_BOX(&selective_scan_step));

@@ -44,8 +44,8 @@ struct SelectiveScan {
     if (docs.cu_seqlens == nullptr) return batch * ((seqlen + kScanChunk - 1) / kScanChunk);
     return seqlen / kScanChunk + docs.count;
   }
-  int64_t channels_per_group() const { return dim / groups; }
-  int64_t blocks_per_group() const { return (channels_per_group() + kScanBlock - 1) / kScanBlock; }
+  MADKERNELS_ANYWHERE int64_t channels_per_group() const { return dim / groups; }
+  MADKERNELS_ANYWHERE int64_t blocks_per_group() const { return (channels_per_group() + kScanBlock - 1) / kScanBlock; }
 };
 
 struct SelectiveScanBackward {
@@ -57,9 +57,9 @@ struct SelectiveScanBackward {
   // Workspaces, summed in a fixed order by `reduce`. Parts of a sum lie on the first axis.
   void* dB_parts;           // [blocks_per_group, batch, seqlen, groups, dstate]
   void* dC_parts;           // like dB_parts
-  void* dA_parts;           // [batch, dim, dstate]
-  void* dD_parts;           // [batch, dim]
-  void* ddelta_bias_parts;  // [batch, dim]
+  void* dA_parts;           // [batch x segments, dim, dstate]; one segment on the CPU
+  void* dD_parts;           // [batch x segments, dim]
+  void* ddelta_bias_parts;  // [batch x segments, dim]
 };
 
 // Kernels work on a range of items, so that the caller chooses the threads.
@@ -70,5 +70,39 @@ struct SelectiveScanKernels {
 };
 
 MADKERNELS_DECLARE_CPU_KERNELS(SelectiveScanKernels, selective_scan)
+
+// ---- GPU ----
+
+// States a thread holds in registers; with more of them, they wait in `states` of the split.
+constexpr int64_t kScanRun = 16;
+
+// A GPU cuts every batch row into segments where batch x dim alone would not fill it. A first pass finds the state that each
+// segment leaves when it is entered with zero, and how long it lasts; a second one chains them; then all segments run at
+// once.
+struct ScanSplit {
+  int64_t segments, rows;  // a segment is `rows` steps, a multiple of kScanChunk; the last may be shorter
+  void* states;            // [batch, segments, dstate, dim]: entering each segment, then running; null where not needed
+  void* elapsed;           // [batch, segments, dim]: sum of delta' over the segment; null with one segment
+
+  bool needs_states(const SelectiveScan& p) const { return segments > 1 || p.dstate > kScanRun; }
+};
+
+// Splits time where that gives each multiprocessor blocks to choose from; below 3 segments the two passes more do not pay.
+inline ScanSplit split_scan(const SelectiveScan& p, int64_t multiprocessors) {
+  constexpr int64_t kBlocksEach = 8, kLeastRows = 256;
+  if (p.seqlen == 0) return {0, 0, nullptr, nullptr};
+  const int64_t blocks = p.batch * p.groups * p.blocks_per_group(), wanted = multiprocessors * kBlocksEach;
+  int64_t segments = blocks > 0 ? wanted / blocks : 1;
+  if (segments > p.seqlen / kLeastRows) segments = p.seqlen / kLeastRows;
+  if (segments < 3) return {1, p.seqlen, nullptr, nullptr};
+  const int64_t rows = ((p.seqlen + segments - 1) / segments + kScanChunk - 1) / kScanChunk * kScanChunk;
+  return {(p.seqlen + rows - 1) / rows, rows, nullptr, nullptr};
+}
+
+namespace gpu {
+// float32, bfloat16 and float16. Parts of dA, dD and ddelta_bias: one a batch row and segment.
+void selective_scan_forward(const SelectiveScan& p, const ScanSplit& split, void* stream);
+void selective_scan_backward(const SelectiveScanBackward& q, const ScanSplit& split, void* stream);
+}  // namespace gpu
 
 }  // namespace madkernels

@@ -1,0 +1,71 @@
+// What the kernels that walk time share on the GPU: a few steps of one channel in registers, and the documents that they
+// cross.
+//
+// A thread owns a channel, so where channels are the dense axis neighbouring lanes read neighbouring elements; where time
+// is, a thread reads its own steps as vectors. The kernels need not know which.
+#pragma once
+
+#include "common/device.h"
+#include "common/strided.h"
+
+namespace madkernels::device {
+
+template <class I>
+__device__ I least(I a, I b) {
+  return a < b ? a : b;
+}
+
+// v[i] = rows[b, t + i, channel], i < count; zero from there on.
+template <class T, int kSteps>
+__device__ void load_steps(float (&v)[kSteps], const Rows& rows, int b, int t, int channel, int count) {
+  constexpr int kWide = 16 / static_cast<int>(sizeof(T));
+  const T* p = rows.at<T>(b, t, channel);
+  if (kSteps % kWide == 0 && count == kSteps && rows.row == 1 && is_aligned<kWide>(p)) {
+#pragma unroll
+    for (int i = 0; i < kSteps; i += kWide) {
+      const Vector<T, kWide> wide = load_vector<kWide>(p + i);
+#pragma unroll
+      for (int k = 0; k < kWide; k++) v[i + k] = to_float(wide[k]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) v[i] = i < count ? to_float(p[i * rows.row]) : 0.f;
+  }
+}
+
+template <class T, int kSteps>
+__device__ void store_steps(const Rows& rows, int b, int t, int channel, const float (&v)[kSteps], int count) {
+  constexpr int kWide = 16 / static_cast<int>(sizeof(T));
+  T* p = rows.at<T>(b, t, channel);
+  if (kSteps % kWide == 0 && count == kSteps && rows.row == 1 && is_aligned<kWide>(p)) {
+#pragma unroll
+    for (int i = 0; i < kSteps; i += kWide) {
+      Vector<T, kWide> wide;
+#pragma unroll
+      for (int k = 0; k < kWide; k++) wide[k] = from_float<T>(v[i + k]);
+      store_vector<kWide>(p + i, wide);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) {
+      if (i < count) p[i * rows.row] = from_float<T>(v[i]);
+    }
+  }
+}
+
+// The document that step t of batch row b lies in; never an empty one.
+struct Document {
+  int index, begin, end;
+};
+
+__device__ inline Document document_at(const Documents& docs, int b, int t) {
+  if (docs.cu_seqlens == nullptr) return {b, 0, static_cast<int>(docs.seqlen)};
+  int low = 0, high = static_cast<int>(docs.count);  // begin(low) <= t < begin(high), but for high = count
+  while (high - low > 1) {
+    const int middle = low + (high - low) / 2;
+    (docs.cu_seqlens[middle] <= t ? low : high) = middle;
+  }
+  return {low, docs.cu_seqlens[low], docs.cu_seqlens[low + 1]};
+}
+
+}  // namespace madkernels::device
