@@ -36,7 +36,7 @@ def with_gradients(function: Function, inputs: dict[str, Tensor | None], seed: i
     outputs = function(**leaves)
     generator = torch.Generator().manual_seed(seed)
     # Rounded to bfloat16, so that they are the same numbers in every dtype.
-    weights = [torch.randn(o.shape, generator=generator).bfloat16().to(o.dtype) for o in outputs]
+    weights = [torch.randn(o.shape, generator=generator).bfloat16().to(o.device, o.dtype) for o in outputs]
     wanted = {k: v for k, v in leaves.items() if v is not None and v.requires_grad}
     pairs = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
     grads = torch.autograd.grad([o for o, _ in pairs], list(wanted.values()), [w for _, w in pairs], materialize_grads=True)
@@ -77,13 +77,13 @@ def transposed(t: Tensor) -> Tensor:
 
 def strided(t: Tensor) -> Tensor:
     """The same values, no axis dense."""
-    wide = torch.zeros(*t.shape, 2, dtype=t.dtype)
+    wide = t.new_zeros(*t.shape, 2)
     wide[..., 0] = t
     return wide[..., 0]
 
 
 def misaligned(t: Tensor) -> Tensor:
     """The same values, one element off."""
-    flat = torch.zeros(t.numel() + 1, dtype=t.dtype)
+    flat = t.new_zeros(t.numel() + 1)
     flat[1:] = t.flatten()
     return flat[1:].view(t.shape)

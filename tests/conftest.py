@@ -2,12 +2,49 @@
 
 from collections.abc import Iterator
 
+import backends
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("same every time", derandomize=True, deadline=None)
+settings.register_profile(
+    "same every time", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 settings.load_profile("same every time")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = "cpu,emulated" + (",cuda" if torch.cuda.is_available() else "")
+    parser.addoption("--backend", default=default, help=f"where ops run, of {', '.join(backends.NAMES)}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "backends(*names): the only backends on which a test makes sense")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("backends")
+        chosen = metafunc.config.getoption("--backend").split(",")
+        names = [name for name in chosen if marker is None or name in marker.args]
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out float64 on backends that have none of it."""
+
+    def possible(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        return parameters.get("backend", "cpu") == "cpu" or parameters.get("dtype") != torch.float64
+
+    items[:] = [item for item in items if possible(item)]
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test of an op runs once a backend."""
+    with backends.using(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,95 @@
+"""Where the ops of a test run: on the CPU, or by the CUDA kernels, on an emulator or on a GPU.
+
+The emulator's library has the ops under a name of its own, `torch.ops.madkernels_emulated`. While a test runs on it, they
+stand in for the CPU kernels, so that all that lies above (autograd, fakes, autocast) is the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+NAMES = ("cpu", "emulated", "cuda")
+OPS = (
+    "selective_scan",
+    "selective_scan_backward",
+    "selective_scan_step",
+    "causal_conv",
+    "causal_conv_backward",
+    "causal_conv_step",
+)
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "emulator"
+
+_current = "cpu"
+
+
+def device() -> torch.device:
+    """Where the tensors of the running test belong."""
+    return torch.device("cuda" if _current == "cuda" else "cpu")
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Runs the ops on a backend for a while."""
+    global _current
+    _current = name
+    try:
+        if name == "emulated":
+            with emulated_ops():
+                yield
+        else:
+            yield
+    finally:
+        _current = "cpu"
+
+
+def build(target: str) -> Path:
+    """Builds a target of csrc/emulator -> the folder it is in."""
+    cmake = [sys.executable, "-m", "cmake"]
+    options = ["-GNinja", f"-DPython_EXECUTABLE={sys.executable}", "-DMADKERNELS_EMULATOR=ON", "-DMADKERNELS_CUDA=off"]
+    commands = ([*cmake, f"-S{ROOT}", f"-B{BUILD}", *options], [*cmake, "--build", str(BUILD), "--target", target])
+    for command in commands:
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    return BUILD
+
+
+@cache
+def emulator() -> ctypes.CDLL:
+    """The library of the emulated ops, built where it is not."""
+    [library] = build("emulated_ops").rglob("emulated_ops.so")
+    torch.ops.load_library(str(library))
+    return ctypes.CDLL(str(library))
+
+
+def set_seed(seed: int) -> None:
+    """Chooses the order in which the emulator runs its threads."""
+    emulator().madkernels_emulator_set_seed(ctypes.c_uint64(seed))
+
+
+def set_multiprocessors(count: int) -> None:
+    """Chooses the size of the emulated GPU, by which kernels decide how to split their work."""
+    emulator().madkernels_emulator_set_multiprocessors(ctypes.c_int(count))
+
+
+@contextmanager
+def emulated_ops() -> Iterator[None]:
+    emulator()
+    library = torch.library.Library("madkernels", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel is overridden
+        for op in OPS:
+            library.impl(op, getattr(torch.ops.madkernels_emulated, op).default, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
