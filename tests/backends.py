@@ -82,6 +82,17 @@ def set_multiprocessors(count: int) -> None:
 
 
 @contextmanager
+def without_barrier(file: str, line: int) -> Iterator[None]:
+    """Makes the emulator pass over the barrier at a line of a file of csrc."""
+    skip = emulator().madkernels_emulator_skip_barrier
+    skip(file.encode(), line)
+    try:
+        yield
+    finally:
+        skip(b"", 0)
+
+
+@contextmanager
 def emulated_ops() -> Iterator[None]:
     emulator()
     library = torch.library.Library("madkernels", "IMPL")

@@ -26,23 +26,54 @@ def large_gpu() -> Iterator[None]:
     backends.set_multiprocessors(4)
 
 
+def scan_results(*sizes: int) -> dict[str, Tensor]:
+    return with_gradients(lambda **t: scan.whole(selective_scan)(**t, delta_softplus=True), scan.make_inputs(*sizes))
+
+
 def results_of_seed(seed: int) -> dict[str, Tensor]:
-    """Outputs and gradients of small cases that use every barrier: two runs of states, two chunks, two blocks."""
+    """Outputs and gradients of small cases that use every barrier."""
     backends.set_seed(seed)
-    scans = with_gradients(
-        lambda **t: scan.whole(selective_scan)(**t, delta_softplus=True), scan.make_inputs(1, 41, 67, 19, 1)
-    )
     inputs = conv.make_inputs(2, 70, 5, 4)
     inputs["x"] = transposed(inputs["x"])
-    convs = with_gradients(lambda **t: conv.whole(causal_conv)(**t, activation="silu"), inputs)
-    return {f"scan {k}": v for k, v in scans.items()} | {f"conv {k}": v for k, v in convs.items()}
+    found = {
+        "two blocks, chunks and runs of states": scan_results(1, 41, 67, 19),
+        "three segments": scan_results(1, 780, 3, 2),
+        "convolution": with_gradients(lambda **t: conv.whole(causal_conv)(**t, activation="silu"), inputs),
+    }
+    return {f"{case}: {name}": value for case, results in found.items() for name, value in results.items()}
 
 
+@pytest.mark.usefixtures("large_gpu")
 def test_same_bits_whatever_the_schedule() -> None:
     first = results_of_seed(0)
     for seed in SEEDS[1:]:
         for name, value in results_of_seed(seed).items():
             assert torch.equal(value, first[name]), f"{name} differs with seed {seed}"
+
+
+def barriers() -> list[tuple[str, int]]:
+    """Files of csrc and lines of the barriers in kernels."""
+    files = sorted((backends.ROOT / "csrc").glob("*/*.cu"))
+    return [
+        (str(file.relative_to(backends.ROOT)), number)
+        for file in files
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if "__syncthreads()" in line
+    ]
+
+
+@pytest.mark.usefixtures("large_gpu")
+@pytest.mark.parametrize(("file", "line"), barriers())
+def test_every_barrier_is_missed(file: str, line: int) -> None:
+    """Without it, some schedule gives other results."""
+    right = results_of_seed(0)
+
+    def is_wrong(seed: int) -> bool:
+        found = results_of_seed(seed)
+        return any(not torch.equal(found[name], value) for name, value in right.items())
+
+    with backends.without_barrier(file, line):
+        assert any(is_wrong(seed) for seed in SEEDS)
 
 
 @pytest.mark.usefixtures("large_gpu")

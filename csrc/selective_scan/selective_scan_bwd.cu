@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(kScanThreads, 3) scan_back(SelectiveScanBackwa
     fill<T>(k, t, rows);
     for (int r = 0; r < runs; r++) {
       const Turn turn{Run::of<kStates>(p.dstate, r), r == 0, r == runs - 1};
-      __syncthreads();  // what was staged before is read by now
+      // What was staged before was read before the barrier of the last unit.
       stage<T, kStates, kChunk>(k.shared + L::kB, p.B, at, t, rows, turn.run);
       stage<T, kStates, kChunk>(k.shared + L::kC, p.C, at, t, rows, turn.run);
       if (runs > 1 || t == last_chunk) {
