@@ -39,8 +39,8 @@ T shuffle_down(T v, int delta, uint32_t mask = kAllLanes) {
 }
 
 inline void warp_sync(uint32_t mask = kAllLanes) { emulator::exchange("", 0, mask, "warp_sync"); }
-inline uint32_t ballot(bool predicate, uint32_t mask = kAllLanes) {
-  const emulator::Exchanged& all = emulator::exchange(&predicate, sizeof(predicate), mask, "ballot");
+inline uint32_t warp_ballot(bool predicate, uint32_t mask = kAllLanes) {
+  const emulator::Exchanged& all = emulator::exchange(&predicate, sizeof(predicate), mask, "warp_ballot");
   uint32_t lanes = 0;
   for (int l = 0; l < 32; l++) {
     if (mask >> l & 1 && all.of<bool>(l)) lanes |= 1u << l;
@@ -73,14 +73,18 @@ __device__ __forceinline__ T shuffle_down(T v, int delta, uint32_t mask = kAllLa
 // Orders the lanes' accesses to shared memory.
 __device__ __forceinline__ void warp_sync(uint32_t mask = kAllLanes) { __syncwarp(mask); }
 // Bit l: the predicate of lane l.
-__device__ __forceinline__ uint32_t ballot(bool predicate, uint32_t mask = kAllLanes) {
+__device__ __forceinline__ uint32_t warp_ballot(bool predicate, uint32_t mask = kAllLanes) {
   return __ballot_sync(mask, predicate);
 }
 
 #endif
 
-__device__ __forceinline__ bool any(bool predicate, uint32_t mask = kAllLanes) { return ballot(predicate, mask) != 0; }
-__device__ __forceinline__ bool all(bool predicate, uint32_t mask = kAllLanes) { return ballot(predicate, mask) == mask; }
+__device__ __forceinline__ bool warp_any(bool predicate, uint32_t mask = kAllLanes) {
+  return warp_ballot(predicate, mask) != 0;
+}
+__device__ __forceinline__ bool warp_all(bool predicate, uint32_t mask = kAllLanes) {
+  return warp_ballot(predicate, mask) == mask;
+}
 
 // ---- reductions and scans over the warp ----
 

@@ -112,7 +112,7 @@ __global__ void some_skip_the_shuffle(int* y) {
   if (lane() < 20) y[threadIdx.x] = shuffle_xor(1, 1);
 }
 
-__global__ void mask_without_the_caller(int* y) { y[threadIdx.x] = any(true, 0xffffu); }
+__global__ void mask_without_the_caller(int* y) { y[threadIdx.x] = warp_any(true, 0xffffu); }
 
 __global__ void shuffles_from_outside(int* y) { y[threadIdx.x] = shuffle(1, lane() + 1); }
 
@@ -186,7 +186,7 @@ TEST(emulator_reports_divergent_barriers) {
 
 TEST(emulator_reports_wrong_exchanges) {
   EXPECT(is_reported(some_skip_the_shuffle, {"shuffle_xor", "40 in all"}));
-  EXPECT(is_reported(mask_without_the_caller, {"the mask of a ballot lacks the lane"}));
+  EXPECT(is_reported(mask_without_the_caller, {"the mask of a warp_ballot lacks the lane"}));
   EXPECT(is_reported(shuffles_from_outside, {"shuffle from lane 32"}));
   EXPECT(is_reported(different_exchanges, {"lanes of a warp meet at a"}));
 }

@@ -24,8 +24,8 @@ __global__ void wide_shuffles(double* doubles, int64_t* integers) {
 
 __global__ void votes(uint32_t* out) {
   const bool odd = lane() % 2;
-  const uint32_t lanes = ballot(odd);
-  const bool some = any(lane() == 9), every = all(lane() < 31);
+  const uint32_t lanes = warp_ballot(odd);
+  const bool some = warp_any(lane() == 9), every = warp_all(lane() < 31);
   if (lane() == 0) out[0] = lanes, out[1] = some, out[2] = every;
 }
 
