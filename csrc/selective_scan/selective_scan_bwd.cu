@@ -96,23 +96,45 @@ __device__ void advance(float (&h)[kStates], const float (&log2)[kStates], const
   });
 }
 
-// States that enter the units of a chunk after the first, into kStarts. `document`: of the chunk's first step.
-template <int kStates>
-__device__ void find_starts(const float (&entering)[kStates], const float (&log2)[kStates], const Thread<kStates>& k,
-                            const Run& run, Document document, int t, int rows) {
-  float h[kStates];
-#pragma unroll
-  for (int n = 0; n < kStates; n++) h[n] = entering[n];
-  const int steps = (rows - 1) / kUnit * kUnit;
-  for (int i = 0; i < steps; i++) {
-    if (t + i == document.end) document = document_at(k.p.docs, k.at.b, t + i);
+// h through steps first .. stop of the chunk that begins at t, from document to document; after each step calls kept(i).
+template <int kStates, class F>
+__device__ void advance_documents(float (&h)[kStates], const float (&log2)[kStates], const Thread<kStates>& k,
+                                  const Run& run, int t, int first, int stop, F&& kept) {
+  for (int i = first; i < stop;) {
+    const Document document = document_at(k.p.docs, k.at.b, t + i);
     if (t + i == document.begin) enter_document(h, k, document, run);
-    advance(h, log2, k, i);
-    if ((i + 1) % kUnit == 0) {
-#pragma unroll
-      for (int n = 0; n < kStates; n++) k.state(Layout<kStates>::kStarts, i / kUnit, n) = h[n];
+    const int pause = least(document.end - t, stop);
+    for (; i < pause; i++) {
+      advance(h, log2, k, i);
+      kept(i);
     }
   }
+}
+
+// The states that enter a unit of a chunk: of the first, the checkpoint; of the others, what find_starts left.
+template <int kStates>
+__device__ void enter_unit(float (&h)[kStates], const Thread<kStates>& k, const Run& run, int t, int unit) {
+  if (unit > 0) {
+#pragma unroll
+    for (int n = 0; n < kStates; n++) h[n] = k.state(Layout<kStates>::kStarts, unit - 1, n);
+  } else if (k.at.live) {
+    const int64_t chunks = (k.p.seqlen + kChunk - 1) / kChunk;
+    load_plane(h, k.p.checkpoints, k.at.b * chunks + t / kChunk, k.p, run, k.at.channel);
+  } else {
+    clear(h);
+  }
+}
+
+// States that enter the units of a chunk after the first, into kStarts.
+template <int kStates>
+__device__ void find_starts(const float (&log2)[kStates], const Thread<kStates>& k, const Run& run, int t, int rows) {
+  float h[kStates];
+  enter_unit(h, k, run, t, 0);
+  advance_documents(h, log2, k, run, t, 0, (rows - 1) / kUnit * kUnit, [&](int i) {
+    if ((i + 1) % kUnit != 0) return;
+#pragma unroll
+    for (int n = 0; n < kStates; n++) k.state(Layout<kStates>::kStarts, i / kUnit, n) = h[n];
+  });
 }
 
 // What the adjoint of one run of states carries.
@@ -176,56 +198,60 @@ struct Turn {
   bool first, last;
 };
 
-// Back through the steps of unit `s` of the chunk that begins at t -> the unit's part of dD.
+// Step i of the chunk in one run of states: what the runs before it gave is added, and the last one finishes -> a part of
+// dD.
 template <int kStates>
-__device__ float unit_back(Adjoint<kStates>& a, const float (&entering)[kStates], const Thread<kStates>& k, const Turn& turn,
-                           int t, int s, int count, float skip, SharedPointer<float> partial) {
+__device__ float take_step(Adjoint<kStates>& a, const float (&h)[kStates], const float (&before)[kStates],
+                           const Thread<kStates>& k, const Turn& turn, int i, float skip, SharedPointer<float> part) {
   using L = Layout<kStates>;
-  float h[kStates], before[kStates], dD = 0;
-  const auto load_before = [&](float (&to)[kStates], int i) {  // the state after step i - 1 of the unit
-#pragma unroll
-    for (int n = 0; n < kStates; n++) {
-      to[n] = i > 0 ? k.state(L::kHistory, i - 1, n) : s > 0 ? k.state(L::kStarts, s - 1, n) : entering[n];
-    }
-  };
-  load_before(h, 0);
-  Document document = document_at(k.p.docs, k.at.b, t + s * kUnit);
-  for (int i = 0; i < count; i++) {
-    const int now = t + s * kUnit + i;
-    if (now == document.end) document = document_at(k.p.docs, k.at.b, now);
-    if (i > 0) {
-#pragma unroll
-      for (int n = 0; n < kStates; n++) k.state(L::kHistory, i - 1, n) = h[n];
-    }
-    if (now == document.begin) enter_document(h, k, document, turn.run);
-    advance(h, a.log2, k, s * kUnit + i);
+  float dx = 0, dstep = 0, y = 0;
+  if (!turn.first) {
+    dx = k.tile(L::kSums, i), dstep = k.tile(L::kSums + L::kTile, i), y = k.tile(L::kSums + 2 * L::kTile, i);
   }
-  for (int i = count - 1; i >= 0; i--) {
-    const int now = t + s * kUnit + i;
+  step_back(a, h, before, k, i, part, dx, dstep, y);
+  if (turn.last) return finish_step(k, i, skip, dx, dstep, y);
+  k.tile(L::kSums, i) = dx, k.tile(L::kSums + L::kTile, i) = dstep, k.tile(L::kSums + 2 * L::kTile, i) = y;
+  return 0;
+}
+
+// Back through `count` steps, from document to document, of a unit of the chunk that begins at t -> the unit's part of dD.
+template <int kStates>
+__device__ float unit_back(Adjoint<kStates>& a, const Thread<kStates>& k, const Turn& turn, int t, int unit, int count,
+                           float skip, SharedPointer<float> partial) {
+  using L = Layout<kStates>;
+  const int begin = unit * kUnit;                               // in the chunk, as i below
+  const auto load_history = [&](float (&to)[kStates], int i) {  // the states that step i - 1 left
+#pragma unroll
+    for (int n = 0; n < kStates; n++) to[n] = k.state(L::kHistory, i - 1 - begin, n);
+  };
+  float h[kStates], dD = 0;
+  enter_unit(h, k, turn.run, t, unit);
+  advance_documents(h, a.log2, k, turn.run, t, begin, begin + count, [&](int i) {
+    if (i - begin == kUnit - 1) return;
+#pragma unroll
+    for (int n = 0; n < kStates; n++) k.state(L::kHistory, i - begin, n) = h[n];
+  });
+  for (int i = begin + count - 1; i >= begin;) {
+    const Document document = document_at(k.p.docs, k.at.b, t + i);
     const int64_t matrix = static_cast<int64_t>(document.index) * k.p.dim + k.at.channel;
-    const bool begins = now == document.begin;
-    if (now + 1 == document.end) load_row(a.dh, k.at.live ? k.q.dfinal_state : nullptr, matrix, k.p.dstate, turn.run);
-    if (begins) {
-      enter_document(before, k, document, turn.run);
-    } else {
-      load_before(before, i);
+    const bool begins = document.begin >= t + begin;
+    const int first = begins ? document.begin - t : begin;
+    if (t + i + 1 == document.end) load_row(a.dh, k.at.live ? k.q.dfinal_state : nullptr, matrix, k.p.dstate, turn.run);
+    for (; i >= first; i--) {
+      float before[kStates];
+      if (i > first) {
+        load_history(before, i);
+      } else if (begins) {
+        enter_document(before, k, document, turn.run);
+      } else {
+        enter_unit(before, k, turn.run, t, unit);
+      }
+      dD += take_step(a, h, before, k, turn, i, skip, partial + (i - begin) * 2 * kWarps * kStates);
+#pragma unroll
+      for (int n = 0; n < kStates; n++) h[n] = before[n];
     }
-    const int step = s * kUnit + i;
-    float dx = 0, dstep = 0, y = 0;
-    if (!turn.first) {
-      dx = k.tile(L::kSums, step), dstep = k.tile(L::kSums + L::kTile, step), y = k.tile(L::kSums + 2 * L::kTile, step);
-    }
-    step_back(a, h, before, k, step, partial + i * 2 * kWarps * kStates, dx, dstep, y);
-    if (turn.last) {
-      dD += finish_step(k, step, skip, dx, dstep, y);
-    } else {
-      k.tile(L::kSums, step) = dx, k.tile(L::kSums + L::kTile, step) = dstep, k.tile(L::kSums + 2 * L::kTile, step) = y;
-    }
-    if (begins) {
-      if (k.at.live) store_row(k.q.dinitial_state, matrix, k.p.dstate, turn.run, a.dh);
-      if (now > 0) document = document_at(k.p.docs, k.at.b, now - 1);
-    }
-    load_before(h, i);
+    if (begins && k.at.live) store_row(k.q.dinitial_state, matrix, k.p.dstate, turn.run, a.dh);
+    if (i >= begin) load_history(h, i + 1);
   }
   return dD;
 }
@@ -286,7 +312,7 @@ __global__ void __launch_bounds__(kScanThreads, 3) scan_back(SelectiveScanBackwa
   const Place at(p, split);
   const int runs = p.dstate > 0 ? runs_of<kStates>(p.dstate) : 1;
   const Thread<kStates> k{q, p, at, dynamic_shared<float>(0, L::bytes(runs > 1) / static_cast<int>(sizeof(float)))};
-  const int64_t slot = at.slot(split), chunks = (p.seqlen + kChunk - 1) / kChunk;
+  const int64_t slot = at.slot(split);
   const float skip = p.D != nullptr ? static_cast<const float*>(p.D)[at.channel] : 0.f;
   Adjoint<kStates> a;
   float dD = 0, dbias = 0;
@@ -306,15 +332,12 @@ __global__ void __launch_bounds__(kScanThreads, 3) scan_back(SelectiveScanBackwa
         if ((split.segments > 1 || t < last_chunk) && at.live) load_plane(a.dh, split.states, slot, p, turn.run, at.channel);
         if (t < last_chunk) load_row(a.dA, q.dA_parts, slot * p.dim + at.channel, p.dstate, turn.run);
       }
-      float entering[kStates];
-      clear(entering);
-      if (at.live) load_plane(entering, p.checkpoints, at.b * chunks + t / kChunk, p, turn.run, at.channel);
       __syncthreads();
-      find_starts(entering, a.log2, k, turn.run, document_at(p.docs, at.b, t), t, rows);
+      find_starts(a.log2, k, turn.run, t, rows);
       for (int s = (rows - 1) / kUnit; s >= 0; s--, half ^= 1) {
         const int count = least(rows - s * kUnit, kUnit);
         const SharedPointer<float> partial = k.shared + (L::kPartial + half * kUnit * 2 * kWarps * kStates);
-        dD += unit_back(a, entering, k, turn, t, s, count, skip, partial);
+        dD += unit_back(a, k, turn, t, s, count, skip, partial);
         __syncthreads();
         store_projection_parts(k, turn.run, t + s * kUnit, count, partial);
       }
