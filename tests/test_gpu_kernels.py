@@ -94,3 +94,11 @@ def test_time_is_split(dstate: int) -> None:
 def test_time_is_split_across_documents(lengths: tuple[int, ...]) -> None:
     inputs = scan.make_inputs(1, sum(lengths), 6, 2, 2, docs=len(lengths))
     scan.check_scan(selective_scan, inputs, cu_seqlens=scan.offsets_of(lengths))
+
+
+def test_refuses_what_a_gpu_does_not_take() -> None:
+    with pytest.raises(RuntimeError, match="u has dtype float64, which the CPU takes; a GPU takes float32, bfloat16"):
+        selective_scan(**scan.make_inputs(1, 3, 2, 2, dtype=torch.float64))
+    huge = torch.zeros(1).expand(1, 2**31, 1)
+    with pytest.raises(RuntimeError, match="x has an axis of 2147483648; a GPU takes up to 2147483647"):
+        causal_conv(huge, torch.zeros(1, 3))

@@ -83,7 +83,13 @@ inline const char* name_of(ScalarType type) {
 // Checks the arguments of one op against its first tensor.
 class Checks {
  public:
-  Checks(const char* op, const char* name, const Tensor& like) : op_(op), first_(name), like_(like) {}
+  Checks(const char* op, const char* name, const Tensor& like) : op_(op), first_(name), like_(like) {
+    constexpr int64_t kMostOnGpu = INT32_MAX;  // indices of kernels there are int, offsets 64-bit
+    for (int64_t i = 0; MADKERNELS_GPU && i < like.dim(); i++) {
+      MK_CHECK(like.size(i) <= kMostOnGpu, op_, ": ", first_, " has an axis of ", like.size(i), "; a GPU takes up to ",
+               kMostOnGpu);
+    }
+  }
 
   // The dtype of the activations, as kernels know it.
   DType dtype() const {
