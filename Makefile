@@ -57,8 +57,9 @@ sanitize: install
 	cd build/sanitized && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONPATH=$(CURDIR)/build/sanitized ../../$(BIN)/python -m pytest --rootdir=$(CURDIR)/tests -c $(CURDIR)/pyproject.toml \
-	  --capture=sys -p no:cacheprovider $(CURDIR)/tests/test_selective_scan.py $(CURDIR)/tests/test_causal_conv.py
+	MADKERNELS_SANITIZE=ON PYTHONPATH=$(CURDIR)/build/sanitized ../../$(BIN)/python -m pytest --rootdir=$(CURDIR)/tests -c $(CURDIR)/pyproject.toml \
+	  --capture=sys -p no:cacheprovider $(CURDIR)/tests/test_selective_scan.py $(CURDIR)/tests/test_causal_conv.py \
+	  $(CURDIR)/tests/test_gpu_kernels.py
 
 cuda-check:
 	$(PYTHON) tests/cuda_check.py --markdown docs/cuda-resources.md

@@ -7,6 +7,7 @@ stand in for the CPU kernels, so that all that lies above (autograd, fakes, auto
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 import warnings
@@ -27,7 +28,8 @@ OPS = (
     "causal_conv_step",
 )
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "emulator"
+SANITIZE = os.environ.get("MADKERNELS_SANITIZE", "OFF")
+BUILD = ROOT / "build" / ("emulator" if SANITIZE == "OFF" else "emulator-sanitize")
 
 _current = "cpu"
 
@@ -55,10 +57,12 @@ def using(name: str) -> Iterator[None]:
 def build(target: str) -> Path:
     """Builds a target of csrc/emulator -> the folder it is in."""
     cmake = [sys.executable, "-m", "cmake"]
-    options = ["-GNinja", f"-DPython_EXECUTABLE={sys.executable}", "-DMADKERNELS_EMULATOR=ON", "-DMADKERNELS_CUDA=off"]
+    options = ["-GNinja", f"-DPython_EXECUTABLE={sys.executable}", f"-DMADKERNELS_SANITIZE={SANITIZE}"]
+    options += ["-DMADKERNELS_EMULATOR=ON", "-DMADKERNELS_CUDA=off"]
     commands = ([*cmake, f"-S{ROOT}", f"-B{BUILD}", *options], [*cmake, "--build", str(BUILD), "--target", target])
     for command in commands:
-        run = subprocess.run(command, capture_output=True, text=True)
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not for the compiler
+        run = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     return BUILD
 

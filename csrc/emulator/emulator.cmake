@@ -20,6 +20,10 @@ add_library(emulated INTERFACE)
 target_include_directories(emulated INTERFACE csrc)
 target_compile_definitions(emulated INTERFACE MADKERNELS_EMULATED)
 target_compile_options(emulated INTERFACE -Wall -Wextra -Wno-unknown-pragmas -O2 -g1 -ffp-contract=off)
+if(MADKERNELS_SANITIZE)
+  target_compile_options(emulated INTERFACE -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1)
+  target_link_options(emulated INTERFACE -fsanitize=address,undefined)
+endif()
 set(EMULATOR csrc/emulator/emulator.cpp csrc/emulator/fiber.cpp)
 
 add_library(emulated_ops MODULE EXCLUDE_FROM_ALL ${EMULATED_KERNELS} ${EMULATED_ENTRIES} ${EMULATOR}
