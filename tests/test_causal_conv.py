@@ -270,7 +270,7 @@ def test_compile_and_export() -> None:
 
 def test_autocast_casts_the_input_only() -> None:
     inputs = make_inputs(2, 40, 12, 3)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(backends.device().type, torch.bfloat16):
         out = causal_conv(**inputs)
     halves = inputs | {k: inputs[k].bfloat16() for k in ("x", "initial_state")}
     assert out.dtype == torch.bfloat16
@@ -295,7 +295,7 @@ def test_autocast_casts_the_input_only() -> None:
 )
 def test_refusals(change: dict[str, Tensor], message: str) -> None:
     with pytest.raises(RuntimeError, match=f"causal_conv: .*{message}"):
-        causal_conv(**make_inputs(2, 5, 4, 3) | change)
+        causal_conv(**make_inputs(2, 5, 4, 3) | {name: value.to(backends.device()) for name, value in change.items()})
 
 
 def test_refuses_an_unknown_activation() -> None:

@@ -329,7 +329,7 @@ def test_compile_and_export() -> None:
 
 def test_autocast_casts_activations_only() -> None:
     inputs = make_inputs(2, 40, 12, 3)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(backends.device().type, torch.bfloat16):
         out, state = selective_scan(**inputs, delta_softplus=True, return_final_state=True)
     halves = inputs | {k: inputs[k].bfloat16() for k in ("u", "delta", "B", "C", "z")}
     expected, expected_state = selective_scan(**halves, delta_softplus=True, return_final_state=True)
@@ -374,11 +374,12 @@ def test_inference_saves_no_checkpoints() -> None:
     ],
 )
 def test_refusals(change: dict[str, Tensor], message: str) -> None:
-    inputs = make_inputs(2, 5, 4, 3) | change
+    inputs = make_inputs(2, 5, 4, 3) | {name: value.to(backends.device()) for name, value in change.items()}
     with pytest.raises(RuntimeError, match=f"selective_scan: .*{message}"):
         selective_scan(**inputs)
 
 
+@pytest.mark.backends("cpu", "emulated")  # looking at them on a GPU would wait for it
 @pytest.mark.parametrize(
     ("offsets", "message"),
     [
@@ -399,7 +400,7 @@ def test_step_refuses_a_state_it_cannot_update() -> None:
     inputs = make_inputs(2, 1, 4, 3, optional=False)
     now = [inputs[k] if k == "A" else inputs[k][:, 0] for k in ("u", "delta", "A", "B", "C")]
     with pytest.raises(RuntimeError, match="state must be contiguous"):
-        selective_scan_step(transposed(torch.zeros(2, 4, 3)), *now)
+        selective_scan_step(transposed(torch.zeros(2, 4, 3, device=backends.device())), *now)
 
 
 # ---- wrong on purpose: each must be caught by the checks above
