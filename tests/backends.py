@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -57,7 +58,9 @@ def using(name: str) -> Iterator[None]:
 def build(target: str) -> Path:
     """Builds a target of csrc/emulator -> the folder it is in."""
     cmake = [sys.executable, "-m", "cmake"]
-    options = ["-GNinja", f"-DPython_EXECUTABLE={sys.executable}", f"-DMADKERNELS_SANITIZE={SANITIZE}"]
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    options = ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja', path=beside)}"]
+    options += [f"-DPython_EXECUTABLE={sys.executable}", f"-DMADKERNELS_SANITIZE={SANITIZE}"]
     options += ["-DMADKERNELS_EMULATOR=ON", "-DMADKERNELS_CUDA=off"]
     commands = ([*cmake, f"-S{ROOT}", f"-B{BUILD}", *options], [*cmake, "--build", str(BUILD), "--target", target])
     for command in commands:
