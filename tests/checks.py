@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,3 +88,13 @@ def misaligned(t: Tensor) -> Tensor:
     flat = t.new_zeros(t.numel() + 1)
     flat[1:] = t.flatten()
     return flat[1:].view(t.shape)
+
+
+def far_apart(t: Tensor) -> Tensor:
+    """The same values (2, ...), the second half more than 2^31 elements behind the first. In float16, and mostly never touched."""
+    assert t.dtype == torch.float16
+    count = 2**31 + t[0].numel()
+    on_cpu = t.device.type == "cpu"  # where torch would poison, and so touch, all of it
+    memory = torch.from_numpy(np.empty(count, np.float16)) if on_cpu else torch.empty(count, dtype=t.dtype, device=t.device)
+    apart = memory.as_strided(t.shape, (2**31, *t[0].contiguous().stride()))
+    return apart.copy_(t)

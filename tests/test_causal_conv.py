@@ -9,7 +9,7 @@ from typing import Any
 import backends
 import pytest
 import torch
-from checks import Function, check, misaligned, relative_rms, strided, transposed
+from checks import Function, check, far_apart, misaligned, relative_rms, strided, transposed
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -109,6 +109,11 @@ def test_layouts(layout: Any) -> None:
     moved = {k: layout(v) for k, v in inputs.items()}
     assert torch.equal(causal_conv(**moved), causal_conv(**inputs))
     check_conv(causal_conv, moved, activation="silu")
+
+
+def test_offsets_beyond_32_bits() -> None:
+    inputs = make_inputs(2, 40, 5, 4, dtype=torch.float16)
+    assert torch.equal(causal_conv(**inputs | {"x": far_apart(inputs["x"])}), causal_conv(**inputs))
 
 
 def test_transposed_view_stays_transposed() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import backends
 import pytest
 import torch
-from checks import Function, check, misaligned, relative_rms, strided, transposed
+from checks import Function, check, far_apart, misaligned, relative_rms, strided, transposed
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -113,6 +113,12 @@ def test_layouts(layout: Any, dtype: torch.dtype) -> None:
     moved = {k: v if v is None or v.dim() == 1 else layout(v) for k, v in inputs.items()}
     assert torch.equal(selective_scan(**moved, delta_softplus=True), plain)
     check_scan(selective_scan, moved)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    inputs = make_inputs(2, 40, 5, 3, dtype=torch.float16)
+    moved = inputs | {name: far_apart(inputs[name]) for name in ("u", "B", "z")}
+    assert torch.equal(selective_scan(**moved, delta_softplus=True), selective_scan(**inputs, delta_softplus=True))
 
 
 def test_transposed_view_stays_transposed() -> None:
