@@ -91,7 +91,7 @@ def misaligned(t: Tensor) -> Tensor:
 
 
 def far_apart(t: Tensor) -> Tensor:
-    """The same values (2, ...), the second half more than 2^31 elements behind the first. In float16, and mostly never touched."""
+    """The same values (2, ...), the second half 2^31 elements behind the first. In float16, and mostly never touched."""
     assert t.dtype == torch.float16
     count = 2**31 + t[0].numel()
     on_cpu = t.device.type == "cpu"  # where torch would poison, and so touch, all of it
