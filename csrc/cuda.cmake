@@ -38,13 +38,7 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # another toolkit's runtime may be loade
 enable_language(CUDA)
 
 file(GLOB CUDA_KERNELS CONFIGURE_DEPENDS csrc/*/*.cu)
-set(CUDA_ENTRIES csrc/common/sum_parts.cpp)
-foreach(entry ${SOURCES})
-  cmake_path(GET entry PARENT_PATH folder)
-  if(NOT folder MATCHES "/common$" AND CUDA_KERNELS MATCHES "${folder}/")
-    list(APPEND CUDA_ENTRIES ${entry})
-  endif()
-endforeach()
+entries_of(CUDA_ENTRIES "${CUDA_KERNELS}")
 
 add_library(cuda_kernels OBJECT ${CUDA_KERNELS})
 target_include_directories(cuda_kernels PRIVATE csrc)
