@@ -35,7 +35,7 @@ class SpecError(ValueError):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer: its name, and those of its options that were given, by name."""
+    """One layer: its name, and its options by name, without those that are as they would be if not given."""
 
     name: str
     options: tuple[tuple[str, Value], ...] = ()
@@ -131,7 +131,8 @@ class _Parser:
                 raise SpecError(self.text, at, len(part), f"option {key!r} is given twice")
             options[key] = value
             at += len(part) + 1
-        return LayerSpec(name, tuple(sorted(options.items())))
+        defaults = options_of(name)
+        return LayerSpec(name, tuple(sorted((key, value) for key, value in options.items() if value != defaults[key])))
 
     def option(self, layer: str, part: str, at: int) -> tuple[str, Value]:
         key, equals, value = part.partition("=")
