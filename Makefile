@@ -4,6 +4,8 @@
 #   make test      install, then run the tests
 #   make lint      formatters, linters and type checkers
 #   make cuda-check  compile every CUDA kernel and write docs/cuda-resources.md: registers, spills, shared memory (needs nvcc)
+#   make gpu-check   on a machine with a GPU, offline, 9 minutes at most: build, op tests, compute-sanitizer, benchmarks; results in
+#                    the folder OUT; WHEELS: a folder of wheels of pytest and hypothesis, where they are not installed
 #   make sanitize  the op tests over kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # TORCH chooses the torch to install where .venv has none, e.g. make test TORCH=torch==2.11.0.
@@ -11,10 +13,9 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-OUT ?= out/demo
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: install demo test lint format sanitize cuda-check wheel clean
+.PHONY: install demo test lint format sanitize cuda-check gpu-check wheel clean
 
 install: .venv/installed
 
@@ -32,7 +33,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/madkernels mad run --preset demo --out $(OUT)
+	$(BIN)/madkernels mad run --preset demo --out $(or $(OUT),out/demo)
 
 test: install
 	$(BIN)/python -m pytest
@@ -63,6 +64,10 @@ sanitize: install
 
 cuda-check:
 	$(PYTHON) tests/cuda_check.py --markdown docs/cuda-resources.md
+
+# With the packages that PYTHON has, and no network.
+gpu-check:
+	$(PYTHON) tests/gpu_check.py --out $(or $(OUT),out/gpu-check) $(if $(WHEELS),--wheels $(WHEELS))
 
 wheel: install
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from madkernels import causal_conv, reference
-from madkernels.benchmarks.cases import CONV_CASES
+from madkernels.benchmarks.cases import CONV_CASES, Case, ConvCase
 from madkernels.benchmarks.harness import Benchmark, Peer
 
 
@@ -30,6 +33,27 @@ def shift_and_add(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, acti
     return F.silu(out) if activation == "silu" else out
 
 
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+    """The CUDA kernel of causal-conv1d, which takes channels first in shape, and either order in memory."""
+    out: Tensor = importlib.import_module("causal_conv1d").causal_conv1d_fn(
+        x.transpose(1, 2), weight, bias, activation=activation
+    )
+    return out.transpose(1, 2)
+
+
+def _width_2_to_4(case: Case) -> bool:
+    return isinstance(case, ConvCase) and 2 <= case.width <= 4
+
+
+_CAUSAL_CONV1D = Peer(
+    "causal-conv1d",
+    causal_conv1d,
+    backward=True,
+    needs="causal_conv1d:causal_conv1d_fn",
+    devices=("cuda",),
+    accepts=_width_2_to_4,
+)
+
 BENCHMARK = Benchmark(
     name="causal_conv",
     function=causal_conv,
@@ -40,5 +64,7 @@ BENCHMARK = Benchmark(
         Peer("conv1d", conv1d, backward=True),
         Peer("conv1d-channel-first", conv1d, backward=True, channel_first=True),
         Peer("shift-and-add", shift_and_add, backward=True),
+        _CAUSAL_CONV1D,
+        replace(_CAUSAL_CONV1D, name="causal-conv1d-channel-first", channel_first=True),
     ),
 )

@@ -54,8 +54,9 @@ class Gate:
         self.checked = "all of it"
         # Channels of several groups cannot be picked without their groups.
         if size > WHOLE and getattr(case, "groups", 1) == 1:
-            channels = torch.linspace(0, case.dim - 1, min(CHANNELS, case.dim)).long()
-            self.index = {"batch": torch.tensor([case.batch - 1]), "dim": channels}
+            device = inputs["out"].device
+            channels = torch.linspace(0, case.dim - 1, min(CHANNELS, case.dim)).long().to(device)
+            self.index = {"batch": torch.tensor([case.batch - 1], device=device), "dim": channels}
             self.checked = f"{len(channels)} of {case.dim} channels, 1 of {case.batch} sequences"
         mask = self._scatter(self.pick("out", inputs["out"]), inputs["out"])
         self.inputs = {**inputs, "out": mask}

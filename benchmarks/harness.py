@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from madkernels.benchmarks import gpu
 from madkernels.benchmarks.cases import Case, Inputs
 from madkernels.benchmarks.gate import TOLERANCES, Function, Gate, gradients, with_graph
 from madkernels.benchmarks.machine import Rates, last_level_cache
 
+CPU = torch.device("cpu")
 PASSES = ("forward", "backward")
 OURS = "madkernels"
 MAX_COPIES = 32
@@ -38,7 +40,7 @@ class Peer:
 
     `backward`: whether autograd follows it at a cost worth timing. `channel_first`: it is given (batch, dim, seqlen) memory
     behind its (batch, seqlen, dim) views. `auto`: it runs without being asked for. `needs`: "module:name" that has to be
-    installed.
+    installed. `devices`: what it runs on.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Peer:
     channel_first: bool = False
     auto: bool = True
     needs: str | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
     accepts: Callable[[Case], bool] = lambda case: True
 
     def missing(self) -> str | None:
@@ -102,11 +105,11 @@ class Measured:
 
     case: Case
     absent: dict[str, str]  # peers that did not run, and why
-    rates: Rates
+    rates: Rates | gpu.Rates
     results: list[Result] = field(default_factory=list)
     checked: str = ""  # how much the gate compared
     copies: dict[str, int] = field(default_factory=dict)  # how many, not bytes
-    cold: bool = True  # whether between two turns of a copy more bytes pass than the last-level cache holds
+    cold: bool = True  # whether between two turns of a copy more bytes pass than the last cache holds
     traffic: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes each pass must move
     memory: dict[str, int] = field(default_factory=dict)  # peak of a forward and backward
 
@@ -114,7 +117,7 @@ class Measured:
         """Notes what follows from the inputs, which have the gradient of the output as `out`."""
         total = sum(value.nbytes for value in inputs.values())
         self.copies[dtype] = len(copies)
-        self.cold = self.cold and total * (len(copies) - 1) > last_level_cache()
+        self.cold = self.cold and total * (len(copies) - 1) > cache_bytes(inputs)
         # Forward: inputs and output once. Backward: these and the gradient of each input.
         self.traffic[dtype] = {"forward": total, "backward": 2 * total - inputs["out"].nbytes}
 
@@ -144,17 +147,31 @@ class Contender:
         if not self.backward:
             tensors = {name: value for name, value in inputs.items() if name != "out"}
             with torch.no_grad():
-                begin = time.perf_counter()
-                out = self.function(**tensors)
-                elapsed = time.perf_counter() - begin
-            del out
-            return elapsed
+                return seconds_of(lambda: self.function(**tensors), device_of(inputs))
         leaves, out = with_graph(self.function, inputs)
-        begin = time.perf_counter()
-        gradients = torch.autograd.grad(out, list(leaves.values()), inputs["out"])
-        elapsed = time.perf_counter() - begin
-        del gradients
-        return elapsed
+        return seconds_of(lambda: torch.autograd.grad(out, list(leaves.values()), inputs["out"]), device_of(inputs))
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of a call, without those of freeing what it returns."""
+    if device.type == "cuda":
+        return gpu.seconds(call)
+    begin = time.perf_counter()
+    out = call()
+    elapsed = time.perf_counter() - begin
+    del out
+    return elapsed
+
+
+def device_of(inputs: Inputs) -> torch.device:
+    """The device that the inputs are on."""
+    return next(iter(inputs.values())).device
+
+
+def cache_bytes(inputs: Inputs) -> int:
+    """The size of the last cache before the memory that the inputs are in."""
+    device = device_of(inputs)
+    return gpu.l2_bytes(device) if device.type == "cuda" else last_level_cache()
 
 
 def channels_first(value: Tensor) -> Tensor:
@@ -165,6 +182,9 @@ def channels_first(value: Tensor) -> Tensor:
 def peak_memory(function: Function, inputs: Inputs) -> int:
     """Peak bytes of a forward and backward: the inputs, the gradient of the output, and all that torch's allocator gave out
     and had not got back, to C++ as well as to Python. Memory taken from elsewhere would not be seen; the ops take none."""
+    held = sum(value.nbytes for value in inputs.values())
+    if device_of(inputs).type == "cuda":
+        return held + gpu.peak_memory(lambda: gradients(function, inputs))
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports its start and stop otherwise
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         found = gradients(function, inputs)
@@ -172,17 +192,17 @@ def peak_memory(function: Function, inputs: Inputs) -> int:
     profiler: Any = trace.profiler
     events = profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    held = peak = 0
+    given = peak = 0
     for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak + sum(value.nbytes for value in inputs.values())
+        given += change
+        peak = max(peak, given)
+    return peak + held
 
 
 def rotated(inputs: Inputs) -> list[Inputs]:
     """Enough copies that between two turns of one the others fill the last-level cache; at most MAX_COPIES."""
     size = sum(value.nbytes for value in inputs.values())
-    count = min(2 + last_level_cache() // size, MAX_COPIES)
+    count = min(2 + cache_bytes(inputs) // size, MAX_COPIES)
     return [inputs, *({name: value.clone() for name, value in inputs.items()} for _ in range(count - 1))]
 
 
@@ -201,7 +221,7 @@ def contenders(
                 yield Contender(function, [], direction == "backward", peer.channel_first, result)
 
 
-def run_rounds(runners: Sequence[Contender], rates: Rates, runs: int) -> None:
+def run_rounds(runners: Sequence[Contender], rates: Rates | gpu.Rates, runs: int) -> None:
     """Times contenders in turn until each has had its share; the machine's rates as well, every round."""
     waiting = list(runners)
     for done in range(runs):
@@ -216,19 +236,21 @@ def run_rounds(runners: Sequence[Contender], rates: Rates, runs: int) -> None:
 
 def measure(
     benchmark: Benchmark, case: Case, dtypes: Sequence[torch.dtype], passes: Sequence[str], peers: Sequence[Peer],
-    runs: int = 30,
+    runs: int = 30, device: torch.device = CPU,
 ) -> Measured:  # fmt: skip
     """Gates and times the op and the peers given on one case, each at most `runs` times. All dtypes share the rounds."""
     absent = {peer.name: why for peer in peers if (why := peer.missing())}
+    absent |= {peer.name: f"does not run on {device.type}" for peer in peers if device.type not in peer.devices}
     absent |= {peer.name: "does not take this case" for peer in peers if not peer.accepts(case)}
     present = [peer for peer in peers if peer.name not in absent]
-    measured = Measured(case, absent, Rates())
+    measured = Measured(case, absent, gpu.Rates(device) if device.type == "cuda" else Rates())
     runners: list[Contender] = []
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         inputs = case.make_inputs(dtype)
         shape = [getattr(case, axis) for axis in case.axes["out"]]
         inputs["out"] = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        inputs = {key: value.to(device) for key, value in inputs.items()}
         gate = Gate(case, partial(benchmark.reference, **case.options), inputs)
         measured.checked = gate.checked
         mine = list(contenders(benchmark, case, dtype, passes, present, gate))

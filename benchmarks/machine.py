@@ -9,6 +9,7 @@ import platform
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,6 +92,7 @@ class Rates:
     def __init__(self) -> None:
         self.exp2: list[float] = []  # float32 evaluations a second, all threads
         self.copy: list[float] = []  # bytes read and written a second
+        self.states: list[dict[str, Any]] = []  # of a GPU, at each measurement
         self._source = torch.ones(last_level_cache(), dtype=torch.uint8)
         self._target = torch.empty_like(self._source)
         self._target.copy_(self._source)  # its pages are there from now on

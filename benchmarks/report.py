@@ -115,7 +115,19 @@ def _summary(measured: Measured) -> list[str]:
             lines.append(f"{dtype} peak memory of forward and backward: {times} ({sizes})")
     exp2, copy = statistics.median(measured.rates.exp2), statistics.median(measured.rates.copy)
     lines.append(f"floor from {exp2 / 1e9:.2f} G exp2/s and {copy / 1e9:.2f} GB/s of copying, measured between the runs")
-    return lines
+    return lines + _gpu_lines(measured.rates.states)
+
+
+def _gpu_lines(states: Sequence[dict[str, Any]]) -> list[str]:
+    """What the GPU's clocks and power did during the runs."""
+    if failures := {state["failure"] for state in states if "failure" in state}:
+        return [f"GPU clocks and power are not known: {', '.join(failures)}"]
+    if not states:
+        return []
+    ranges = {key: [state[key] for state in states] for key in ("sm_clock_mhz", "memory_clock_mhz", "power_w")}
+    clock, memory, power = (f"{min(values):.0f} to {max(values):.0f}" for values in ranges.values())
+    slowdowns = sorted({name for state in states for name in state["slowdowns"]})
+    return [f"GPU clock {clock} MHz, memory {memory} MHz, {power} W, slowed down by: {', '.join(slowdowns) or 'nothing'}"]
 
 
 def _sentence(found: dict[str, Any]) -> str:
@@ -146,8 +158,8 @@ def write_json(path: Path, op: str, machine: dict[str, str], cases: Sequence[Mea
     Keys: `schema` (1); `op`; `machine` (text by name); `cases`, each with `case` (its fields), `checked`, `copies`, `cold`,
     `absent` (reasons by peer), `results` (`contender`, `dtype`, `direction`, `error`, `tolerance`, `seconds` of each run,
     and `median`, `minimum`, `lower_quartile`, `upper_quartile` where there are any), `traffic_bytes`,
-    `peak_memory_bytes`, `rates` (`exp2_per_second`, `copy_bytes_per_second`, every measurement) and `figures` (see
-    :func:`figures`).
+    `peak_memory_bytes`, `rates` (`exp2_per_second`, `copy_bytes_per_second`, every measurement), `gpu_states` (clocks,
+    power and slowdowns at each of them; empty on a CPU) and `figures` (see :func:`figures`).
     """
     text = json.dumps({"schema": SCHEMA, "op": op, "machine": machine, "cases": [_record(m) for m in cases]}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,6 +184,7 @@ def _record(measured: Measured) -> dict[str, Any]:
         "traffic_bytes": measured.traffic,
         "peak_memory_bytes": measured.memory,
         "rates": {"exp2_per_second": measured.rates.exp2, "copy_bytes_per_second": measured.rates.copy},
+        "gpu_states": measured.rates.states,
         "figures": figures(measured),
     }
 
@@ -193,7 +206,8 @@ def plot(path: Path, op: str, machine: dict[str, str], cases: Sequence[Measured]
         panel.set_xscale("log")
         panel.set_xlabel("ms, median and quartiles")
         panel.set_title(str(measured.case), fontsize=9)
-    picture.suptitle(f"{op} on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    picture.suptitle(f"{op} on {where}, torch {machine['torch']}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         picture.savefig(path)

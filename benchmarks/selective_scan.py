@@ -1,6 +1,6 @@
 """selective_scan and the plain PyTorch ways to write it.
 
-All peers compute in the dtype of A, as the op does. They take one group of B and C.
+All peers compute in the dtype of A, as the op does. Those in plain PyTorch take one group of B and C.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from madkernels.benchmarks.harness import Benchmark, Peer
 
 COMPILED_STEPS = 8  # steps of one compiled call: as fast as more of them, and compiled sooner
 TRANSFORMERS_MAMBA = "transformers.models.mamba.modeling_mamba"
+MAMBA_SSM = "mamba_ssm.ops.selective_scan_interface"
 
 # From steps delta' and delta' u (batch, seqlen, dim), A (dstate, dim), B and C (batch, seqlen, dstate) to y, like delta'.
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -159,6 +160,18 @@ def transformers_scan(
     return out.transpose(1, 2)
 
 
+def mamba_ssm_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False,
+) -> Tensor:  # fmt: skip
+    """The CUDA kernel of mamba-ssm, which takes channels first."""
+    scan = importlib.import_module(MAMBA_SSM).selective_scan_fn
+    rows = [None if t is None else t.transpose(1, 2) for t in (u, delta, z)]
+    B, C = (t.movedim(1, -1) for t in (B, C))
+    out: Tensor = scan(rows[0], rows[1], A, B, C, D, rows[2], delta_bias, delta_softplus)
+    return out.transpose(1, 2)
+
+
 def _one_group(case: Case) -> bool:
     return isinstance(case, ScanCase) and case.groups == 1
 
@@ -182,6 +195,14 @@ BENCHMARK = Benchmark(
             transformers_scan,
             accepts=_one_group,
             needs=f"{TRANSFORMERS_MAMBA}:mamba_selective_scan",
+        ),
+        Peer(
+            "mamba-ssm",
+            mamba_ssm_scan,
+            backward=True,
+            channel_first=True,
+            needs=f"{MAMBA_SSM}:selective_scan_fn",
+            devices=("cuda",),
         ),
     ),
 )

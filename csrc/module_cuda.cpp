@@ -6,6 +6,7 @@
 #include <string>
 
 #include "common/cuda_errors.h"
+#include "common/cuda_rate.h"
 
 namespace {
 
@@ -23,4 +24,7 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("build_info", &build_info, "What was built: version, nvcc, architectures, the architecture of the PTX.");
   m.def("device_problem", &madkernels::device_problem, pybind11::arg("device"),
         "Why the kernels cannot run on the GPU of this number; empty if they can.");
+  m.def("exp2_rate", &madkernels::cuda_exp2_rate, pybind11::arg("device"),
+        pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "float32 evaluations of 2^x a second, in registers, by the special-function units of the GPU of this number.");
 }

@@ -7,6 +7,7 @@ class FixedRates:
     def __init__(self) -> None:
         self.exp2: list[float] = []
         self.copy: list[float] = []
+        self.states: list[dict[str, object]] = []
 
     def measure(self) -> None:
         self.exp2.append(1e9)

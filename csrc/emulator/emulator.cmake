@@ -5,7 +5,7 @@
 #
 # The optimiser is on, without contraction of products and sums: what the compiler fuses would differ from place to place.
 file(GLOB EMULATED_KERNELS CONFIGURE_DEPENDS csrc/*/*.cu)
-list(FILTER EMULATED_KERNELS EXCLUDE REGEX "/(cuda_errors|launch|rate)\\.cu$")
+list(FILTER EMULATED_KERNELS EXCLUDE REGEX "/(cuda_errors|cuda_rate|launch)\\.cu$")
 file(GLOB DEVICE_TESTS CONFIGURE_DEPENDS tests/device/*.cu)
 set_source_files_properties(${EMULATED_KERNELS} ${DEVICE_TESTS} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-x;c++")
 entries_of(EMULATED_ENTRIES "${EMULATED_KERNELS}")

@@ -27,7 +27,7 @@ def bench(
         typer.Option(help="Names of cases, comma-separated; 'all'; or a JSON file with a list of cases."),
     ] = "mamba-130m",
     dtype: Annotated[str, typer.Option(help=f"One or more of {', '.join(DTYPES)}, timed in the same rounds.")] = "float32",
-    device: Annotated[str, typer.Option(help="The device to run on.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 and so on.")] = "cpu",
     direction: Annotated[str, typer.Option("--pass", help="fwd, bwd or both.")] = "both",
     peers: Annotated[str, typer.Option(help="auto (those installed and quick to prepare), none, or names.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if absent.")] = None,
@@ -39,25 +39,25 @@ def bench(
     import torch
     from rich.console import Console
 
-    from madkernels.benchmarks import machine, report
+    from madkernels.benchmarks import gpu, machine, report
     from madkernels.benchmarks.harness import measure
 
     benchmark = _benchmark(op)
     cases = _cases(benchmark, shapes, quick)
     dtypes = _dtypes(dtype)
     passes = _passes(direction)
-    chosen = _peers(benchmark, peers)
-    _check_device(op, device)
+    place = _device(op, device, dtypes)
+    chosen = _peers(benchmark, peers, place.type)
     console = Console()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     machine.keep_freed_memory()
     try:
-        facts = machine.describe()
+        facts = machine.describe() | (gpu.describe(place) if place.type == "cuda" else {})
         console.print("; ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
         measured = []
         for case in cases:
-            measured.append(measure(benchmark, case, dtypes, passes, chosen, runs=3 if quick else 30))
+            measured.append(measure(benchmark, case, dtypes, passes, chosen, 3 if quick else 30, place))
             report.show(op, measured[-1], console)
     finally:
         torch.set_num_threads(before)
@@ -127,9 +127,9 @@ def _passes(direction: str) -> tuple[str, ...]:
     return known[direction]
 
 
-def _peers(benchmark: Benchmark, names: str) -> list[Peer]:
+def _peers(benchmark: Benchmark, names: str, device: str) -> list[Peer]:
     if names in ("auto", "none"):
-        return [peer for peer in benchmark.peers if peer.auto and names == "auto"]
+        return [peer for peer in benchmark.peers if peer.auto and device in peer.devices and names == "auto"]
     known = {peer.name: peer for peer in benchmark.peers}
     for name in names.split(","):
         if name not in known:
@@ -137,8 +137,25 @@ def _peers(benchmark: Benchmark, names: str) -> list[Peer]:
     return [known[name] for name in names.split(",")]
 
 
-def _check_device(op: str, device: str) -> None:
-    if device.partition(":")[0] == "cuda":
-        raise ValueError(f"--device {device}: {op} has no CUDA kernel yet; it runs on the CPU (--device cpu)")
-    if device != "cpu":
-        raise ValueError(f"--device: {device!r} is not known; expected cpu")
+def _device(op: str, name: str, dtypes: Sequence[torch.dtype]) -> torch.device:
+    """The device of a name, made the current one if it is a GPU that the op can run on."""
+    import torch
+
+    from madkernels import cuda
+
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (index.isdecimal() if ":" in name and kind == "cuda" else name == kind):
+        raise ValueError(f"--device: {name!r} is not known; expected cpu, cuda or cuda:<number>")
+    if kind == "cpu":
+        return torch.device("cpu")
+    part, _ = cuda.load()
+    if part is None or op not in cuda.ops_with_kernels():
+        raise ValueError(f"--device {name}: {cuda.why_not(op)}")
+    if torch.float64 in dtypes:
+        raise ValueError(f"--dtype: {op} takes float64 on the CPU only")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; see madkernels doctor")
+    if problem := part.device_problem(int(index or 0)):
+        raise ValueError(f"--device {name}: {problem}")
+    torch.cuda.set_device(int(index or 0))
+    return torch.device("cuda", int(index or 0))

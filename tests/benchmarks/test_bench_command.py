@@ -94,8 +94,9 @@ def test_peers_that_are_absent_are_listed() -> None:
         (["causal_conv", "--peers", "cudnn"], "causal_conv has no peer 'cudnn'; expected auto, none, or reference"),
         (["causal_conv", "--shapes", "gpt"], "no case 'gpt' of causal_conv; expected mamba-130m"),
         (["causal_conv", "--shapes", "no/such.json"], "--shapes no/such.json: .*No such file"),
-        (["causal_conv", "--device", "cuda"], "causal_conv has no CUDA kernel yet"),
+        (["causal_conv", "--device", "cuda"], "--device cuda: causal_conv has no CUDA kernel here"),
         (["causal_conv", "--device", "tpu"], "--device: 'tpu' is not known; expected cpu"),
+        (["causal_conv", "--device", "cuda:x"], "--device: 'cuda:x' is not known; expected cpu"),
     ],
 )
 def test_refusals(arguments: list[str], message: str) -> None:

@@ -161,8 +161,9 @@ def test_measures_dtypes_and_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = ["forward", "backward"]
     measured = measure(CONV, CASE, [torch.float32, torch.bfloat16], passes, CONV.peers, runs=1)
     found = {(r.contender, r.dtype, r.direction) for r in measured.results if len(r.seconds) == 1}
-    names = ["madkernels", *(peer.name for peer in CONV.peers)]
+    names = ["madkernels", *(peer.name for peer in CONV.peers if "cpu" in peer.devices)]
     assert found == {(n, d, p) for n in names for d in ("float32", "bfloat16") for p in passes}
+    assert measured.absent == {peer.name: "does not run on cpu" for peer in CONV.peers if "cpu" not in peer.devices}
     assert measured.memory.keys() == measured.traffic.keys() == {"float32", "bfloat16"}
 
 

@@ -1,0 +1,169 @@
+"""Checks and times the CUDA kernels on the GPU that is here, offline; run by `make gpu-check OUT=DIR`.
+
+Builds for this GPU, then runs the op tests, compute-sanitizer, the benchmarks and the device vocabulary's tests. Each stage
+has a time limit of its own, together under 9 minutes, and one that fails does not lose the others' results: logs, JSON and a
+summary go to the folder. Exit code 0 if every stage that could run passed, 1 if one failed, 2 where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = ("selective_scan", "causal_conv")
+TESTED_WITH = ("pytest", "hypothesis")
+CUDA_BIN = "/usr/local/cuda/bin"
+
+
+@dataclass
+class Outcome:
+    """What came of a stage."""
+
+    stage: str
+    result: str  # passed, failed, timed out or skipped
+    seconds: float
+    detail: str  # the end of its output, or why it was skipped
+
+
+class Checks:
+    """The stages that ran, their logs in a folder."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.outcomes: list[Outcome] = []
+        self.environment = os.environ | {"PATH": f"{os.environ.get('PATH', '')}:{CUDA_BIN}"}
+
+    def run(self, stage: str, command: list[str], limit: float, **environment: str) -> bool:
+        """Runs a stage for at most `limit` seconds -> whether it passed."""
+        print(f"== {stage}: {' '.join(command)}", flush=True)
+        begin = time.monotonic()
+        log = self.out / f"{stage}.log"
+        with log.open("w") as file:
+            try:
+                run = subprocess.run(
+                    command,
+                    cwd=ROOT,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=limit,
+                    env=self.environment | environment,
+                )
+                result = "passed" if run.returncode == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                result = "timed out"
+        lines = log.read_text(errors="replace").strip().splitlines()
+        self.add(stage, result, time.monotonic() - begin, "\n".join(lines[-(1 if result == "passed" else 15) :]))
+        return result == "passed"
+
+    def skip(self, stage: str, why: str) -> None:
+        self.add(stage, "skipped", 0.0, why)
+
+    def add(self, stage: str, result: str, seconds: float, detail: str) -> None:
+        self.outcomes.append(Outcome(stage, result, round(seconds, 1), detail))
+        (self.out / "summary.json").write_text(json.dumps([asdict(outcome) for outcome in self.outcomes], indent=1))
+
+    def summary(self) -> str:
+        lines = [f"{o.stage:24} {o.result:10} {o.seconds:6.1f} s  {o.detail.splitlines()[-1] if o.detail else ''}" for o in
+                 self.outcomes]  # fmt: skip
+        return "\n".join(lines)
+
+
+def missing(modules: tuple[str, ...]) -> list[str]:
+    return [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+def facts() -> dict[str, str]:
+    """What ran where."""
+    import torch
+
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "commit": commit.stdout.strip() if commit.returncode == 0 else "no checkout",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def install_wheels(folder: str | None) -> None:
+    """What the tests need, from a folder of wheels, where it is not installed."""
+    if folder and (absent := missing(TESTED_WITH)):
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", folder, *absent]
+        subprocess.run(command, check=False)
+
+
+def check_device_vocabulary(checks: Checks, arch: str) -> None:
+    program = checks.out / "device_tests"
+    sources = [
+        *sorted((ROOT / "tests" / "device").glob("*.cu")),
+        ROOT / "csrc/common/cuda_errors.cu",
+        ROOT / "csrc/common/launch.cu",
+    ]
+    flags = ["-std=c++20", "--expt-relaxed-constexpr", "-O2", "-Icsrc", f'-DMADKERNELS_CUDA_ARCHS="{arch}"']
+    nvcc = ["nvcc", *flags, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", str(program), *map(str, sources)]
+    if checks.run("device-build", nvcc, 40):
+        checks.run("device-tests", [str(program)], 20)
+
+
+def check_ops(checks: Checks) -> None:
+    if absent := missing(TESTED_WITH):
+        checks.skip("op-tests", f"{' and '.join(absent)} not installed: give a folder of wheels as WHEELS")
+    else:
+        tests = [f"tests/test_{op}.py" for op in OPS]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--backend", "cuda", *tests]
+        checks.run("op-tests", pytest, 110)
+    checks.run("smoke", [sys.executable, "tests/gpu_smoke.py"], 20)
+    sanitizer = shutil.which("compute-sanitizer", path=checks.environment["PATH"])
+    for tool in ("memcheck", "racecheck"):
+        if sanitizer:
+            command = [sanitizer, f"--tool={tool}", "--error-exitcode=1", sys.executable, "tests/gpu_smoke.py"]
+            checks.run(f"sanitizer-{tool}", command, 55, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        else:
+            checks.skip(f"sanitizer-{tool}", "compute-sanitizer is not on PATH")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="the folder for logs, JSON and the summary")
+    parser.add_argument("--wheels", help="a folder of wheels of what the tests need")
+    arguments = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu-check: torch sees no GPU here; it needs one, and a torch with CUDA", file=sys.stderr)
+        return 2
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    checks = Checks(arguments.out.resolve())
+    found = facts()
+    (checks.out / "facts.json").write_text(json.dumps(found, indent=1))
+    print(found, flush=True)
+    arch = found["capability"].replace(".", "")
+    arch += "a" if arch == "90" else ""
+    install_wheels(arguments.wheels)
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    if checks.run("build", build, 150, MADKERNELS_CUDA="on", MADKERNELS_CUDA_ARCHS=arch):
+        checks.environment["PYTHONPATH"] = str(ROOT)
+        check_ops(checks)
+        for op in OPS:
+            bench = [sys.executable, "-m", "madkernels.cli", "bench", op, "--device", "cuda", "--shapes", "all"]
+            bench += ["--dtype", "bfloat16,float32", "--json", str(checks.out / f"{op}.json")]
+            checks.run(f"bench-{op}", bench, 40)
+    check_device_vocabulary(checks, arch)
+    print(checks.summary())
+    return int(any(outcome.result in ("failed", "timed out") for outcome in checks.outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Runs every op on a GPU, forward and backward, at small odd sizes: what `make gpu-check` gives to compute-sanitizer."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from madkernels import causal_conv, causal_conv_step, selective_scan, selective_scan_step
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
+
+
+def scan(dtype: torch.dtype, batch: int, seqlen: int, dim: int, dstate: int, docs: list[int] | None = None) -> None:
+    states = batch if docs is None else len(docs) - 1
+    u, delta, z = (leaf(batch, seqlen, dim, dtype=dtype) for _ in range(3))
+    B, C = (leaf(batch, seqlen, 1, dstate, dtype=dtype) for _ in range(2))
+    A, D, bias, initial = leaf(dim, dstate), leaf(dim), leaf(dim), leaf(states, dim, dstate)
+    offsets = None if docs is None else torch.tensor(docs, dtype=torch.int32, device="cuda")
+    options = {"initial_state": initial, "cu_seqlens": offsets, "return_final_state": True}
+    out, state = selective_scan(u, delta, A, B, C, D, z, bias, True, **options)
+    (out.float().sum() + state.sum()).backward()
+    if seqlen:
+        state = torch.zeros(batch, dim, dstate, device="cuda")
+        selective_scan_step(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, z[:, 0], bias, True)
+
+
+def conv(dtype: torch.dtype, batch: int, seqlen: int, dim: int, width: int, docs: list[int] | None = None) -> None:
+    states = batch if docs is None else len(docs) - 1
+    x, weight, bias = leaf(batch, seqlen, dim, dtype=dtype), leaf(dim, width, dtype=dtype), leaf(dim, dtype=dtype)
+    initial = leaf(states, width - 1, dim, dtype=dtype)
+    offsets = None if docs is None else torch.tensor(docs, dtype=torch.int32, device="cuda")
+    for rows in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        options = {"initial_state": initial, "cu_seqlens": offsets, "return_final_state": True}
+        out, state = causal_conv(rows, weight, bias, activation="silu", **options)
+        (out.float().sum() + state.float().sum()).backward()
+    if seqlen:
+        causal_conv_step(torch.zeros(batch, width - 1, dim, device="cuda", dtype=dtype), x[:, 0], weight, bias)
+
+
+def main() -> None:
+    for dtype, (seqlen, dstate) in itertools.product(DTYPES, ((41, 16), (70, 19), (900, 3))):
+        scan(dtype, 2, seqlen, 67, dstate)
+    scan(torch.bfloat16, 1, 100, 9, 4, [0, 40, 40, 100])
+    for dtype, (seqlen, width) in itertools.product(DTYPES, ((41, 4), (130, 3), (20, 7))):
+        conv(dtype, 2, seqlen, 37, width)
+    conv(torch.bfloat16, 1, 100, 9, 4, [0, 40, 40, 100])
+    torch.cuda.synchronize()
+    print("every op ran")
+
+
+if __name__ == "__main__":
+    main()
