@@ -22,6 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 OPS = ("selective_scan", "causal_conv")
 TESTED_WITH = ("pytest", "hypothesis")
 CUDA_BIN = "/usr/local/cuda/bin"
+LIMITS = {  # seconds, by stage; {op} and {tool} stand for several
+    "build": 150,
+    "op-tests": 110,
+    "smoke": 20,
+    "sanitizer-{tool}": 55,
+    "bench-{op}": 40,
+    "device-build": 40,
+    "device-tests": 20,
+}
 
 
 @dataclass
@@ -113,8 +122,8 @@ def check_device_vocabulary(checks: Checks, arch: str) -> None:
     ]
     flags = ["-std=c++20", "--expt-relaxed-constexpr", "-O2", "-Icsrc", f'-DMADKERNELS_CUDA_ARCHS="{arch}"']
     nvcc = ["nvcc", *flags, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", str(program), *map(str, sources)]
-    if checks.run("device-build", nvcc, 40):
-        checks.run("device-tests", [str(program)], 20)
+    if checks.run("device-build", nvcc, LIMITS["device-build"]):
+        checks.run("device-tests", [str(program)], LIMITS["device-tests"])
 
 
 def check_ops(checks: Checks) -> None:
@@ -123,13 +132,13 @@ def check_ops(checks: Checks) -> None:
     else:
         tests = [f"tests/test_{op}.py" for op in OPS]
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--backend", "cuda", *tests]
-        checks.run("op-tests", pytest, 110)
-    checks.run("smoke", [sys.executable, "tests/gpu_smoke.py"], 20)
+        checks.run("op-tests", pytest, LIMITS["op-tests"])
+    checks.run("smoke", [sys.executable, "tests/gpu_smoke.py"], LIMITS["smoke"])
     sanitizer = shutil.which("compute-sanitizer", path=checks.environment["PATH"])
     for tool in ("memcheck", "racecheck"):
         if sanitizer:
             command = [sanitizer, f"--tool={tool}", "--error-exitcode=1", sys.executable, "tests/gpu_smoke.py"]
-            checks.run(f"sanitizer-{tool}", command, 55, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            checks.run(f"sanitizer-{tool}", command, LIMITS["sanitizer-{tool}"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         else:
             checks.skip(f"sanitizer-{tool}", "compute-sanitizer is not on PATH")
 
@@ -153,13 +162,13 @@ def main() -> int:
     arch += "a" if arch == "90" else ""
     install_wheels(arguments.wheels)
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    if checks.run("build", build, 150, MADKERNELS_CUDA="on", MADKERNELS_CUDA_ARCHS=arch):
+    if checks.run("build", build, LIMITS["build"], MADKERNELS_CUDA="on", MADKERNELS_CUDA_ARCHS=arch):
         checks.environment["PYTHONPATH"] = str(ROOT)
         check_ops(checks)
         for op in OPS:
             bench = [sys.executable, "-m", "madkernels.cli", "bench", op, "--device", "cuda", "--shapes", "all"]
             bench += ["--dtype", "bfloat16,float32", "--json", str(checks.out / f"{op}.json")]
-            checks.run(f"bench-{op}", bench, 40)
+            checks.run(f"bench-{op}", bench, LIMITS["bench-{op}"])
     check_device_vocabulary(checks, arch)
     print(checks.summary())
     return int(any(outcome.result in ("failed", "timed out") for outcome in checks.outcomes))

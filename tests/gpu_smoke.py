@@ -9,11 +9,12 @@ from torch import Tensor
 
 from madkernels import causal_conv, causal_conv_step, selective_scan, selective_scan_step
 
+DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
+    return torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True)
 
 
 def scan(dtype: torch.dtype, batch: int, seqlen: int, dim: int, dstate: int, docs: list[int] | None = None) -> None:
@@ -21,12 +22,12 @@ def scan(dtype: torch.dtype, batch: int, seqlen: int, dim: int, dstate: int, doc
     u, delta, z = (leaf(batch, seqlen, dim, dtype=dtype) for _ in range(3))
     B, C = (leaf(batch, seqlen, 1, dstate, dtype=dtype) for _ in range(2))
     A, D, bias, initial = leaf(dim, dstate), leaf(dim), leaf(dim), leaf(states, dim, dstate)
-    offsets = None if docs is None else torch.tensor(docs, dtype=torch.int32, device="cuda")
+    offsets = None if docs is None else torch.tensor(docs, dtype=torch.int32, device=DEVICE)
     options = {"initial_state": initial, "cu_seqlens": offsets, "return_final_state": True}
     out, state = selective_scan(u, delta, A, B, C, D, z, bias, True, **options)
     (out.float().sum() + state.sum()).backward()
     if seqlen:
-        state = torch.zeros(batch, dim, dstate, device="cuda")
+        state = torch.zeros(batch, dim, dstate, device=DEVICE)
         selective_scan_step(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, z[:, 0], bias, True)
 
 
@@ -34,13 +35,13 @@ def conv(dtype: torch.dtype, batch: int, seqlen: int, dim: int, width: int, docs
     states = batch if docs is None else len(docs) - 1
     x, weight, bias = leaf(batch, seqlen, dim, dtype=dtype), leaf(dim, width, dtype=dtype), leaf(dim, dtype=dtype)
     initial = leaf(states, width - 1, dim, dtype=dtype)
-    offsets = None if docs is None else torch.tensor(docs, dtype=torch.int32, device="cuda")
+    offsets = None if docs is None else torch.tensor(docs, dtype=torch.int32, device=DEVICE)
     for rows in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
         options = {"initial_state": initial, "cu_seqlens": offsets, "return_final_state": True}
         out, state = causal_conv(rows, weight, bias, activation="silu", **options)
         (out.float().sum() + state.float().sum()).backward()
     if seqlen:
-        causal_conv_step(torch.zeros(batch, width - 1, dim, device="cuda", dtype=dtype), x[:, 0], weight, bias)
+        causal_conv_step(torch.zeros(batch, width - 1, dim, device=DEVICE, dtype=dtype), x[:, 0], weight, bias)
 
 
 def main() -> None:
@@ -50,9 +51,9 @@ def main() -> None:
     for dtype, (seqlen, width) in itertools.product(DTYPES, ((41, 4), (130, 3), (20, 7))):
         conv(dtype, 2, seqlen, 37, width)
     conv(torch.bfloat16, 1, 100, 9, 4, [0, 40, 40, 100])
-    torch.cuda.synchronize()
-    print("every op ran")
 
 
 if __name__ == "__main__":
     main()
+    torch.cuda.synchronize()
+    print("every op ran")

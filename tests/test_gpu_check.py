@@ -1,0 +1,65 @@
+"""What of `make gpu-check` can be tried without a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import backends
+import gpu_check
+import gpu_smoke
+import pytest
+import torch
+
+
+@pytest.fixture
+def checks(tmp_path: Path) -> gpu_check.Checks:
+    return gpu_check.Checks(tmp_path)
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_stage_that_fails_does_not_lose_the_others(checks: gpu_check.Checks) -> None:
+    assert checks.run("good", python("print('all is well')"), 60)
+    assert not checks.run("bad", python("print('something broke'); raise SystemExit(3)"), 60)
+    assert not checks.run("slow", python("import time; print('begun', flush=True); time.sleep(60)"), 1.5)
+    checks.skip("absent", "it is not there")
+    assert checks.run("after", python("import os; print(os.environ['GIVEN'])"), 60, GIVEN="value")
+    written = json.loads((checks.out / "summary.json").read_text())
+    assert [(o["stage"], o["result"]) for o in written] == [
+        ("good", "passed"),
+        ("bad", "failed"),
+        ("slow", "timed out"),
+        ("absent", "skipped"),
+        ("after", "passed"),
+    ]
+    assert (checks.out / "bad.log").read_text() == "something broke\n"
+    for line, wanted in zip(
+        checks.summary().splitlines(), ("all is well", "something broke", "begun", "it is not there", "value"), strict=True
+    ):
+        assert line.endswith(wanted)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_there_is_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path / "out")])
+    assert gpu_check.main() == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_limits_add_up_to_nine_minutes() -> None:
+    """Stages that run once for each op or tool count as often."""
+    times = {"bench-{op}": len(gpu_check.OPS), "sanitizer-{tool}": 2}
+    assert sum(limit * times.get(stage, 1) for stage, limit in gpu_check.LIMITS.items()) <= 9 * 60
+
+
+def test_what_the_sanitizer_is_given_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_smoke, "DEVICE", "cpu")
+    with backends.using("emulated"):
+        gpu_smoke.main()
