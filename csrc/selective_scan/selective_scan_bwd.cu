@@ -2,9 +2,9 @@
 //
 // A block walks the chunks of its segment from the last to the first. A chunk's states are recomputed from the checkpoint
 // that the forward left: once to find the states at the start of each unit, then unit by unit, from the last, with every
-// state kept in shared memory, and the adjoint recurrence runs back through the unit (selective_scan_backward_cpu.cpp has
-// the formulas). So each 2^x is taken 2.75 times, which costs less than keeping them: per (step, state) about 26 issue slots
-// in all, 3 of them 2^x.
+// state kept in shared memory, and the adjoint recurrence runs back through the unit (selective_scan_bwd_cpu.cpp has the
+// formulas). So each 2^x is taken 2.75 times: issue slots bind the kernel, not special-function units. They are counted in
+// docs/ops/selective_scan.md.
 //
 // dB and dC are sums over channels, which lie across lanes: kStates sums at a time by recursive halving, kStates shuffles
 // instead of 5 kStates, then over the warps of the block in order, then (by sum_parts) over blocks.
