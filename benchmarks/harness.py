@@ -207,14 +207,21 @@ def rotated(inputs: Inputs) -> list[Inputs]:
 
 
 def contenders(
-    benchmark: Benchmark, case: Case, dtype: torch.dtype, passes: Sequence[str], peers: Sequence[Peer], gate: Gate
-) -> Iterator[Contender]:
-    """The op and its peers in each pass, gated; their copies are not there yet."""
+    benchmark: Benchmark, case: Case, dtype: torch.dtype, passes: Sequence[str], peers: Sequence[Peer], gate: Gate,
+    absent: dict[str, str],
+) -> Iterator[Contender]:  # fmt: skip
+    """The op and its peers in each pass, gated; their copies are not there yet. Adds peers that do not fit to `absent`."""
     ours = Peer(OURS, benchmark.function, backward=True)
     for peer in (ours, *peers):
         function = partial(peer.function, **case.options)
         backward = peer.backward and "backward" in passes
-        errors = gate.errors(function, backward, channels_first if peer.channel_first else torch.clone)
+        try:
+            errors = gate.errors(function, backward, channels_first if peer.channel_first else torch.clone)
+        except torch.OutOfMemoryError:
+            if peer is ours:
+                raise
+            absent[peer.name] = "does not fit into the memory of the GPU"
+            continue
         for direction, error in zip(PASSES, errors, strict=False):
             if direction in passes:
                 result = Result(peer.name, str(dtype).removeprefix("torch."), direction, error, TOLERANCES[dtype])
@@ -253,7 +260,7 @@ def measure(
         inputs = {key: value.to(device) for key, value in inputs.items()}
         gate = Gate(case, partial(benchmark.reference, **case.options), inputs)
         measured.checked = gate.checked
-        mine = list(contenders(benchmark, case, dtype, passes, present, gate))
+        mine = list(contenders(benchmark, case, dtype, passes, present, gate, absent))
         measured.results += [runner.result for runner in mine]
         mine = [runner for runner in mine if runner.result.right]
         copies = rotated(inputs)

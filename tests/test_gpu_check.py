@@ -12,6 +12,8 @@ import gpu_smoke
 import pytest
 import torch
 
+from madkernels.cli import bench
+
 
 @pytest.fixture
 def checks(tmp_path: Path) -> gpu_check.Checks:
@@ -63,3 +65,11 @@ def test_what_the_sanitizer_is_given_runs(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(gpu_smoke, "DEVICE", "cpu")
     with backends.using("emulated"):
         gpu_smoke.main()
+
+
+def test_bench_takes_its_cases(tmp_path: Path) -> None:
+    for op in gpu_check.OPS:
+        file = tmp_path / f"{op}.json"
+        file.write_text(json.dumps([gpu_check.CASES[op]]))
+        [case] = bench._cases(bench._benchmark(op), str(file), quick=False)
+        assert case.name == "training"
