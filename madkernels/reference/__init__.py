@@ -5,6 +5,7 @@ functions in float64, and double backward runs through them. Signatures equal th
 """
 
 from madkernels.reference.causal_conv import causal_conv, causal_conv_step
+from madkernels.reference.fft_conv import fft_conv, fft_conv_step
 from madkernels.reference.selective_scan import selective_scan, selective_scan_step
 
-__all__ = ["causal_conv", "causal_conv_step", "selective_scan", "selective_scan_step"]
+__all__ = ["causal_conv", "causal_conv_step", "fft_conv", "fft_conv_step", "selective_scan", "selective_scan_step"]
