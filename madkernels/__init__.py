@@ -10,12 +10,15 @@ from madkernels._version import __version__
 
 if TYPE_CHECKING:
     from madkernels.ops.causal_conv import causal_conv, causal_conv_step
+    from madkernels.ops.fft_conv import fft_conv, fft_conv_step
     from madkernels.ops.selective_scan import selective_scan, selective_scan_step
 
 __all__ = [
     "__version__",
     "causal_conv",
     "causal_conv_step",
+    "fft_conv",
+    "fft_conv_step",
     "selective_scan",
     "selective_scan_step",
 ]
