@@ -11,6 +11,7 @@
 
 #include "common/cpu.h"
 #include "common/rate.h"
+#include "fft_conv/plan.h"
 
 namespace {
 
@@ -27,6 +28,12 @@ std::map<std::string, std::string> build_info() {
           {"torch", MADKERNELS_TORCH},     {"torch_target", MADKERNELS_TORCH_TARGET}, {"isas", isas}};
 }
 
+// How the CPU computes a causal convolution of `length` outputs.
+std::map<std::string, int64_t> fft_conv_plan(int64_t length, int64_t filter_len, int64_t history) {
+  const madkernels::ConvPlan plan = madkernels::plan_conv(length, history, filter_len, 0, 1);
+  return {{"points", plan.direct ? 0 : plan.fft.points()}, {"outputs", plan.outputs}, {"taps", plan.taps}};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -39,4 +46,7 @@ PYBIND11_MODULE(_C, m) {
       "The instruction sets that were compiled in and that this CPU has.");
   m.def("exp2_rate", &madkernels::exp2_rate, pybind11::arg("threads"), pybind11::call_guard<pybind11::gil_scoped_release>(),
         "float32 evaluations of 2^x a second, in registers, all threads together.");
+  m.def("fft_conv_plan", &fft_conv_plan, pybind11::arg("length"), pybind11::arg("filter_len"), pybind11::arg("history") = 0,
+        "How the CPU computes a causal long convolution: the complex points of its transforms (0: tap by tap), the outputs of "
+        "one block, and the taps that can meet an input.");
 }

@@ -24,15 +24,15 @@ inline void load_tile(Vec<Acc<T>>* tile, const T* src, int64_t row, int64_t lane
 }
 
 // Asks for a tile ahead of its use: its rows (or lanes) lie in as many pages, more than hardware prefetchers follow.
-template <class T>
+template <bool kForWriting = false, class T>
 inline void prefetch_tile(const T* src, int64_t row, int64_t lane, int rows, int lanes) {
   constexpr int kPerLine = 64 / sizeof(T);
   if (lane == 1) {
-    for (int t = 0; t < rows; t++) __builtin_prefetch(src + t * row, 0, 2);
+    for (int t = 0; t < rows; t++) __builtin_prefetch(src + t * row, kForWriting, 2);
     return;
   }
   for (int l = 0; l < lanes; l++) {
-    for (int t = 0; t < rows; t += kPerLine) __builtin_prefetch(src + l * lane + t, 0, 2);
+    for (int t = 0; t < rows; t += kPerLine) __builtin_prefetch(src + l * lane + t, kForWriting, 2);
   }
 }
 

@@ -170,10 +170,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fft_conv_backward(
   const Tensor dout_rows = with_dense_axis(dout);
   const OptionalTensor dfinal = contiguous(dfinal_state);
 
-  const Tensor none = empty({0}, type, u);
+  const auto none = [&] { return empty({0}, type, u); };
   Tensor du = torch::stable::empty_like(a.u);
-  const Tensor dpre = pre_gate ? torch::stable::empty_like(*a.pre_gate) : none;
-  const Tensor dpost = post_gate ? torch::stable::empty_like(*a.post_gate) : none;
+  const Tensor dpre = pre_gate ? torch::stable::empty_like(*a.pre_gate) : none();
+  const Tensor dpost = post_gate ? torch::stable::empty_like(*a.post_gate) : none();
   const Tensor dinitial = initial_state ? empty({p.docs.count, p.history, p.dim}, wide, u) : empty({0}, wide, u);
   const Tensor dfilter_parts = empty({p.slices, p.taps, p.dim}, wide, u);
   const Tensor dskip_parts = empty({p.slices, skip ? p.dim : 0}, wide, u);
@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fft_conv_backward(
   if (p.groups != p.dim) dfilter = sum_parts(torch::stable::view(dfilter, {p.taps, p.groups, p.channels_a_group()}), 2);
   dfilter = torch::stable::to(torch::stable::transpose(dfilter, 0, 1), filter.scalar_type());
   return {du, filter.stride(0) == 1 && filter.stride(1) != 1 ? dfilter : torch::stable::contiguous(dfilter),
-          skip ? torch::stable::to(sum_parts(dskip_parts, 0), skip->scalar_type()) : none, dpre, dpost, dinitial};
+          skip ? torch::stable::to(sum_parts(dskip_parts, 0), skip->scalar_type()) : none(), dpre, dpost, dinitial};
 }
 
 // u (batch, 1, dim), state (batch, filter_len - 1, dim), updated in place -> (batch, 1, dim)

@@ -10,7 +10,7 @@
 
 namespace madkernels::MADKERNELS_ISA {
 
-constexpr int kTileRows = 32;
+constexpr int kTileRows = 64;
 
 template <class I>
 inline I least(I a, I b) {
@@ -74,19 +74,29 @@ struct Window {
   }
 };
 
+// Asks for the rows that follow t + count: they lie in as many pages, more than hardware prefetchers follow.
+template <bool kForWriting, class T>
+inline void prefetch_rows(const Rows& a, const Sequence& s, const Item& item, int64_t t, int count) {
+  const int ahead = static_cast<int>(least<int64_t>(count, s.length - t - count));
+  if (ahead > 0) prefetch_tile<kForWriting>(a.at<T>(s.b, s.begin + t + count, item.d), a.row, a.lane, ahead, item.lanes);
+}
+
 // rows[i] = a[t + i] b[t + i], where b may be absent.
 template <class T>
 inline void load_product(Vec<Acc<T>>* rows, const Rows& a, const Rows& b, const Sequence& s, const Item& item, int64_t t,
                          int count) {
+  prefetch_rows<false, T>(a, s, item, t, count);
   load_tile(rows, a.at<T>(s.b, s.begin + t, item.d), a.row, a.lane, count, item.lanes);
   if (!b) return;
   Vec<Acc<T>> gate[kTileRows];
+  prefetch_rows<false, T>(b, s, item, t, count);
   load_tile(gate, b.at<T>(s.b, s.begin + t, item.d), b.row, b.lane, count, item.lanes);
   for (int i = 0; i < count; i++) rows[i] *= gate[i];
 }
 
 template <class T>
 inline void store_rows(const Rows& to, const Vec<Acc<T>>* rows, const Sequence& s, const Item& item, int64_t t, int count) {
+  prefetch_rows<true, T>(to, s, item, t, count);
   store_tile(to.at<T>(s.b, s.begin + t, item.d), to.row, to.lane, rows, count, item.lanes);
 }
 

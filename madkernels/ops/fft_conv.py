@@ -129,9 +129,9 @@ def _step_fake(state: Tensor, u: Tensor, *parameters: Any) -> Tensor:
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, causal, initial_state, cu_seqlens, _ = inputs
+    *tensors, causal, initial_state, cu_seqlens, with_final_state = inputs
     ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
-    ctx.causal = causal
+    ctx.causal, ctx.with_final_state = causal, with_final_state
     ctx.set_materialize_grads(False)
 
 
@@ -140,8 +140,9 @@ def _forward_gradient(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> t
     if dout is None:
         dout = torch.zeros_like(u)
     du, dfilter, dskip, dpre, dpost, dinitial = _backward(
-        dout, dstate, u, filter, skip, pre_gate, post_gate, ctx.causal, initial_state, cu_seqlens
-    )
+        dout, dstate if ctx.with_final_state else None, u, filter, skip, pre_gate, post_gate, ctx.causal, initial_state,
+        cu_seqlens,
+    )  # fmt: skip
     optional = [if_given(a, g) for a, g in ((skip, dskip), (pre_gate, dpre), (post_gate, dpost))]
     return du, dfilter, *optional, None, if_given(initial_state, dinitial), None, None
 
