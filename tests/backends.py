@@ -27,6 +27,9 @@ OPS = (
     "causal_conv",
     "causal_conv_backward",
     "causal_conv_step",
+    "fft_conv",
+    "fft_conv_backward",
+    "fft_conv_step",
 )
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZE = os.environ.get("MADKERNELS_SANITIZE", "OFF")

@@ -94,6 +94,23 @@ __device__ __forceinline__ float exp2_fma(float x) {
   return x == x ? power : x;
 }
 
+// ---- cos and sin of pi x ----
+
+__device__ __forceinline__ float cos_pi(float x) {
+#ifdef MADKERNELS_EMULATED
+  return static_cast<float>(std::cos(3.14159265358979323846 * x));
+#else
+  return cospif(x);
+#endif
+}
+__device__ __forceinline__ float sin_pi(float x) {
+#ifdef MADKERNELS_EMULATED
+  return static_cast<float>(std::sin(3.14159265358979323846 * x));
+#else
+  return sinpif(x);
+#endif
+}
+
 // ---- activations: a few roundings from exact, relative to the result, whatever its size ----
 
 __device__ __forceinline__ float reciprocal(float x) {

@@ -7,19 +7,17 @@
 #include <tuple>
 
 #include "common/check.h"
+#if MADKERNELS_GPU
+#include "common/stream.h"
+#endif
 
 namespace madkernels {
 namespace {
-
-// Items of the CPU, at least: a call on few channels is spread over slices of its sequences.
-constexpr int64_t kItems = 32;
 
 // The arguments after checks, held while kernels use their memory.
 struct Arguments {
   Tensor u, filter;
   OptionalTensor skip, pre_gate, post_gate, initial_state, cu_seqlens;
-  std::vector<ConvPlan> plans;
-  std::vector<int64_t> order;
   FftConv params{};
 
   Shape states() const { return {params.docs.count, params.taps - 1, params.dim}; }
@@ -29,46 +27,6 @@ OptionalTensor rows_with_dense_axis(const OptionalTensor& t) {
   return t ? OptionalTensor(with_dense_axis(*t)) : std::nullopt;
 }
 Rows rows_or_none(const OptionalTensor& t) { return t ? rows_of(*t) : Rows{}; }
-
-// Documents are planned for lengths a quarter of a power of two apart, so that those of a size share the filter's spectrum.
-int64_t planned_length(int64_t length) {
-  int64_t step = 1;
-  while (step * 8 <= length) step *= 2;
-  return (length + step - 1) / step * step;
-}
-
-// The plans of all sequences, and the order in which those of one plan lie together.
-void make_plans(Arguments& a) {
-  FftConv& p = a.params;
-  std::map<int64_t, ConvPlan> by_length;
-  for (int64_t doc = 0; doc < p.docs.count; doc++) {
-    const int64_t exact = p.docs.end(doc) - p.docs.begin(doc);
-    const int64_t length = p.docs.cu_seqlens ? planned_length(exact) : exact;
-    ConvPlan plan;
-    if (length > 0) {
-      const auto [entry, is_new] = by_length.try_emplace(length);
-      if (is_new) {
-        entry->second = plan_conv(length, p.history, p.taps, p.ahead, p.docs.count / p.slices);
-        if (!entry->second.direct) entry->second.roots = fft_roots(entry->second.fft, p.dtype == DType::kFloat64);
-      }
-      plan = entry->second;
-    }
-    a.plans.push_back(plan);
-  }
-  a.order.resize(a.plans.size());
-  std::iota(a.order.begin(), a.order.end(), 0);
-  const auto kind = [&](int64_t doc) {
-    const ConvPlan& plan = a.plans[static_cast<size_t>(doc)];
-    return std::tuple(plan.direct, plan.fft.points(), plan.taps, plan.first_tap);
-  };
-  std::stable_sort(a.order.begin(), a.order.end(), [&](int64_t x, int64_t y) { return kind(x) < kind(y); });
-  p.plans = a.plans.data(), p.order = a.order.data();
-}
-
-int64_t tiles_of(const FftConv& p) {
-  const int64_t lanes = fft_conv_cpu().vector_bytes / (p.dtype == DType::kFloat64 ? 8 : 4);
-  return (p.dim + lanes - 1) / lanes;
-}
 
 Arguments check(const char* op, const Tensor& u, const Tensor& filter, const OptionalTensor& skip,
                 const OptionalTensor& pre_gate, const OptionalTensor& post_gate, bool causal,
@@ -109,15 +67,216 @@ Arguments check(const char* op, const Tensor& u, const Tensor& filter, const Opt
               rows_with_dense_axis(post_gate),
               contiguous(initial_state),
               cu_seqlens,
-              {},
-              {},
               p};
   FftConv& q = a.params;
   q.u = rows_of(a.u), q.pre_gate = rows_or_none(a.pre_gate), q.post_gate = rows_or_none(a.post_gate);
   q.filter = a.filter.data_ptr(), q.filter_group = a.filter.stride(0), q.filter_lag = a.filter.stride(1);
   q.skip = data_or_null(a.skip), q.initial_state = data_or_null(a.initial_state);
-  q.slices = std::clamp<int64_t>(kItems / std::max<int64_t>(tiles_of(q), 1), 1, std::max<int64_t>(q.docs.count, 1));
   return a;
+}
+
+// What the backward gives: allocated by the entry where it is like an input, by the run where parts are summed.
+struct Gradients {
+  Tensor du;
+  OptionalTensor dpre_gate{}, dpost_gate{}, dinitial_state{};
+  OptionalTensor dfilter{};  // (groups, filter_len), accumulation type, any strides
+  OptionalTensor dskip{};    // (dim,), accumulation type
+};
+
+#if MADKERNELS_GPU
+
+using gpu::ComplexFloat;
+
+constexpr int64_t kPointsOfBlock = 8192;            // of several channels, where the sequences are short
+constexpr int64_t kWorkBytes = int64_t{256} << 20;  // of two-level transforms, at least those of one channel
+constexpr int64_t kBlocks = 264;                  // of the backward: slices of the sequences make up for few channels
+
+// The layout [batch, time, channel] with time dense, by a copy if need be.
+Tensor time_dense(const Tensor& t) {
+  if (t.stride(1) == 1) return t;
+  return torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(t, 1, 2)), 1, 2);
+}
+OptionalTensor time_dense(const OptionalTensor& t) { return t ? OptionalTensor(time_dense(*t)) : std::nullopt; }
+
+// One convolution on a GPU: its plan, and the memory that holds it together.
+struct OnGpu {
+  OnDevice on;
+  gpu::FftConvOnGpu g{};
+  bool copies;  // the channels of a block are too few to read them side by side: everything goes through time-dense copies
+  Tensor roots, spectra, work, more_work;
+
+  OnGpu(const char* op, Arguments& a, bool backward) : on(a.u) {
+    FftConv& p = a.params;
+    choose_classes(op, p);
+    const int log2 = g.classes[g.count - 1].log2;
+    g.channels_log2 = 0;
+    const int chip_log2 = g.on_chip > 0 ? g.classes[g.on_chip - 1].log2 : gpu::kMostOnChip;
+    while (g.channels_log2 < 4 && (kPointsOfBlock >> (chip_log2 + g.channels_log2)) > 1) g.channels_log2++;
+    const int64_t bytes = (p.dtype == DType::kFloat32 ? 4 : 2) << (g.on_chip < g.count ? 0 : g.channels_log2);
+    copies = a.u.stride(1) != 1 && bytes < 16;
+    if (copies) {
+      a.u = time_dense(a.u), a.pre_gate = time_dense(a.pre_gate), a.post_gate = time_dense(a.post_gate);
+      p.u = rows_of(a.u), p.pre_gate = rows_or_none(a.pre_gate), p.post_gate = rows_or_none(a.post_gate);
+    }
+    const int64_t tiles = (p.dim + (1 << g.channels_log2) - 1) >> g.channels_log2;
+    p.slices = std::clamp<int64_t>(kBlocks / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(p.docs.count, 1));
+
+    roots = points(int64_t{1} << log2, a), spectra = points(p.groups * g.points, a);
+    int64_t most = backward && g.on_chip > 0 ? (tiles * p.slices << g.channels_log2) << chip_log2 : 0;
+    if (g.on_chip < g.count) {
+      const int64_t of_channel = p.docs.count << log2;
+      g.chunk = static_cast<int>(std::clamp<int64_t>(kWorkBytes / 8 / of_channel, 1, p.dim));
+      most = std::max(most, g.chunk * of_channel);
+    }
+    work = points(most, a), more_work = points(backward && g.on_chip < g.count ? most : 0, a);
+    g.forward = p;
+    g.roots = static_cast<const fft::Root<float>*>(roots.data_ptr());
+    g.spectra = static_cast<ComplexFloat*>(spectra.data_ptr());
+    g.work = static_cast<ComplexFloat*>(work.data_ptr()), g.more_work = static_cast<ComplexFloat*>(more_work.data_ptr());
+  }
+
+  static Tensor points(int64_t count, const Arguments& a) { return empty({count, 2}, ScalarType::Float, a.u); }
+
+  // A tensor that kernels write for `like`, and its copy to where the caller sees it.
+  Tensor target(const Tensor& like) const {
+    if (!copies) return like;
+    return torch::stable::transpose(empty({like.size(0), like.size(2), like.size(1)}, like.scalar_type(), like), 1, 2);
+  }
+  void deliver(const Tensor& written, Tensor& to) const {
+    if (copies) torch::stable::copy_(to, written);
+  }
+
+ private:
+  void choose_classes(const char* op, const FftConv& p) {
+    const int64_t first_tap = std::max<int64_t>(0, p.ahead - (p.seqlen - 1));
+    const int64_t ahead = p.ahead - first_tap, taps = std::min(p.taps, p.seqlen + p.ahead + p.history) - first_tap;
+    g.first_tap = static_cast<int>(first_tap), g.shift = static_cast<int>(p.history + ahead);
+    int64_t longest = 0;
+    for (int log2 = gpu::kLeastLog2; longest < p.seqlen; log2++) {
+      MK_CHECK(log2 <= gpu::kMostLog2, op, ": a GPU takes sequences and filters of up to 2^", gpu::kMostLog2 + 1,
+               " samples together; got ", p.seqlen + p.history, " and ", p.taps);
+      const int64_t samples = int64_t{2} << log2;
+      // With all taps, or with no more than a sequence has inputs.
+      longest = std::max(samples - taps + 1, p.ahead > 0 ? 0 : (samples + 1 - p.history) / 2) + ahead;
+      longest = std::min({longest, samples - g.shift, p.seqlen});
+      if (longest < (p.docs.cu_seqlens ? 1 : p.seqlen)) continue;
+      const int64_t seen = std::min(taps, samples - longest + ahead + 1);
+      g.classes[g.count++] = {log2, static_cast<int>(longest), static_cast<int>(seen), g.points};
+      g.points += int64_t{1} << log2;
+      if (log2 <= gpu::kMostOnChip) g.on_chip = g.count;
+    }
+  }
+};
+
+bool is_empty(const FftConv& p) { return p.docs.count == 0 || p.seqlen == 0 || p.dim == 0; }
+
+void run_forward(const char* op, Arguments& a, Tensor& out) {
+  if (is_empty(a.params)) return;
+  OnGpu gpu(op, a, false);
+  const Tensor to = gpu.target(out);
+  gpu.g.forward.out = rows_of(to);
+  gpu::fft_conv_spectra(gpu.g, gpu.on.stream());
+  gpu::fft_conv_forward(gpu.g, gpu.on.stream());
+  gpu.deliver(to, out);
+}
+
+void run_final_state(const Arguments& a) { gpu::fft_conv_final_state(a.params, OnDevice(a.u).stream()); }
+void run_step(const Arguments& a) { gpu::fft_conv_step(a.params, OnDevice(a.u).stream()); }
+
+void run_backward(const char* op, Arguments& a, const Tensor& dout, const OptionalTensor& dfinal_state, Gradients& to) {
+  const FftConv& p = a.params;
+  const auto zeros = [&](const Shape& shape) {
+    Tensor t = empty(shape, ScalarType::Float, a.u);
+    torch::stable::zero_(t);
+    return t;
+  };
+  Tensor dfilter = zeros({p.dim, p.taps});
+  if (is_empty(p)) {
+    to.dfilter = zeros({p.groups, p.taps});
+    if (a.skip) to.dskip = zeros({p.dim});
+    if (to.dinitial_state && !dfinal_state) torch::stable::zero_(*to.dinitial_state);
+    if (to.dinitial_state && dfinal_state) {  // a sequence of nothing hands its state on
+      Tensor state = *dfinal_state;
+      torch::stable::copy_(*to.dinitial_state, torch::stable::narrow(state, 1, p.taps - 1 - p.history, p.history));
+    }
+    return;
+  }
+  OnGpu gpu(op, a, true);
+  const Tensor dspectra = zeros({p.slices, p.dim, gpu.g.points, 2});
+  const int64_t chunks = (p.seqlen + gpu::kSkipRows - 1) / gpu::kSkipRows;
+  const Tensor dskip_parts = empty({p.batch * chunks, a.skip ? p.dim : 0}, ScalarType::Float, a.u);
+  const auto target = [&](const OptionalTensor& t) { return t ? OptionalTensor(gpu.target(*t)) : std::nullopt; };
+  const Tensor gradient = gpu.copies ? time_dense(dout) : dout, du = gpu.target(to.du);
+  const OptionalTensor dpre_gate = target(to.dpre_gate), dpost_gate = target(to.dpost_gate);
+  const FftConvBackward q{p,
+                          rows_of(gradient),
+                          rows_of(du),
+                          rows_or_none(dpre_gate),
+                          rows_or_none(dpost_gate),
+                          data_or_null(dfinal_state),
+                          to.dinitial_state ? to.dinitial_state->data_ptr() : nullptr,
+                          dfilter.data_ptr(),
+                          a.skip ? dskip_parts.data_ptr() : nullptr};
+  gpu::fft_conv_spectra(gpu.g, gpu.on.stream());
+  gpu::fft_conv_backward({gpu.g, q, static_cast<ComplexFloat*>(dspectra.data_ptr())}, gpu.on.stream());
+  gpu.deliver(du, to.du);
+  if (dpre_gate) gpu.deliver(*dpre_gate, *to.dpre_gate);
+  if (dpost_gate) gpu.deliver(*dpost_gate, *to.dpost_gate);
+  if (p.groups != p.dim) dfilter = sum_parts(torch::stable::view(dfilter, {p.groups, p.channels_a_group(), p.taps}), 1);
+  to.dfilter = dfilter;
+  if (a.skip) to.dskip = sum_parts(dskip_parts, 0);
+}
+
+#else
+
+// Items of the CPU, at least: a call on few channels is spread over slices of its sequences.
+constexpr int64_t kItems = 32;
+
+int64_t tiles_of(const FftConv& p) {
+  const int64_t lanes = fft_conv_cpu().vector_bytes / (p.dtype == DType::kFloat64 ? 8 : 4);
+  return (p.dim + lanes - 1) / lanes;
+}
+
+// Documents are planned for lengths a quarter of a power of two apart, so that those of a size share the filter's spectrum.
+int64_t planned_length(int64_t length) {
+  int64_t step = 1;
+  while (step * 8 <= length) step *= 2;
+  return (length + step - 1) / step * step;
+}
+
+// The plans of all sequences, the order in which those of one plan lie together, and the slices of that order.
+struct Plans {
+  std::vector<ConvPlan> of;
+  std::vector<int64_t> order;
+};
+
+Plans make_plans(FftConv& p) {
+  Plans plans;
+  p.slices = std::clamp<int64_t>(kItems / std::max<int64_t>(tiles_of(p), 1), 1, std::max<int64_t>(p.docs.count, 1));
+  std::map<int64_t, ConvPlan> by_length;
+  for (int64_t doc = 0; doc < p.docs.count; doc++) {
+    const int64_t exact = p.docs.end(doc) - p.docs.begin(doc);
+    const int64_t length = p.docs.cu_seqlens ? planned_length(exact) : exact;
+    ConvPlan plan;
+    if (length > 0) {
+      const auto [entry, is_new] = by_length.try_emplace(length);
+      if (is_new) {
+        entry->second = plan_conv(length, p.history, p.taps, p.ahead, p.docs.count / p.slices);
+        if (!entry->second.direct) entry->second.roots = fft_roots(entry->second.fft, p.dtype == DType::kFloat64);
+      }
+      plan = entry->second;
+    }
+    plans.of.push_back(plan);
+  }
+  plans.order.resize(plans.of.size());
+  std::iota(plans.order.begin(), plans.order.end(), 0);
+  const auto kind = [&](int64_t doc) {
+    const ConvPlan& plan = plans.of[static_cast<size_t>(doc)];
+    return std::tuple(plan.direct, plan.fft.points(), plan.taps, plan.first_tap);
+  };
+  std::stable_sort(plans.order.begin(), plans.order.end(), [&](int64_t x, int64_t y) { return kind(x) < kind(y); });
+  p.plans = plans.of.data(), p.order = plans.order.data();
+  return plans;
 }
 
 // Runs items of a tile and a slice, or of a tile and a sequence.
@@ -126,15 +285,48 @@ void for_items(const FftConv& p, int64_t of_a_tile, int64_t operations, F&& f) {
   torch::stable::parallel_for(0, tiles_of(p) * of_a_tile, grain(operations), f);
 }
 
-void run_forward(const FftConv& p) {
+void run_forward(const char*, Arguments& a, Tensor& out) {
+  FftConv& p = a.params;
+  const Plans plans = make_plans(p);
+  p.out = rows_of(out);
   const int64_t operations = 100 * p.docs.count / p.slices * p.seqlen;
   for_items(p, p.slices, operations, [&](int64_t begin, int64_t end) { fft_conv_cpu().forward(p, begin, end); });
 }
 
-void run_final_state(const FftConv& p) {
+void run_final_state(const Arguments& a) {
+  const FftConv& p = a.params;
   for_items(p, p.docs.count, 20 * p.taps,
             [&](int64_t begin, int64_t end) { fft_conv_cpu().final_state(p, begin, end); });
 }
+
+void run_step(const Arguments& a) {
+  const FftConv& p = a.params;
+  for_items(p, p.docs.count, 40 * p.taps, [&](int64_t begin, int64_t end) { fft_conv_cpu().step(p, begin, end); });
+}
+void run_backward(const char*, Arguments& a, const Tensor& dout, const OptionalTensor& dfinal_state, Gradients& to) {
+  FftConv& p = a.params;
+  const Plans plans = make_plans(p);
+  const ScalarType wide = a.filter.scalar_type();
+  const Tensor dfilter_parts = empty({p.slices, p.taps, p.dim}, wide, a.u);
+  const Tensor dskip_parts = empty({p.slices, a.skip ? p.dim : 0}, wide, a.u);
+  const FftConvBackward q{p,
+                          rows_of(dout),
+                          rows_of(to.du),
+                          rows_or_none(to.dpre_gate),
+                          rows_or_none(to.dpost_gate),
+                          data_or_null(dfinal_state),
+                          to.dinitial_state ? to.dinitial_state->data_ptr() : nullptr,
+                          dfilter_parts.data_ptr(),
+                          a.skip ? dskip_parts.data_ptr() : nullptr};
+  for_items(p, p.slices, 200 * p.docs.count / p.slices * p.seqlen,
+            [&](int64_t begin, int64_t end) { fft_conv_cpu().backward(q, begin, end); });
+  Tensor dfilter = p.slices == 1 ? torch::stable::view(dfilter_parts, {p.taps, p.dim}) : sum_parts(dfilter_parts, 0);
+  if (p.groups != p.dim) dfilter = sum_parts(torch::stable::view(dfilter, {p.taps, p.groups, p.channels_a_group()}), 2);
+  to.dfilter = torch::stable::transpose(dfilter, 0, 1);
+  if (a.skip) to.dskip = sum_parts(dskip_parts, 0);
+}
+
+#endif
 
 // -> out (batch, seqlen, dim), final_state (docs, filter_len - 1, dim), or (0,) where it is not asked for
 std::tuple<Tensor, Tensor> fft_conv(Tensor u, Tensor filter, OptionalTensor skip, OptionalTensor pre_gate,
@@ -143,14 +335,12 @@ std::tuple<Tensor, Tensor> fft_conv(Tensor u, Tensor filter, OptionalTensor skip
   const char* op = "fft_conv";
   Arguments a = check(op, u, filter, skip, pre_gate, post_gate, causal, initial_state, cu_seqlens);
   MK_CHECK(causal || !with_final_state, op, ": the final state is asked for of a convolution that is not causal");
-  make_plans(a);
   const ScalarType wide = Checks(op, "u", u).accumulate_type();
   Tensor out = torch::stable::empty_like(a.u), final_state = empty(with_final_state ? a.states() : Shape{0}, wide, u);
-  a.params.out = rows_of(out);
-  run_forward(a.params);
+  run_forward(op, a, out);
   if (with_final_state) {
     a.params.final_state = final_state.data_ptr();
-    run_final_state(a.params);
+    run_final_state(a);
   }
   return {out, final_state};
 }
@@ -161,39 +351,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fft_conv_backward(
     OptionalTensor post_gate, bool causal, OptionalTensor initial_state, OptionalTensor cu_seqlens) {
   const char* op = "fft_conv_backward";
   Arguments a = check(op, u, filter, skip, pre_gate, post_gate, causal, initial_state, cu_seqlens);
-  make_plans(a);
   const FftConv& p = a.params;
   const Checks checks(op, "u", u);
   const ScalarType type = u.scalar_type(), wide = checks.accumulate_type();
   checks.tensor("dout", dout, shape_of(u), type);
   checks.tensor("dfinal_state", dfinal_state, a.states(), wide);
-  const Tensor dout_rows = with_dense_axis(dout);
-  const OptionalTensor dfinal = contiguous(dfinal_state);
 
-  const auto none = [&] { return empty({0}, type, u); };
-  Tensor du = torch::stable::empty_like(a.u);
-  const Tensor dpre = pre_gate ? torch::stable::empty_like(*a.pre_gate) : none();
-  const Tensor dpost = post_gate ? torch::stable::empty_like(*a.post_gate) : none();
-  const Tensor dinitial = initial_state ? empty({p.docs.count, p.history, p.dim}, wide, u) : empty({0}, wide, u);
-  const Tensor dfilter_parts = empty({p.slices, p.taps, p.dim}, wide, u);
-  const Tensor dskip_parts = empty({p.slices, skip ? p.dim : 0}, wide, u);
-  const FftConvBackward q{p,
-                          rows_of(dout_rows),
-                          rows_of(du),
-                          pre_gate ? rows_of(dpre) : Rows{},
-                          post_gate ? rows_of(dpost) : Rows{},
-                          data_or_null(dfinal),
-                          initial_state ? dinitial.data_ptr() : nullptr,
-                          dfilter_parts.data_ptr(),
-                          skip ? dskip_parts.data_ptr() : nullptr};
-  for_items(p, p.slices, 200 * p.docs.count / p.slices * p.seqlen,
-            [&](int64_t begin, int64_t end) { fft_conv_cpu().backward(q, begin, end); });
+  Gradients to{torch::stable::empty_like(a.u)};
+  if (pre_gate) to.dpre_gate = torch::stable::empty_like(*a.pre_gate);
+  if (post_gate) to.dpost_gate = torch::stable::empty_like(*a.post_gate);
+  if (initial_state) to.dinitial_state = empty({p.docs.count, p.history, p.dim}, wide, u);
+  run_backward(op, a, with_dense_axis(dout), contiguous(dfinal_state), to);
 
-  Tensor dfilter = p.slices == 1 ? torch::stable::view(dfilter_parts, {p.taps, p.dim}) : sum_parts(dfilter_parts, 0);
-  if (p.groups != p.dim) dfilter = sum_parts(torch::stable::view(dfilter, {p.taps, p.groups, p.channels_a_group()}), 2);
-  dfilter = torch::stable::to(torch::stable::transpose(dfilter, 0, 1), filter.scalar_type());
-  return {du, filter.stride(0) == 1 && filter.stride(1) != 1 ? dfilter : torch::stable::contiguous(dfilter),
-          skip ? torch::stable::to(sum_parts(dskip_parts, 0), skip->scalar_type()) : none(), dpre, dpost, dinitial};
+  Tensor dfilter = torch::stable::to(*to.dfilter, filter.scalar_type());
+  const bool by_lag = filter.stride(0) == 1 && filter.stride(1) != 1;
+  if (by_lag) {
+    dfilter = torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(dfilter, 0, 1)), 0, 1);
+  } else {
+    dfilter = torch::stable::contiguous(dfilter);
+  }
+  const auto given = [&](const OptionalTensor& t) { return t ? *t : empty({0}, type, u); };
+  return {to.du,
+          dfilter,
+          skip ? torch::stable::to(*to.dskip, skip->scalar_type()) : empty({0}, type, u),
+          given(to.dpre_gate),
+          given(to.dpost_gate),
+          to.dinitial_state ? *to.dinitial_state : empty({0}, wide, u)};
 }
 
 // u (batch, 1, dim), state (batch, filter_len - 1, dim), updated in place -> (batch, 1, dim)
@@ -206,8 +389,7 @@ Tensor fft_conv_step(Tensor state, Tensor u, Tensor filter, OptionalTensor skip,
   MK_CHECK(state.is_contiguous(), op, ": state must be contiguous, since it is updated in place");
   Tensor out = torch::stable::empty_like(a.u);
   a.params.out = rows_of(out), a.params.final_state = state.data_ptr();
-  for_items(a.params, a.params.docs.count, 40 * a.params.taps,
-            [&](int64_t begin, int64_t end) { fft_conv_cpu().step(a.params, begin, end); });
+  run_step(a);
   return out;
 }
 

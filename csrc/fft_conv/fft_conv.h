@@ -11,6 +11,7 @@
 #include "common/cpu.h"
 #include "common/dtype.h"
 #include "common/strided.h"
+#include "fft_conv/butterflies.h"
 #include "fft_conv/plan.h"
 
 namespace madkernels {
@@ -55,5 +56,52 @@ struct FftConvKernels {
 };
 
 MADKERNELS_DECLARE_CPU_KERNELS(FftConvKernels, fft_conv)
+
+// Kernels on a GPU, for float32, bfloat16 and float16. Transforms have a power of two of points: in shared memory up to
+// 2^kMostOnChip of them; above, a pass over columns in global memory comes before and after.
+namespace gpu {
+
+using ComplexFloat = fft::Point<float>;
+
+constexpr int kLeastLog2 = 5, kMostOnChip = 14, kMostLog2 = 22, kMostClasses = kMostLog2 - kLeastLog2 + 1;
+
+// Sequences of up to `longest` outputs are transformed with 2^log2 points and see the first `taps` taps. Without packed
+// documents there is one class; with them a block chooses by the length of its document, which the host need not know.
+struct FftClass {
+  int log2, longest, taps;
+  int64_t offset;  // of its spectrum in a group's, in points
+};
+
+struct FftConvOnGpu {
+  FftConv forward;
+  FftClass classes[kMostClasses];
+  int count, on_chip;  // in all, and that fit shared memory: the first ones
+  int first_tap;
+  int shift;          // the row of the convolution that output 0 is; row 0 is the first input, of the initial state if any
+  int channels_log2;  // channels of a block, where transforms fit shared memory
+  int64_t points;     // of all classes
+  const fft::Root<float>* roots;  // [2^log2 of the largest class]
+  ComplexFloat* spectra;          // [groups, points]
+  ComplexFloat* work;             // two-level: [chunk, docs, 2^log2]; backward on chip: [blocks, channels, 2^log2 of the largest there]
+  ComplexFloat* more_work;        // backward, two-level: as work
+  int chunk;                      // two-level: channels at a time
+};
+
+struct FftConvBackwardOnGpu {
+  FftConvOnGpu convolution;
+  FftConvBackward gradients;  // its `forward` unused; dfilter_parts is dfilter [dim, taps], dskip_parts [chunks, dim]
+  ComplexFloat* dspectra;     // [slices, dim, points], zero
+};
+
+// Rows of one batch row that one thread of dskip sums.
+constexpr int kSkipRows = 256;
+
+void fft_conv_spectra(const FftConvOnGpu& g, void* stream);  // roots and spectra
+void fft_conv_forward(const FftConvOnGpu& g, void* stream);
+void fft_conv_final_state(const FftConv& p, void* stream);
+void fft_conv_step(const FftConv& p, void* stream);
+void fft_conv_backward(const FftConvBackwardOnGpu& q, void* stream);  // after fft_conv_spectra
+
+}  // namespace gpu
 
 }  // namespace madkernels

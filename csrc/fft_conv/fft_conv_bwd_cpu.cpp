@@ -74,10 +74,10 @@ class Backward {
               gradient.load_split(gradients, first, roots, node);
               for (int k = 0; k < kLeaf; k++) {
                 const Point<A> tap = load_point<A>(filter, first + k), sum = load_point<A>(dfilter, first + k);
-                const Point<A> more = correlation<A>(gradient.at[k], input.at[k]);
+                const Point<A> more = fft::correlation(gradient.at[k], input.at[k]);
                 store_point<A>(dfilter, first + k, Point<A>{sum.re + more.re, sum.im + more.im});
-                gradient.at[k] = correlation<A>(gradient.at[k], tap);
-                if (outputs) input.at[k] = product<A>(input.at[k], tap);
+                gradient.at[k] = fft::correlation(gradient.at[k], tap);
+                if (outputs) input.at[k] = fft::product(input.at[k], tap);
               }
               gradient.join_store(gradients, first, roots, node);
               if (outputs) input.join_store(inputs, first, roots, node);

@@ -40,7 +40,7 @@ class Forward {
       LeafPoints<A> leaf;
       leaf.load_split(window, first, roots, node);
 #pragma GCC unroll 8
-      for (int k = 0; k < kLeaf; k++) leaf.at[k] = product<A>(leaf.at[k], load_point<A>(filter, first + k));
+      for (int k = 0; k < kLeaf; k++) leaf.at[k] = fft::product(leaf.at[k], load_point<A>(filter, first + k));
       leaf.join_store(window, first, roots, node);
     });
     store_outputs(s, item, w, window_, w.offset);

@@ -4,19 +4,14 @@
 #pragma once
 
 #include "common/simd.h"
+#include "fft_conv/butterflies.h"
 #include "fft_conv/plan.h"
 
 namespace madkernels::MADKERNELS_ISA {
 
 template <class A>
-struct Point {
-  Vec<A> re, im;
-};
-
-template <class A>
-struct Root {
-  A re, im;
-};
+using Point = fft::Point<Vec<A>>;
+using fft::Root;
 
 // Levels that registers hold.
 constexpr int kMostLevels = kVectorBytes == 64 ? 3 : 2;
@@ -31,70 +26,6 @@ inline void store_point(Vec<A>* z, int64_t i, const Point<A>& p) {
   z[2 * i] = p.re, z[2 * i + 1] = p.im;
 }
 
-template <class A>
-inline Point<A> product(const Point<A>& a, const Point<A>& b) {
-  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
-}
-// a times the conjugate of b.
-template <class A>
-inline Point<A> correlation(const Point<A>& a, const Point<A>& b) {
-  return {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
-}
-
-// (a, b) -> (a + s b, a - s b), the second as 2 a - (a + s b): six fused operations. `kQuarter`: by i s.
-template <bool kQuarter, class A>
-inline void split(Point<A>& a, Point<A>& b, Root<A> s) {
-  Point<A> sum;
-  if constexpr (kQuarter) {
-    sum = {a.re - s.re * b.im - s.im * b.re, a.im + s.re * b.re - s.im * b.im};
-  } else {
-    sum = {a.re + s.re * b.re - s.im * b.im, a.im + s.re * b.im + s.im * b.re};
-  }
-  b = {A(2) * a.re - sum.re, A(2) * a.im - sum.im};
-  a = sum;
-}
-
-// Its inverse, times 2.
-template <bool kQuarter, class A>
-inline void join(Point<A>& a, Point<A>& b, Root<A> s) {
-  const Point<A> difference = {a.re - b.re, a.im - b.im};
-  a = {a.re + b.re, a.im + b.im};
-  const Vec<A> re = difference.re * s.re + difference.im * s.im, im = difference.im * s.re - difference.re * s.im;
-  b = kQuarter ? Point<A>{im, -re} : Point<A>{re, im};
-}
-
-// One level of 2^kLevels points, halves 2^kHalf apart, at the first of the nodes of that level.
-template <int kLevels, int kHalf, bool kSplit, class A>
-inline void one_level(Point<A>* z, const Root<A>* roots, int64_t node) {
-#pragma GCC unroll 8
-  for (int block = 0; block < (1 << (kLevels - kHalf - 1)); block++) {
-#pragma GCC unroll 8
-    for (int i = 0; i < (1 << kHalf); i++) {
-      Point<A>&a = z[(block << (kHalf + 1)) + i], &b = z[(block << (kHalf + 1)) + (1 << kHalf) + i];
-      const Root<A> root = roots[node + (block & ~1)];  // that of the odd sibling is i times it
-      if constexpr (kSplit) {
-        block & 1 ? split<true>(a, b, root) : split<false>(a, b, root);
-      } else {
-        block & 1 ? join<true>(a, b, root) : join<false>(a, b, root);
-      }
-    }
-  }
-}
-
-template <int kLevels, class A>
-inline void split_levels(Point<A>* z, const Root<A>* roots, int64_t node) {
-  one_level<kLevels, kLevels - 1, true>(z, roots, node);
-  if constexpr (kLevels > 1) one_level<kLevels, kLevels - 2, true>(z, roots, 2 * node);
-  if constexpr (kLevels > 2) one_level<kLevels, kLevels - 3, true>(z, roots, 4 * node);
-}
-
-template <int kLevels, class A>
-inline void join_levels(Point<A>* z, const Root<A>* roots, int64_t node) {
-  if constexpr (kLevels > 2) one_level<kLevels, kLevels - 3, false>(z, roots, 4 * node);
-  if constexpr (kLevels > 1) one_level<kLevels, kLevels - 2, false>(z, roots, 2 * node);
-  one_level<kLevels, kLevels - 1, false>(z, roots, node);
-}
-
 // kLevels levels of a block of `points`, in memory.
 template <int kLevels, bool kSplit, class A>
 void pass(Vec<A>* z, int64_t points, const Root<A>* roots, int64_t node) {
@@ -103,7 +34,7 @@ void pass(Vec<A>* z, int64_t points, const Root<A>* roots, int64_t node) {
     Point<A> p[1 << kLevels];
 #pragma GCC unroll 8
     for (int k = 0; k < (1 << kLevels); k++) p[k] = load_point<A>(z, n + k * part);
-    kSplit ? split_levels<kLevels>(p, roots, node) : join_levels<kLevels>(p, roots, node);
+    kSplit ? fft::split_levels<kLevels>(p, roots, node) : fft::join_levels<kLevels>(p, roots, node);
 #pragma GCC unroll 8
     for (int k = 0; k < (1 << kLevels); k++) store_point<A>(z, n + k * part, p[k]);
   }
@@ -207,10 +138,10 @@ struct LeafPoints {
   void load_split(const Vec<A>* z, int64_t first, const Root<A>* roots, int64_t node) {
 #pragma GCC unroll 8
     for (int k = 0; k < kLeaf; k++) at[k] = load_point<A>(z, first + k);
-    split_levels<kMostLevels>(at, roots, node);
+    fft::split_levels<kMostLevels>(at, roots, node);
   }
   void join_store(Vec<A>* z, int64_t first, const Root<A>* roots, int64_t node) {
-    join_levels<kMostLevels>(at, roots, node);
+    fft::join_levels<kMostLevels>(at, roots, node);
 #pragma GCC unroll 8
     for (int k = 0; k < kLeaf; k++) store_point<A>(z, first + k, at[k]);
   }
