@@ -60,6 +60,7 @@ sanitize: install
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	MADKERNELS_SANITIZE=ON PYTHONPATH=$(CURDIR)/build/sanitized ../../$(BIN)/python -m pytest --rootdir=$(CURDIR)/tests -c $(CURDIR)/pyproject.toml \
 	  --capture=sys -p no:cacheprovider $(CURDIR)/tests/test_selective_scan.py $(CURDIR)/tests/test_causal_conv.py \
+	  $(CURDIR)/tests/test_fft_conv.py \
 	  $(CURDIR)/tests/test_gpu_kernels.py
 
 cuda-check:

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("selective_scan", "causal_conv")
+OPS = ("selective_scan", "causal_conv", "fft_conv")
 TESTED_WITH = ("pytest", "hypothesis")
 CUDA_BIN = "/usr/local/cuda/bin"
 CASES: dict[str, dict[str, Any]] = {  # what the pages of the ops state an expected time for
     "selective_scan": {"name": "training", "batch": 8, "seqlen": 2048, "dim": 8192, "dstate": 16},
     "causal_conv": {"name": "training", "batch": 8, "seqlen": 2048, "dim": 8192, "width": 4, "activation": "silu"},
+    "fft_conv": {"name": "training", "batch": 8, "seqlen": 8192, "dim": 2048, "filter_len": 8192, "gates": True},
 }
 LIMITS = {  # seconds, by stage; {op} and {tool} stand for several
     "build": 130,

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from madkernels import causal_conv, causal_conv_step, selective_scan, selective_scan_step
+from madkernels import causal_conv, causal_conv_step, fft_conv, fft_conv_step, selective_scan, selective_scan_step
 
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -44,6 +44,19 @@ def conv(dtype: torch.dtype, batch: int, seqlen: int, dim: int, width: int, docs
         causal_conv_step(torch.zeros(batch, width - 1, dim, device=DEVICE, dtype=dtype), x[:, 0], weight, bias)
 
 
+def long_conv(dtype: torch.dtype, batch: int, seqlen: int, dim: int, taps: int, docs: list[int] | None = None) -> None:
+    states = batch if docs is None else len(docs) - 1
+    u, pre, post = (leaf(batch, seqlen, dim, dtype=dtype) for _ in range(3))
+    filters, skip, initial = leaf(dim, taps), leaf(dim), leaf(states, taps - 1, dim)
+    offsets = None if docs is None else torch.tensor(docs, dtype=torch.int32, device=DEVICE)
+    for rows in (u, u.transpose(1, 2).contiguous().transpose(1, 2)):
+        gates = {"skip": skip, "pre_gate": pre, "post_gate": post}
+        out, state = fft_conv(rows, filters, **gates, initial_state=initial, cu_seqlens=offsets, return_final_state=True)
+        (out.float().sum() + state.sum()).backward()
+    state = torch.zeros(batch, taps - 1, dim, device=DEVICE)
+    fft_conv_step(state, u[:, 0], filters, skip=skip, pre_gate=pre[:, 0], post_gate=post[:, 0])
+
+
 def main() -> None:
     for dtype, (seqlen, dstate) in itertools.product(DTYPES, ((41, 16), (70, 19), (900, 3))):
         scan(dtype, 2, seqlen, 67, dstate)
@@ -51,6 +64,9 @@ def main() -> None:
     for dtype, (seqlen, width) in itertools.product(DTYPES, ((41, 4), (130, 3), (20, 7))):
         conv(dtype, 2, seqlen, 37, width)
     conv(torch.bfloat16, 1, 100, 9, 4, [0, 40, 40, 100])
+    for dtype, (seqlen, dim) in itertools.product(DTYPES, ((41, 37), (1100, 9), (20000, 2))):
+        long_conv(dtype, 2, seqlen, dim, seqlen)
+    long_conv(torch.bfloat16, 1, 100, 9, 70, [0, 40, 40, 100])
 
 
 if __name__ == "__main__":

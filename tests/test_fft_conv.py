@@ -64,13 +64,25 @@ def check_conv(op: Any, inputs: dict[str, Tensor | None], **options: Any) -> Non
     check(whole(op), whole(reference.fft_conv), inputs, **options)
 
 
-def by_fft(u: Tensor, filter: Tensor, causal: bool = True) -> Tensor:
+def by_fft(
+    u: Tensor,
+    filter: Tensor,
+    causal: bool = True,
+    initial_state: Tensor | None = None,
+    skip: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+) -> Tensor:
     """The formula in float64, for sizes where the reference would take long."""
     seqlen, taps = u.shape[1], filter.shape[1]
-    size = seqlen + taps - 1
-    spectrum = torch.fft.rfft(u.double(), n=size, dim=1) * torch.fft.rfft(filter.double().T, n=size, dim=0)
-    first = 0 if causal else (taps - 1) // 2
-    return torch.fft.irfft(spectrum, n=size, dim=1)[:, first : first + seqlen]
+    v = u.double() if pre_gate is None else u.double() * pre_gate.double()
+    history = v if initial_state is None else torch.cat([initial_state.double(), v], dim=1)
+    size = history.shape[1] + taps - 1
+    spectrum = torch.fft.rfft(history, n=size, dim=1) * torch.fft.rfft(filter.double().T, n=size, dim=0)
+    first = history.shape[1] - seqlen if causal else (taps - 1) // 2
+    out = torch.fft.irfft(spectrum, n=size, dim=1)[:, first : first + seqlen]
+    out = out if skip is None else out + v * skip.double()
+    return out if post_gate is None else out * post_gate.double()
 
 
 LAYOUTS = [lambda t: t, transposed]
@@ -135,6 +147,40 @@ def test_long(seqlen: int, taps: int) -> None:
         ]
         errors = [relative_error(a, b) for a, b in zip(*gradients, strict=True)]
         assert max(errors) < 3 * allowed, errors  # a tap's gradient is one long sum
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["channels", "time"])
+@pytest.mark.parametrize("lengths", [None, (17000, 2900, 0, 1, 99)], ids=["whole", "packed"])
+def test_beyond_shared_memory(layout: Any, lengths: tuple[int, ...] | None) -> None:
+    """On a GPU: transforms of two levels, beside smaller ones where documents are short."""
+    seqlen, states = 20000, 2 if lengths is None else 5
+    inputs = make_inputs(2 if lengths is None else 1, seqlen, 3, seqlen)
+    inputs["initial_state"] = torch.randn(states, 500, 3).to(backends.device())
+    inputs["u"] = layout(inputs["u"])
+    exact = {k: v.double().requires_grad_() for k, v in inputs.items()}
+    found = {k: v.requires_grad_() for k, v in inputs.items()}
+    offsets = None if lengths is None else offsets_of(lengths)
+    out, state = fft_conv(**found, cu_seqlens=offsets, return_final_state=True)
+    if lengths is None:
+        wanted = by_fft(**exact)
+    else:
+        rows = {k: exact[k].split(lengths, dim=1) for k in ("u", "pre_gate", "post_gate")}
+        fixed = {k: exact[k] for k in ("filter", "skip")}
+        parts = [
+            by_fft(**fixed, **{k: v[i] for k, v in rows.items()}, initial_state=exact["initial_state"][i : i + 1])
+            for i, length in enumerate(lengths)
+            if length
+        ]
+        wanted = torch.cat(parts, 1)
+    assert state.shape == (states, seqlen - 1, 3)
+    assert relative_error(out, wanted) < 1e-6
+    weights = torch.randn(wanted.shape).to(wanted)
+    gradients = [
+        torch.autograd.grad(o, list(leaves.values()), weights.to(o.dtype))
+        for o, leaves in ((out, found), (wanted, exact))
+    ]
+    errors = {k: relative_error(a, b) for k, a, b in zip(inputs, *gradients, strict=True)}
+    assert max(errors.values()) < 2e-6, errors
 
 
 @pytest.mark.backends("cpu")

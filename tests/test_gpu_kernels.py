@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import backends
 import pytest
 import test_causal_conv as conv
+import test_fft_conv as long
 import test_selective_scan as scan
 import torch
 from checks import transposed, with_gradients
 from torch import Tensor
 
-from madkernels import causal_conv, selective_scan
+from madkernels import causal_conv, fft_conv, selective_scan
 
 pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.backends("emulated")]
 SEEDS = range(20)
@@ -39,6 +40,7 @@ def results_of_seed(seed: int) -> dict[str, Tensor]:
         "two blocks, chunks and runs of states": scan_results(1, 41, 67, 19),
         "three segments": scan_results(1, 780, 3, 2),
         "convolution": with_gradients(lambda **t: conv.whole(causal_conv)(**t, activation="silu"), inputs),
+        "long convolution": with_gradients(long.whole(fft_conv), long.make_inputs(2, 2200, 3, 2100, groups=1)),
     }
     return {f"{case}: {name}": value for case, results in found.items() for name, value in results.items()}
 
@@ -53,7 +55,7 @@ def test_same_bits_whatever_the_schedule() -> None:
 
 def barriers() -> list[tuple[str, int]]:
     """Files of csrc and lines of the barriers in kernels."""
-    files = sorted((backends.ROOT / "csrc").glob("*/*.cu"))
+    files = sorted([*(backends.ROOT / "csrc").glob("*/*.cu"), *(backends.ROOT / "csrc").glob("*/*_gpu.h")])
     return [
         (str(file.relative_to(backends.ROOT)), number)
         for file in files

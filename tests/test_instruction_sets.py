@@ -15,6 +15,8 @@ TESTS = Path(__file__).parent
 WITH_KERNELS = [
     "matches_reference",
     "any_shape",
+    "any_length",
+    "chunks_equal",
     "layouts",
     "packed",
     "step_by_step",
@@ -30,6 +32,7 @@ def test_op_tests_pass(isa: str) -> None:
     command += [
         str(TESTS / "test_selective_scan.py"),
         str(TESTS / "test_causal_conv.py"),
+        str(TESTS / "test_fft_conv.py"),
         "-p",
         "no:cacheprovider",
     ]

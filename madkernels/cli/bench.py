@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # torch is loaded when the command runs, not to print its hel
     from madkernels.benchmarks.cases import Case
     from madkernels.benchmarks.harness import Benchmark, Peer
 
-OPS = ("selective_scan", "causal_conv")
+OPS = ("selective_scan", "causal_conv", "fft_conv")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -68,9 +68,9 @@ def bench(
 
 
 def _benchmark(op: str) -> Benchmark:
-    from madkernels.benchmarks import causal_conv, selective_scan
+    from madkernels.benchmarks import causal_conv, fft_conv, selective_scan
 
-    known = {"selective_scan": selective_scan.BENCHMARK, "causal_conv": causal_conv.BENCHMARK}
+    known = {module.BENCHMARK.name: module.BENCHMARK for module in (selective_scan, causal_conv, fft_conv)}
     if op not in known:
         raise ValueError(f"op {op!r} has no benchmark; expected {' or '.join(OPS)}")
     return known[op]

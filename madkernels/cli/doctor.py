@@ -12,7 +12,7 @@ from rich.table import Table
 from madkernels import cuda
 from madkernels._version import __version__  # not the package's public names: they need the extension
 
-OPS = ("selective_scan", "causal_conv")
+OPS = ("selective_scan", "causal_conv", "fft_conv")
 BUILD = "pip install --no-build-isolation ."
 
 
