@@ -40,8 +40,14 @@ def results_of_seed(seed: int) -> dict[str, Tensor]:
         "two blocks, chunks and runs of states": scan_results(1, 41, 67, 19),
         "three segments": scan_results(1, 780, 3, 2),
         "convolution": with_gradients(lambda **t: conv.whole(causal_conv)(**t, activation="silu"), inputs),
-        "long convolution": with_gradients(long.whole(fft_conv), long.make_inputs(2, 2200, 3, 2100, groups=1)),
     }
+    backends.set_multiprocessors(1)  # so that a block takes several sequences
+    for name, seqlen, dim in (("long convolution", 2200, 3), ("two levels", 16500, 1)):
+        found[name] = with_gradients(long.whole(fft_conv), long.make_inputs(3, seqlen, dim, seqlen - 50, groups=1))
+    packed = long.make_inputs(1, 900, 2, 500)
+    lengths = (80, 800, 20)
+    found["documents"] = with_gradients(lambda **t: long.whole(fft_conv)(**t, cu_seqlens=long.offsets_of(lengths)), packed)
+    backends.set_multiprocessors(MANY_MULTIPROCESSORS)
     return {f"{case}: {name}": value for case, results in found.items() for name, value in results.items()}
 
 

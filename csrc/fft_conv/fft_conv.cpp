@@ -8,6 +8,7 @@
 
 #include "common/check.h"
 #if MADKERNELS_GPU
+#include "common/launch.h"
 #include "common/stream.h"
 #endif
 
@@ -89,7 +90,6 @@ using gpu::ComplexFloat;
 
 constexpr int64_t kPointsOfBlock = 8192;            // of several channels, where the sequences are short
 constexpr int64_t kWorkBytes = int64_t{256} << 20;  // of two-level transforms, at least those of one channel
-constexpr int64_t kBlocks = 264;                  // of the backward: slices of the sequences make up for few channels
 
 // The layout [batch, time, channel] with time dense, by a copy if need be.
 Tensor time_dense(const Tensor& t) {
@@ -119,7 +119,8 @@ struct OnGpu {
       p.u = rows_of(a.u), p.pre_gate = rows_or_none(a.pre_gate), p.post_gate = rows_or_none(a.post_gate);
     }
     const int64_t tiles = (p.dim + (1 << g.channels_log2) - 1) >> g.channels_log2;
-    p.slices = std::clamp<int64_t>(kBlocks / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(p.docs.count, 1));
+    // The backward's blocks: two a multiprocessor, slices of the sequences making up for few channels.
+    p.slices = std::clamp<int64_t>(2 * multiprocessors() / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(p.docs.count, 1));
 
     roots = points(int64_t{1} << log2, a), spectra = points(p.groups * g.points, a);
     int64_t most = backward && g.on_chip > 0 ? (tiles * p.slices << g.channels_log2) << chip_log2 : 0;

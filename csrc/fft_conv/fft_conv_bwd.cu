@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kFftThreads, 2) back_convolve(FftConvBackwardO
     const auto of_channel = [&](int channel) {  // of the spectra of v
       return g.work + (((static_cast<int64_t>(blockIdx.x) << g.channels_log2) + channel) << chip_log2(g));
     };
-    __syncthreads();  // until all have read what the document before left
+    __syncthreads();  // where the document before was of another class, other threads read what is now stored to
     split_all(
         s, c.log2, g.roots, channels_fastest,
         [&](int channel, int i) { return load_rows<Inputs<T>>(g, klass, at, first + channel, live(channel), i); },
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kFftThreads, 2) correlate_rows(FftConvBackward
     if (class_of(g, place_of(p, static_cast<int>(doc)).length) != klass) continue;
     const int64_t place = ((block.channel * p.docs.count + doc) << c.log2) + row;
     ComplexFloat *inputs = g.work + place, *gradients = g.more_work + place;
-    __syncthreads();
+    // No barrier: the first pass stores to where the same thread has just read, in the last pass of the sequence before.
     split_all(
         s, row_log2, g.roots, false, [&](int, int i) { return inputs[i]; },
         [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
