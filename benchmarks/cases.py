@@ -149,6 +149,38 @@ class ConvCase(Case):
         return inputs
 
 
+@dataclass(frozen=True, kw_only=True)
+class LongConvCase(Case):
+    """A call of fft_conv, each channel with a filter of its own that decays to 1 % at its end."""
+
+    filter_len: int
+    skip: bool = False
+    gates: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        rows = ("batch", "seqlen", "dim")
+        axes: dict[str, tuple[str, ...]] = {"u": rows, "filter": ("dim", "filter_len")}
+        axes |= {"skip": ("dim",)} if self.skip else {}
+        axes |= {"pre_gate": rows, "post_gate": rows} if self.gates else {}
+        return axes | {"out": rows}
+
+    def make_inputs(self, dtype: torch.dtype, seed: int = 0) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        wide = torch.promote_types(dtype, torch.float32)
+        inputs: Inputs = {}
+        for name, axes in self.axes.items():
+            inputs[name] = torch.randn([getattr(self, axis) for axis in axes], generator=generator)
+        del inputs["out"]
+        window = torch.exp(torch.linspace(0, math.log(0.01), self.filter_len))
+        inputs["filter"] = inputs["filter"] * window / window.norm()
+        return {name: value.to(wide if name in ("filter", "skip") else dtype) for name, value in inputs.items()}
+
+
 _MAMBA: dict[str, Any] = {"D": True, "z": True, "delta_bias": True, "delta_softplus": True}
 
 SCAN_CASES = (
@@ -173,4 +205,18 @@ CONV_CASES = (
     ConvCase(name="odd", batch=2, seqlen=63, dim=37, width=5, bias=True, activation="silu", quick=True),
     ConvCase(name="short", batch=2, seqlen=3, dim=65, width=4, bias=True, quick=True),
     ConvCase(name="thousand", batch=1, seqlen=1000, dim=130, width=4, activation="silu", quick=True),
+)
+
+LONG_CONV_CASES = (
+    LongConvCase(name="1k", batch=2, seqlen=1024, dim=512, filter_len=1024),
+    LongConvCase(name="4k", batch=2, seqlen=4096, dim=512, filter_len=4096),
+    LongConvCase(name="4099", batch=2, seqlen=4099, dim=512, filter_len=4099),
+    LongConvCase(name="16k", batch=2, seqlen=16384, dim=512, filter_len=16384),
+    LongConvCase(name="hyena", batch=2, seqlen=2048, dim=768, filter_len=2048, skip=True, gates=True),
+    LongConvCase(name="medium", batch=2, seqlen=4096, dim=512, filter_len=128),
+    LongConvCase(name="short", batch=2, seqlen=4096, dim=512, filter_len=16),
+    LongConvCase(name="one", batch=1, seqlen=1, dim=1, filter_len=1, quick=True),
+    LongConvCase(name="odd", batch=2, seqlen=63, dim=37, filter_len=63, skip=True, gates=True, quick=True),
+    LongConvCase(name="longer", batch=2, seqlen=65, dim=5, filter_len=100, quick=True),
+    LongConvCase(name="thousand", batch=1, seqlen=1000, dim=33, filter_len=1000, gates=True, quick=True),
 )

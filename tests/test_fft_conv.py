@@ -176,8 +176,7 @@ def test_beyond_shared_memory(layout: Any, lengths: tuple[int, ...] | None) -> N
     assert relative_error(out, wanted) < 1e-6
     weights = torch.randn(wanted.shape).to(wanted)
     gradients = [
-        torch.autograd.grad(o, list(leaves.values()), weights.to(o.dtype))
-        for o, leaves in ((out, found), (wanted, exact))
+        torch.autograd.grad(o, list(leaves.values()), weights.to(o.dtype)) for o, leaves in ((out, found), (wanted, exact))
     ]
     errors = {k: relative_error(a, b) for k, a, b in zip(inputs, *gradients, strict=True)}
     assert max(errors.values()) < 2e-6, errors

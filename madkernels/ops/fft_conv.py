@@ -32,17 +32,16 @@ def fft_conv(
 
     With ``v = pre_gate * u`` and g the group of channel d,
     ``out[t, d] = post_gate[t, d] (skip[d] v[t, d] + sum_j filter[g, j] v[t - j, d])``: the long convolution of Hyena
-    (arXiv 2302.10866). It is computed by FFT, or tap by tap where that takes less; nothing wraps around, whatever the sizes.
+    (arXiv 2302.10866). It is computed by FFT, or tap by tap where that takes less. Nothing wraps around, whatever the sizes.
 
     Args:
         u: (batch, seqlen, dim); float32, bfloat16, float16 or float64. A transposed view of (batch, dim, seqlen) is read in
             place.
-        filter: (groups, filter_len), lag 0 first, groups a divisor of dim: dim / groups neighbouring channels share a filter.
-            Shorter or longer than the sequence; dtype of `u`, or float32. A transposed view of (filter_len, groups) costs no
-            copy.
+        filter: (groups, filter_len), lag 0 first; dim / groups neighbouring channels, a whole number, share a filter. Shorter or
+            longer than the sequence; dtype of `u`, or float32. A transposed view of (filter_len, groups) costs no copy.
         skip: (dim,), dtype of `u`, or float32.
         pre_gate, post_gate: (batch, seqlen, dim), dtype of `u`.
-        causal: if False, the filter is centred: lag j is j - (filter_len - 1) // 2, as "same" convolution in NumPy and SciPy.
+        causal: if False, the filter is centred, as by `mode="same"` in SciPy: tap j has the lag j - (filter_len - 1) // 2.
         cu_seqlens: offsets of documents packed along the sequence, (num_docs + 1,) int32, from 0 to seqlen; batch must be 1.
         initial_state: the inputs v before the first, (batch, history, dim), or (num_docs, history, dim) with `cu_seqlens`;
             history up to filter_len - 1; float32 (float64 with float64). Causal only.
@@ -55,8 +54,9 @@ def fft_conv(
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
 
-    Differentiable in all tensors, the states included, and a second time through the reference. Arithmetic and the gradient of
-    the filter are in float32 (float64 with float64). The same inputs give the same bits, whatever the number of threads.
+    Differentiable in all tensors, the states included, and a second time through the reference. Arithmetic and the gradient
+    of the filter are in float32 (float64 with float64). The same inputs give the same bits, whatever the number of threads.
+    By FFT, a NaN or an infinity reaches all outputs of its sequence and channel, those before it too.
     """
     out, state = _forward(u, filter, skip, pre_gate, post_gate, causal, initial_state, cu_seqlens, return_final_state)
     return (out, state) if return_final_state else out

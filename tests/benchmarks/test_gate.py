@@ -10,15 +10,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from madkernels import causal_conv, reference, selective_scan
+from madkernels import causal_conv, fft_conv, reference, selective_scan
 from madkernels.benchmarks import gate as gate_module
-from madkernels.benchmarks.cases import CONV_CASES, SCAN_CASES, Case, ConvCase, Inputs, ScanCase
+from madkernels.benchmarks.cases import (
+    CONV_CASES,
+    LONG_CONV_CASES,
+    SCAN_CASES,
+    Case,
+    ConvCase,
+    Inputs,
+    LongConvCase,
+    ScanCase,
+)
 from madkernels.benchmarks.causal_conv import BENCHMARK as CONV
+from madkernels.benchmarks.fft_conv import BENCHMARK as LONG_CONV
 from madkernels.benchmarks.gate import TOLERANCES, Gate
 from madkernels.benchmarks.harness import Benchmark, Peer, channels_first
 from madkernels.benchmarks.selective_scan import BENCHMARK as SCAN
 
-QUICK = [case for case in (*SCAN_CASES, *CONV_CASES) if case.quick]
+QUICK = [case for case in (*SCAN_CASES, *CONV_CASES, *LONG_CONV_CASES) if case.quick]
 SCAN_CASE = ScanCase(name="some", batch=2, seqlen=20, dim=40, dstate=4, D=True, z=True, delta_bias=True, delta_softplus=True)
 CONV_CASE = ConvCase(name="some", batch=2, seqlen=20, dim=40, width=4, bias=True)
 
@@ -30,12 +40,12 @@ def inputs_of(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
 
 
 def gate_of(case: Case, dtype: torch.dtype = torch.float32) -> Gate:
-    op = reference.selective_scan if isinstance(case, ScanCase) else reference.causal_conv
-    return Gate(case, partial(op, **case.options), inputs_of(case, dtype))
+    ops = {ScanCase: reference.selective_scan, ConvCase: reference.causal_conv, LongConvCase: reference.fft_conv}
+    return Gate(case, partial(ops[type(case)], **case.options), inputs_of(case, dtype))
 
 
 def quick_pairs() -> list[Any]:
-    pairs: list[tuple[Benchmark, Case]] = [(b, c) for b in (SCAN, CONV) for c in b.cases if c.quick]
+    pairs: list[tuple[Benchmark, Case]] = [(b, c) for b in (SCAN, CONV, LONG_CONV) for c in b.cases if c.quick]
     wanted = [(c, p) for b, c in pairs for p in b.peers if p.auto and not p.missing() and p.accepts(c)]
     return [pytest.param(case, peer, id=f"{type(case).__name__}-{case.name}-{peer.name}") for case, peer in wanted]
 
@@ -51,8 +61,10 @@ def test_peers_are_right(case: Case, peer: Peer, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda c: f"{type(c).__name__}-{c.name}")
 def test_ops_are_right(case: Case) -> None:
-    op: Callable[..., Any] = selective_scan if isinstance(case, ScanCase) else causal_conv
-    assert max(gate_of(case).errors(partial(op, **case.options), True, torch.clone)) <= TOLERANCES[torch.float32]
+    ops: dict[type[Case], Callable[..., Any]] = {ScanCase: selective_scan, ConvCase: causal_conv, LongConvCase: fft_conv}
+    assert (
+        max(gate_of(case).errors(partial(ops[type(case)], **case.options), True, torch.clone)) <= TOLERANCES[torch.float32]
+    )
 
 
 def test_peers_split_time_where_it_does_not_divide() -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from madkernels.benchmarks import harness, machine, report
-from madkernels.benchmarks.cases import CONV_CASES, SCAN_CASES, ConvCase, ScanCase
+from madkernels.benchmarks.cases import CONV_CASES, LONG_CONV_CASES, SCAN_CASES, ConvCase, ScanCase
 from madkernels.benchmarks.causal_conv import BENCHMARK as CONV
 from madkernels.benchmarks.harness import (
     MIN_RUNS,
@@ -208,7 +208,7 @@ def test_machine_is_described() -> None:
 
 
 def test_case_names_are_unique_and_inputs_repeat() -> None:
-    for cases in (SCAN_CASES, CONV_CASES):
+    for cases in (SCAN_CASES, CONV_CASES, LONG_CONV_CASES):
         assert len({case.name for case in cases}) == len(cases)
         for case in cases:
             if not case.quick:
