@@ -64,11 +64,12 @@ def flash_fft_conv(u: Tensor, filter: Tensor, skip: Gate = None, pre_gate: Gate 
     size = 1 << (2 * u.shape[1] - 1).bit_length()
     rows = [None if t is None else t.transpose(1, 2).contiguous() for t in (u, pre_gate, post_gate)]
     module = _flash_module(size, u.dtype, u.device)
-    if pre_gate is None or post_gate is None:
-        y = module(rows[0], filter)
-        return _gated(u, y.transpose(1, 2), skip, None)
-    y = module(rows[0], filter, rows[1], rows[2]).transpose(1, 2)
-    return y if skip is None else y + u * pre_gate * post_gate * skip.to(u.dtype)
+    gates = rows[1:] if pre_gate is not None and post_gate is not None else []
+    y: Tensor = module(rows[0], filter, *gates).transpose(1, 2)
+    if skip is None:
+        return y
+    v = u * skip.to(u.dtype)
+    return y + (v * pre_gate * post_gate if pre_gate is not None and post_gate is not None else v)
 
 
 def _takes_conv1d(case: Case) -> bool:

@@ -12,6 +12,7 @@
 | Mamba A_log, D                | log(1..dstate), 1 (S4D-real)                            | no      |
 | Mamba delta_bias              | inverse softplus of log-uniform steps in [1e-3, 1e-1]   | no      |
 | Hyena skip, filter frequency  | standard normal, 10                                     | no      |
+| Hyena filters                 | of norm about 1 (models/layers/filters.py)              | yes     |
 
 Layers initialise themselves, and nothing here touches them afterwards: a recurrence's start is part of the layer.
 """

@@ -70,7 +70,8 @@ def bench(
 def _benchmark(op: str) -> Benchmark:
     from madkernels.benchmarks import causal_conv, fft_conv, selective_scan
 
-    known = {module.BENCHMARK.name: module.BENCHMARK for module in (selective_scan, causal_conv, fft_conv)}
+    benchmarks: list[Benchmark] = [selective_scan.BENCHMARK, causal_conv.BENCHMARK, fft_conv.BENCHMARK]
+    known = {benchmark.name: benchmark for benchmark in benchmarks}
     if op not in known:
         raise ValueError(f"op {op!r} has no benchmark; expected {' or '.join(OPS)}")
     return known[op]

@@ -37,8 +37,8 @@ def fft_conv(
     Args:
         u: (batch, seqlen, dim); float32, bfloat16, float16 or float64. A transposed view of (batch, dim, seqlen) is read in
             place.
-        filter: (groups, filter_len), lag 0 first; dim / groups neighbouring channels, a whole number, share a filter. Shorter or
-            longer than the sequence; dtype of `u`, or float32. A transposed view of (filter_len, groups) costs no copy.
+        filter: (groups, filter_len), lag 0 first; dim / groups neighbouring channels, a whole number, share a filter. Any
+            length; dtype of `u`, or float32. A transposed view of (filter_len, groups) costs no copy.
         skip: (dim,), dtype of `u`, or float32.
         pre_gate, post_gate: (batch, seqlen, dim), dtype of `u`.
         causal: if False, the filter is centred, as by `mode="same"` in SciPy: tap j has the lag j - (filter_len - 1) // 2.

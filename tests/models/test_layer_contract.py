@@ -16,6 +16,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "attention": {"heads": 4},
     "sliding-attention": {"heads": 4, "window": 5},
     "hyena": {"horizon": 12},  # shorter than the sequences
+    "mh-hyena": {"heads": 4, "horizon": 12},
+    "hyena-experts": {"experts": 5, "top_k": 3, "hidden": 8, "horizon": 12},
     "mamba": {"dstate": 4},
     "moe": {"experts": 5, "top_k": 3, "hidden": 16},
 }
@@ -77,7 +79,7 @@ def test_an_optimiser_step_under_autocast_goes_downhill(name: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return (layer(x) - 1).float().square().mean()
 
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
     before = loss()
     before.backward()
     optimizer.step()
@@ -161,6 +163,9 @@ def test_refuses_inputs_that_do_not_fit(name: str) -> None:
         ("sliding-attention", 32, {"window": 0}, "window is 0; expected"),
         ("hyena", 32, {"groups": 0}, "groups is 0; expected"),
         ("hyena", 32, {"horizon": 1.5}, "horizon is 1.5; expected"),
+        ("hyena", 32, {"taps": -3}, "taps is -3; expected"),
+        ("mh-hyena", 32, {"heads": 5}, "dim 32 does not divide into 5 heads"),
+        ("hyena-experts", 32, {"top_k": 9}, "top_k 9 is more than there are experts, 8"),
         ("mamba", 32, {"dstate": -1}, "dstate is -1; expected"),
         ("mlp", 0, {}, "dim is 0; expected"),
         ("swiglu", 32, {"hidden": -8}, "hidden is -8; expected"),

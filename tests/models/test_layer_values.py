@@ -144,3 +144,48 @@ def test_moe_gives_the_same_bits_with_many_threads(threads: None) -> None:
     first, *others = ([y := layer(x), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])] for _ in range(4))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def short_conv(layer: Layer, x: Tensor) -> Tensor:
+    projected = x @ layer.in_proj.weight.T + layer.in_proj.bias
+    out: Tensor = reference.causal_conv(projected[None], layer.conv_weight, layer.conv_bias)
+    return out[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("taps", [0, 5, 20])
+def test_multi_head_hyena(taps: int) -> None:
+    layer, size = build("mh-hyena", heads=3, horizon=5, taps=taps), DIM // 3
+    x = row()
+    q, k, v = (t.view(SEQLEN, 3, size) for t in short_conv(layer, x).split(DIM, 1))
+    filters, y = layer.filter(SEQLEN, torch.float64), torch.zeros(SEQLEN, 3, size, dtype=torch.float64)
+    for t in range(SEQLEN):
+        for head in range(3):
+            state = layer.skip[head] * torch.outer(k[t, head], v[t, head])
+            for s in range(max(0, t + 1 - filters.shape[1]), t + 1):
+                state += filters[head, t - s] * torch.outer(k[s, head], v[s, head])
+            y[t, head] = q[t, head] @ state
+    assert relative_error(layer(x[None])[0], y.view(SEQLEN, DIM) @ layer.out.weight.T + layer.out.bias) < 1e-12
+
+
+@torch.no_grad()
+def test_hyena_experts() -> None:
+    layer = build("hyena-experts", experts=4, top_k=2, hidden=3, horizon=5)
+    x = row()
+    q, k, v = (t.view(SEQLEN, 4, 3) for t in short_conv(layer, x).split(12, 1))
+    filters, skip = layer.filter(SEQLEN, torch.float64).view(4, 3, SEQLEN), layer.skip.view(4, 3)
+    for t in range(SEQLEN):
+        scores = layer.router.weight @ x[t]
+        chosen = scores.argsort(descending=True)[:2]
+        y = torch.zeros(3, dtype=torch.float64)
+        for weight, e in zip(scores[chosen].softmax(0), chosen, strict=True):
+            mixed = skip[e] * k[t, e] * v[t, e] + sum(filters[e, :, t - s] * k[s, e] * v[s, e] for s in range(t + 1))
+            y += weight * q[t, e] * mixed
+        assert relative_error(layer(x[None])[0, t], layer.out.weight @ y + layer.out.bias) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("order", "horizon", "taps"), [(4, 16, 0), (4, 2048, 0), (16, 128, 0), (2, 1, 0), (4, 1, 100)])
+def test_hyena_filters_start_with_a_norm_of_one(order: int, horizon: int, taps: int) -> None:
+    filters = build("hyena", order=order, horizon=horizon, taps=taps).filter(4 * horizon)
+    assert 0.5 < filters.square().sum(1).mean().sqrt() < 1.6

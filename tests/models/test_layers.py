@@ -18,8 +18,8 @@ CHANNEL_MIXERS = {"swiglu", "mlp", "moe"}
 
 def build(name: str) -> Layer:
     torch.manual_seed(1)
-    options = {"attention": {"heads": 4}, "sliding-attention": {"heads": 4, "window": 5}}.get(name, {})
-    return LAYERS[name](DIM, **options)
+    options = {"attention": {"heads": 4}, "sliding-attention": {"heads": 4, "window": 5}, "mh-hyena": {"heads": 4}}
+    return LAYERS[name](DIM, **options.get(name, {}))
 
 
 def sequence(batch: int = 2, seqlen: int = SEQLEN) -> Tensor:
@@ -112,7 +112,19 @@ def test_moe_is_the_weighted_sum_of_its_experts() -> None:
 
 def test_hyena_filter_does_not_depend_on_the_length() -> None:
     layer = build("hyena")
-    assert torch.allclose(layer.filter(300)[:40], layer.filter(40), atol=1e-6)
+    assert torch.allclose(layer.filter(300)[:, :40], layer.filter(40), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["hyena", "mh-hyena", "hyena-experts"])
+@torch.no_grad()
+def test_explicit_filters_keep_a_finite_state(name: str) -> None:
+    torch.manual_seed(1)
+    layer, x = LAYERS[name](DIM, taps=6), sequence()
+    whole, state = layer(x), layer.init_state(2)
+    parts = [layer(x[:, :9], state=state), *(layer.step(x[:, t], state).unsqueeze(1) for t in range(9, SEQLEN))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+    assert state["past"].shape[1] == 5
+    assert state["past"][0].numel() == layer.state_size(SEQLEN)
 
 
 def test_rotary_positions_are_relative() -> None:

@@ -166,6 +166,20 @@ def test_parameter_groups(lm: HybridLM) -> None:
             "hyena",
             (128 * 384 + 384) + (512 * 128 + 128) + 1536 * (3 + 1) + (3 * 4 + 4) + 2 * (4 * 4 + 4) + 4 + 4 * 512 + 512,
         ),
+        ("mh-hyena", 4 * (128 * 128 + 128) + 384 * (3 + 1) + (3 * 2 + 2) + 2 * (2 * 2 + 2) + 2 + 2 * 16 + 16),
+        (
+            "hyena-experts",
+            3 * (128 * 128 + 128)
+            + 384 * (3 + 1)
+            + (3 * 16 + 16)
+            + 2 * (16 * 16 + 16)
+            + 16
+            + 16 * 128
+            + 128
+            + 128 * 8
+            + 16 * 128
+            + 128,
+        ),
     ],
 )
 def test_parameters(arch: str, expected: int) -> None:
@@ -188,6 +202,8 @@ def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
         ("moe", lambda n: 0),
         ("mamba:dstate=4", lambda n: n * (2 * 256 * 4 + 2 * 256 * 4)),  # short convolution, scan
         ("hyena", lambda n: 10 * n * math.log2(n) * 512 + n * 512 * (6 * 3 + 4)),  # transforms, short convolution, gates
+        ("mh-hyena", lambda n: 10 * n * math.log2(n) * 1024 + n * (128 * 6 * 3 + 4 * 1024)),
+        ("hyena-experts", lambda n: 10 * n * math.log2(n) * 128 + n * 128 * (6 * 3 + 4)),
     ],
 )
 def test_operations_against_torchs_count(arch: str, not_matrices: object) -> None:
@@ -198,8 +214,9 @@ def test_operations_against_torchs_count(arch: str, not_matrices: object) -> Non
         lm(tokens(1, seqlen))
     counted = counter.get_total_flops() + not_matrices(seqlen)
     ours = counting.flops_per_token(lm, seqlen) * seqlen
-    if arch == "hyena":  # the formula takes the filter network for one linear layer
-        filter_network = 2 * seqlen * (3 * 4 + 2 * 4 * 4)
+    if "hyena" in arch:  # the formula takes the filter network for one linear layer
+        order = {"hyena": 4, "mh-hyena": 2, "hyena-experts": 16}[arch]
+        filter_network = 2 * seqlen * (3 * order + 2 * order * order)
         counted -= filter_network
     assert ours == pytest.approx(counted, rel=1e-6)
 
@@ -218,3 +235,6 @@ def test_state_against_what_is_kept(arch: str, names: tuple[str, ...]) -> None:
 def test_the_papers_total_state() -> None:
     assert counting.state_size(HybridLM("4*mamba:dstate=4", vocab_size=16), 128) == 4096
     assert counting.state_size(HybridLM("2*(hyena swiglu)", vocab_size=16), 128) == 4096
+    assert counting.state_size(HybridLM("2*(mh-hyena swiglu)", vocab_size=16), 128) == 4096
+    assert counting.state_size(HybridLM("2*(hyena-experts moe)", vocab_size=16), 128) == 4096
+    assert counting.state_size(HybridLM("hyena:taps=9", vocab_size=16), 128) == 512 * 8
