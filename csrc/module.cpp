@@ -46,7 +46,8 @@ PYBIND11_MODULE(_C, m) {
       "The instruction sets that were compiled in and that this CPU has.");
   m.def("exp2_rate", &madkernels::exp2_rate, pybind11::arg("threads"), pybind11::call_guard<pybind11::gil_scoped_release>(),
         "float32 evaluations of 2^x a second, in registers, all threads together.");
-  m.def("fft_conv_plan", &fft_conv_plan, pybind11::arg("length"), pybind11::arg("filter_len"), pybind11::arg("history") = 0,
-        "How the CPU computes a causal long convolution: the complex points of its transforms (0: tap by tap), the outputs of "
-        "one block, and the taps that can meet an input.");
+  m.def(
+      "fft_conv_plan", &fft_conv_plan, pybind11::arg("length"), pybind11::arg("filter_len"), pybind11::arg("history") = 0,
+      "How the CPU computes a causal long convolution: the complex points of its transforms (0: tap by tap), the outputs of "
+      "one block, and the taps that can meet an input.");
 }

@@ -33,7 +33,7 @@ LIMITS = {  # seconds, by stage; {op} and {tool} stand for several
     "op-tests": 100,
     "smoke": 20,
     "sanitizer-{tool}": 50,
-    "bench-{op}": 65,
+    "bench-{op}": 43,
     "device-build": 35,
     "device-tests": 20,
 }

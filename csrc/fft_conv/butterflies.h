@@ -55,8 +55,8 @@ MADKERNELS_BUTTERFLY void join(Point<V>& a, Point<V>& b, Root<A> s) {
   b = kQuarter ? Point<V>{im, -re} : Point<V>{re, im};
 }
 
-// One level of 2^kLevels points, halves 2^kHalf apart; `node`: that of the first block. An odd sibling's root is i times that
-// of the even one before it.
+// One level of 2^kLevels points, halves 2^kHalf apart; `node`: that of the first block. An odd sibling's root is i times
+// that of the even one before it.
 template <int kLevels, int kHalf, bool kSplit, class V, class A>
 MADKERNELS_BUTTERFLY void one_level(Point<V>* z, const Root<A>* roots, int64_t node) {
   MADKERNELS_UNROLL

@@ -120,7 +120,8 @@ struct OnGpu {
     }
     const int64_t tiles = (p.dim + (1 << g.channels_log2) - 1) >> g.channels_log2;
     // The backward's blocks: two a multiprocessor, slices of the sequences making up for few channels.
-    p.slices = std::clamp<int64_t>(2 * multiprocessors() / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(p.docs.count, 1));
+    p.slices =
+        std::clamp<int64_t>(2 * multiprocessors() / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(p.docs.count, 1));
 
     roots = points(int64_t{1} << log2, a), spectra = points(p.groups * g.points, a);
     int64_t most = backward && g.on_chip > 0 ? (tiles * p.slices << g.channels_log2) << chip_log2 : 0;
@@ -296,8 +297,7 @@ void run_forward(const char*, Arguments& a, Tensor& out) {
 
 void run_final_state(const Arguments& a) {
   const FftConv& p = a.params;
-  for_items(p, p.docs.count, 20 * p.taps,
-            [&](int64_t begin, int64_t end) { fft_conv_cpu().final_state(p, begin, end); });
+  for_items(p, p.docs.count, 20 * p.taps, [&](int64_t begin, int64_t end) { fft_conv_cpu().final_state(p, begin, end); });
 }
 
 void run_step(const Arguments& a) {

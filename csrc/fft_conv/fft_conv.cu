@@ -4,8 +4,8 @@
 // spectrum of its filter, taken once a call, is read as the product is formed. Counted for 2^m points, which is one causal
 // output each: 2 bytes of input and of output and of each gate in bfloat16, 8 bytes of spectrum from L2; 6 m + 4 operations
 // to split and 8 m to join, half of them fused, on FP32 pipes; 16 bytes of shared memory a point and pass, 2 (m / 4) - 1
-// passes. From 2^kMostOnChip points on the transform is a matrix whose columns are split by a kernel of their own, 16 bytes of
-// HBM a point each way.
+// passes. From 2^kMostOnChip points on the transform is a matrix whose columns are split by a kernel of their own, 16 bytes
+// of HBM a point each way.
 //
 // Tensor cores are not used: products of bfloat16 or tf32 are 2^-8 and 2^-11 exact, the arithmetic promised is float32's.
 #include "fft_conv/fft_gpu.h"
@@ -33,9 +33,7 @@ __global__ void __launch_bounds__(kFftThreads, 2) split_filters(FftConvOnGpu g, 
   const int first = static_cast<int>(blockIdx.x) << g.channels_log2;
   split_all(
       s, c.log2, g.roots, p.filter_group == 1,
-      [&](int channel, int i) {
-        return load_rows<Taps>(g, klass, Place{}, first + channel, first + channel < p.groups, i);
-      },
+      [&](int channel, int i) { return load_rows<Taps>(g, klass, Place{}, first + channel, first + channel < p.groups, i); },
       [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
         if (first + b.channel >= p.groups) return;
         ComplexFloat* to = g.spectra + (first + b.channel) * g.points + c.offset;
@@ -190,8 +188,8 @@ void fft_conv_forward(const FftConvOnGpu& g, Stream stream) {
 
 void fft_conv_final_state(const FftConv& p, Stream stream) {
   dispatch_gpu(p.dtype, [&]<class T>() {
-    launch("fft_conv final state", copy_final_state<T>, blocks_for(p.docs.count * (p.taps - 1) * p.dim, kThreads), kThreads, 0,
-           stream, p);
+    launch("fft_conv final state", copy_final_state<T>, blocks_for(p.docs.count * (p.taps - 1) * p.dim, kThreads), kThreads,
+           0, stream, p);
   });
 }
 

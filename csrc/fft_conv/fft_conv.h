@@ -22,27 +22,27 @@ struct FftConv {
   int64_t ahead;
   Documents docs;
 
-  Rows u, pre_gate, post_gate, out;   // [batch, seqlen, dim]; one dense axis each; gates may be null
-  const void* filter;                 // [groups, taps]; accumulation type; one dense axis
-  int64_t filter_group, filter_lag;   // its strides
-  const void* skip;                   // [dim] or null; accumulation type
-  const void* initial_state;          // [docs, history, dim] or null; accumulation type
-  void* final_state;                  // [docs, taps - 1, dim] or null; accumulation type
+  Rows u, pre_gate, post_gate, out;  // [batch, seqlen, dim]; one dense axis each; gates may be null
+  const void* filter;                // [groups, taps]; accumulation type; one dense axis
+  int64_t filter_group, filter_lag;  // its strides
+  const void* skip;                  // [dim] or null; accumulation type
+  const void* initial_state;         // [docs, history, dim] or null; accumulation type
+  void* final_state;                 // [docs, taps - 1, dim] or null; accumulation type
 
-  const ConvPlan* plans;    // [docs], on the CPU
-  const int64_t* order;     // [docs] sequences, those of one plan together
-  int64_t slices;           // the sequences are worked on in as many parts
+  const ConvPlan* plans;  // [docs], on the CPU
+  const int64_t* order;   // [docs] sequences, those of one plan together
+  int64_t slices;         // the sequences are worked on in as many parts
 
   MADKERNELS_ANYWHERE int64_t channels_a_group() const { return dim / groups; }
 };
 
 struct FftConvBackward {
-  FftConv forward;                      // `out`, `final_state` unused
-  Rows dout, du, dpre_gate, dpost_gate; // [batch, seqlen, dim]; those of absent gates null
-  const void* dfinal_state;             // [docs, taps - 1, dim] or null
-  void* dinitial_state;                 // [docs, history, dim] or null
-  void* dfilter_parts;                  // [slices, taps, dim]
-  void* dskip_parts;                    // [slices, dim]
+  FftConv forward;                       // `out`, `final_state` unused
+  Rows dout, du, dpre_gate, dpost_gate;  // [batch, seqlen, dim]; those of absent gates null
+  const void* dfinal_state;              // [docs, taps - 1, dim] or null
+  void* dinitial_state;                  // [docs, history, dim] or null
+  void* dfilter_parts;                   // [slices, taps, dim]
+  void* dskip_parts;                     // [slices, dim]
 };
 
 struct FftConvKernels {
@@ -82,9 +82,9 @@ struct FftConvOnGpu {
   int64_t points;     // of all classes
   const fft::Root<float>* roots;  // [2^log2 of the largest class]
   ComplexFloat* spectra;          // [groups, points]
-  ComplexFloat* work;             // two-level: [chunk, docs, 2^log2]; backward on chip: [blocks, channels, 2^log2 of the largest there]
-  ComplexFloat* more_work;        // backward, two-level: as work
-  int chunk;                      // two-level: channels at a time
+  ComplexFloat* work;  // two-level: [chunk, docs, 2^log2]; backward on chip: [blocks, channels, 2^log2 of the largest there]
+  ComplexFloat* more_work;  // backward, two-level: as work
+  int chunk;                // two-level: channels at a time
 };
 
 struct FftConvBackwardOnGpu {

@@ -1,9 +1,9 @@
 // Long convolution on the GPU, backward: the formulas are those of fft_conv_bwd_cpu.cpp.
 //
-// A block of threads takes a channel (or several) through the sequences of a slice: the spectrum of v waits in global memory,
-// written and read by the same threads, while that of dy is taken; their correlation grows the block's spectrum of dfilter,
-// which goes back once, all slices summed in order. Each sequence costs two transforms there and one back, and one more back
-// where the post gate asks for y.
+// A block of threads takes a channel (or several) through the sequences of a slice: the spectrum of v waits in global
+// memory, written and read by the same threads, while that of dy is taken; their correlation grows the block's spectrum of
+// dfilter, which goes back once, all slices summed in order. Each sequence costs two transforms there and one back, and one
+// more back where the post gate asks for y.
 #include "fft_conv/fft_gpu.h"
 
 namespace madkernels::gpu {
@@ -237,7 +237,8 @@ __global__ void __launch_bounds__(kFftThreads, 2)
   ComplexFloat* points = g.work + (static_cast<int64_t>(block.channel) << c.log2) + row;
   join_first(s, row_log2, g.roots, [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
 #pragma unroll
-    for (int k = 0; k < 1 << kLevels; k++) z[k] = sum_slices(q, first_channel + block.channel, c.offset + row + b.spectral(k));
+    for (int k = 0; k < 1 << kLevels; k++)
+      z[k] = sum_slices(q, first_channel + block.channel, c.offset + row + b.spectral(k));
   });
   join_rest(s, row_log2, g.roots, false, [&](int, int i, const ComplexFloat& z) { points[i] = z; });
 }
@@ -260,7 +261,8 @@ __global__ void __launch_bounds__(kThreads) empty_state_gradients(FftConvBackwar
 template <class T>
 __global__ void __launch_bounds__(kThreads) skip_gradients(FftConvBackwardOnGpu q) {
   const FftConv& p = q.convolution.forward;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, chunks = (p.seqlen + kSkipRows - 1) / kSkipRows;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+                chunks = (p.seqlen + kSkipRows - 1) / kSkipRows;
   if (i >= p.batch * chunks * p.dim) return;
   const int channel = static_cast<int>(i % p.dim), seqlen = static_cast<int>(p.seqlen);
   const Place at{0, static_cast<int>(i / p.dim / chunks), 0, seqlen};
@@ -284,15 +286,15 @@ void back_two_levels(const FftConvBackwardOnGpu& q, Stream stream) {
     const int64_t blocks = channels * p.docs.count * column_blocks(log2), stride = int64_t{1} << log2;
     launch("fft_conv_backward inputs", split_columns<Inputs<T>>, blocks, kFftThreads, bytes, stream, g, k, first, g.work,
            stride);
-    launch("fft_conv_backward gradients", split_columns<OutputGradients<T>>, blocks, kFftThreads, bytes, stream, q,
-           k, first, g.more_work, stride);
+    launch("fft_conv_backward gradients", split_columns<OutputGradients<T>>, blocks, kFftThreads, bytes, stream, q, k, first,
+           g.more_work, stride);
     launch("fft_conv_backward rows", correlate_rows, (channels * p.slices) << levels, kFftThreads,
            shared_bytes(0, log2 - levels), stream, q, k, first);
-    launch("fft_conv_backward inputs back", join_columns<InputGradients<T>>, blocks, kFftThreads, bytes, stream, q,
-           k, first, g.more_work, stride);
+    launch("fft_conv_backward inputs back", join_columns<InputGradients<T>>, blocks, kFftThreads, bytes, stream, q, k, first,
+           g.more_work, stride);
     if (p.post_gate) {
-      launch("fft_conv_backward gates back", join_columns<GateGradients<T>>, blocks, kFftThreads, bytes, stream, q,
-             k, first, g.work, stride);
+      launch("fft_conv_backward gates back", join_columns<GateGradients<T>>, blocks, kFftThreads, bytes, stream, q, k, first,
+             g.work, stride);
     }
   });
 }
@@ -319,8 +321,8 @@ void fft_conv_backward(const FftConvBackwardOnGpu& q, Stream stream) {
   const FftConvOnGpu& g = q.convolution;
   const FftConv& p = g.forward;
   if (q.gradients.dinitial_state != nullptr) {
-    launch("fft_conv_backward empty states", empty_state_gradients, blocks_for(p.docs.count * p.history * p.dim), kThreads, 0,
-           stream, q);
+    launch("fft_conv_backward empty states", empty_state_gradients, blocks_for(p.docs.count * p.history * p.dim), kThreads,
+           0, stream, q);
   }
   dispatch_gpu(p.dtype, [&]<class T>() {
     if (g.on_chip > 0) {

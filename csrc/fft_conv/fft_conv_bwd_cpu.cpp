@@ -4,8 +4,8 @@
 //   dfilter[j] = sum_t dy[t] v[t + ahead - j]                     dpost_gate = dout (y + skip v), dskip = sum_t dy v
 //
 // Both sums are correlations: products with the conjugate of a spectrum. dfilter is summed over blocks and sequences as a
-// spectrum, and goes back once. Blocks are walked from the last to the first: the window of one reaches back into that of the
-// one before, which takes over what it finds there.
+// spectrum, and goes back once. Blocks are walked from the last to the first: the window of one reaches back into that of
+// the one before, which takes over what it finds there.
 #include "fft_conv/window_cpu.h"
 
 namespace madkernels::MADKERNELS_ISA {
@@ -16,8 +16,15 @@ class Backward {
  public:
   using A = Acc<T>;
   Backward(const FftConvBackward& q, const BufferSizes& sizes)
-      : q_(q), p_(q.forward), filter_(sizes.filter), dfilter_(sizes.filter), inputs_(sizes.window), gradients_(sizes.window),
-        outputs_(sizes.outputs), dinputs_(sizes.outputs), carry_(sizes.carry) {}
+      : q_(q),
+        p_(q.forward),
+        filter_(sizes.filter),
+        dfilter_(sizes.filter),
+        inputs_(sizes.window),
+        gradients_(sizes.window),
+        outputs_(sizes.outputs),
+        dinputs_(sizes.outputs),
+        carry_(sizes.carry) {}
 
   void run(const Item& item) {
     A* parts = static_cast<A*>(q_.dfilter_parts) + item.slice * p_.taps * p_.dim;
@@ -116,7 +123,8 @@ class Backward {
       if (p_.post_gate) load_product<T>(gate, p_.post_gate, Rows{}, s, item, t, count);
       for (int k = 0; k < count; k++) {
         if (p_.skip) dskip += (p_.post_gate ? dout[k] * gate[k] : dout[k]) * v[k];
-        if (p_.post_gate) gate[k] = dout[k] * (y[fold.at(offset + i) + k * fold.step()] + (p_.skip ? skip * v[k] : Vec<A>{}));
+        if (p_.post_gate)
+          gate[k] = dout[k] * (y[fold.at(offset + i) + k * fold.step()] + (p_.skip ? skip * v[k] : Vec<A>{}));
       }
       if (p_.post_gate) store_rows<T>(q_.dpost_gate, gate, s, item, t, count);
     });

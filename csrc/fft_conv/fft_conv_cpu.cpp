@@ -2,8 +2,8 @@
 // then for each sequence: window in, transform, product, transform back (the innermost of both and the product in
 // registers), skip and gate, out. Short filters are summed tap by tap; the plan says which.
 //
-// Counted for M points, one real channel of 2M samples: 2 (3 to 4) log2(M) vector operations a point, 16 bytes of scratch read
-// and written each time a pass leaves the innermost cache.
+// Counted for M points, one real channel of 2M samples: 2 (3 to 4) log2(M) vector operations a point, 16 bytes of scratch
+// read and written each time a pass leaves the innermost cache.
 #include "fft_conv/window_cpu.h"
 
 namespace madkernels::MADKERNELS_ISA {
@@ -77,7 +77,8 @@ void copy_final_state(const FftConv& p, int64_t i) {
   using A = Acc<T>;
   const int64_t tiles = (p.dim + kLanes<A> - 1) / kLanes<A>;
   const Sequence s = sequence_of(p, i / tiles);
-  const Item item = {i % tiles * kLanes<A>, static_cast<int>(least<int64_t>(kLanes<A>, p.dim - i % tiles * kLanes<A>)), 0, 0, 0};
+  const Item item = {i % tiles * kLanes<A>, static_cast<int>(least<int64_t>(kLanes<A>, p.dim - i % tiles * kLanes<A>)), 0, 0,
+                     0};
   const int64_t rows = p.taps - 1, first = s.length - rows;
   Vec<A> tile[kTileRows];
   for (int64_t r = 0; r < rows;) {
@@ -100,7 +101,8 @@ void step(const FftConv& p, int64_t i) {
   using A = Acc<T>;
   const int64_t tiles = (p.dim + kLanes<A> - 1) / kLanes<A>;
   const Sequence s = {i / tiles, i / tiles, 0, 1, nullptr};
-  const Item item = {i % tiles * kLanes<A>, static_cast<int>(least<int64_t>(kLanes<A>, p.dim - i % tiles * kLanes<A>)), 0, 0, 0};
+  const Item item = {i % tiles * kLanes<A>, static_cast<int>(least<int64_t>(kLanes<A>, p.dim - i % tiles * kLanes<A>)), 0, 0,
+                     0};
   Vec<A> v, taps[kTileRows], sum = {};
   load_product<T>(&v, p.u, p.pre_gate, s, item, 0, 1);
   for (int64_t lag = 0; lag < p.taps;) {
@@ -110,7 +112,8 @@ void step(const FftConv& p, int64_t i) {
     stage_filter<A>(taps, p, some, item, A(1));
     for (int k = 0; k < count; k++) {
       const int64_t row = p.taps - 1 - (lag + k);  // of what lag + k sees; the input itself behind the last
-      sum += taps[k] * (lag + k == 0 ? v : load(state_row<A>(p, p.final_state, p.taps - 1, s.doc, row) + item.d, item.lanes));
+      sum +=
+          taps[k] * (lag + k == 0 ? v : load(state_row<A>(p, p.final_state, p.taps - 1, s.doc, row) + item.d, item.lanes));
     }
     lag += count;
   }

@@ -1,6 +1,6 @@
 // The transforms of plan.h on kLanes channels at once: a point is two vectors, its real and its imaginary parts, so every
-// butterfly is plain vector code. Blocks are walked depth first: the outer passes stream through the cache, the inner ones stay
-// in it, and the last levels, what is done with the spectrum, and the first levels back happen in registers.
+// butterfly is plain vector code. Blocks are walked depth first: the outer passes stream through the cache, the inner ones
+// stay in it, and the last levels, what is done with the spectrum, and the first levels back happen in registers.
 #pragma once
 
 #include "common/simd.h"

@@ -1,9 +1,9 @@
 // The transforms of plan.h on the GPU: a block of threads holds the points of one or more channels in shared memory.
 //
-// A pass takes 2 to 4 levels at once: a thread loads the 2^levels parts of a block of the tree that share an index, splits (or
-// joins) them in registers and stores them where they were. So threads meet only between passes. The first pass loads from
-// global memory, the last stores there; what is done with the spectrum happens in registers between the last split and the
-// first join. Spectra lie in the order in which that pass has them, index k of butterfly r at k * butterflies + r.
+// A pass takes 2 to 4 levels at once: a thread loads the 2^levels parts of a block of the tree that share an index, splits
+// (or joins) them in registers and stores them where they were. So threads meet only between passes. The first pass loads
+// from global memory, the last stores there; what is done with the spectrum happens in registers between the last split and
+// the first join. Spectra lie in the order in which that pass has them, index k of butterfly r at k * butterflies + r.
 #pragma once
 
 #include "common/device.h"
@@ -17,8 +17,8 @@ using fft::Root;
 
 constexpr int kFftThreads = 256;  // with the registers that 16 points take, two blocks share a multiprocessor
 
-// The points in shared memory: 2^log2 of each of 2^channels channels, of which `node` of the tree is the root. Every 17th place
-// is left out, and one at each channel's end, so that neighbouring threads find different banks in each pass.
+// The points in shared memory: 2^log2 of each of 2^channels channels, of which `node` of the tree is the root. Every 17th
+// place is left out, and one at each channel's end, so that neighbouring threads find different banks in each pass.
 struct Shared {
   SharedPointer<ComplexFloat> points;
   int channels, log2, node;
@@ -45,8 +45,8 @@ struct Butterfly {
   __device__ int spectral(int k) const { return k * count + index; }
 };
 
-// Calls f.operator()(points, butterfly) for each butterfly of the blocks of 2^block_log2 points; `channels_fastest`: the order
-// in which threads take them.
+// Calls f.operator()(points, butterfly) for each butterfly of the blocks of 2^block_log2 points; `channels_fastest`: the
+// order in which threads take them.
 template <int kLevels, class F>
 __device__ void for_butterflies(const Shared& s, int block_log2, bool channels_fastest, F&& f) {
   const int part_log2 = block_log2 - kLevels, count_log2 = s.log2 - kLevels;
@@ -76,9 +76,7 @@ struct Passes {
 
   __device__ explicit Passes(int levels) : levels(levels), count((levels + 3) / 4) {}
   __device__ int of(int pass) const { return levels / count + (pass < levels % count ? 1 : 0); }
-  __device__ int before(int pass) const {
-    return pass * (levels / count) + least(pass, levels % count);
-  }
+  __device__ int before(int pass) const { return pass * (levels / count) + least(pass, levels % count); }
 };
 
 template <int kLevels>

@@ -22,18 +22,20 @@ struct FftSize {
 };
 
 struct ConvPlan {
-  FftSize fft;         // of half as many points as it takes real samples
-  bool direct = true;  // a sum over taps, no transform
-  int64_t outputs = 0;           // of one block
+  FftSize fft;                      // of half as many points as it takes real samples
+  bool direct = true;               // a sum over taps, no transform
+  int64_t outputs = 0;              // of one block
   int64_t first_tap = 0, taps = 0;  // those that can meet an input
-  const void* roots = nullptr;   // fft_roots
+  const void* roots = nullptr;      // fft_roots
 
   bool same_filter(const ConvPlan& other) const {
-    return direct == other.direct && fft.points() == other.fft.points() && first_tap == other.first_tap && taps == other.taps;
+    return direct == other.direct && fft.points() == other.fft.points() && first_tap == other.first_tap &&
+           taps == other.taps;
   }
 };
 
-// What a convolution costs, in vector operations for one channel: counted for the transforms, and fitted where memory counts.
+// What a convolution costs, in vector operations for one channel: counted for the transforms, and fitted where memory
+// counts.
 double fft_cost(const FftSize& size);
 double direct_cost(int64_t outputs, int64_t taps);
 
@@ -42,8 +44,8 @@ double direct_cost(int64_t outputs, int64_t taps);
 ConvPlan plan_conv(int64_t length, int64_t history, int64_t filter_len, int64_t ahead, int64_t share);
 
 // The roots of a transform, in float or double, kept for the life of the process:
-// [odd][odd radix][odd radix] matrices stage by stage, then for each odd part [2^log2] roots, the children of node k at 2k and
-// 2k + 1. All complex.
+// [odd][odd radix][odd radix] matrices stage by stage, then for each odd part [2^log2] roots, the children of node k at 2k
+// and 2k + 1. All complex.
 const void* fft_roots(const FftSize& size, bool in_double);
 
 }  // namespace madkernels

@@ -1,7 +1,8 @@
 // What forward and backward share on the CPU: sequences, and windows of their time that kLanes channels lie in.
 //
-// A block of outputs o .. o + outputs - 1 sees a window of inputs; row n of the window is time first + n. For a transform its
-// rows are folded into points as plan.h says; the sum over taps takes them as they are, with zeros where there is no input.
+// A block of outputs o .. o + outputs - 1 sees a window of inputs; row n of the window is time first + n. For a transform
+// its rows are folded into points as plan.h says; the sum over taps takes them as they are, with zeros where there is no
+// input.
 #pragma once
 
 #include "common/tile.h"
@@ -58,10 +59,10 @@ struct Fold {
 
 // The window of one block.
 struct Window {
-  int64_t output, outputs;        // the block
-  int64_t first, rows;            // times of its inputs: first .. first + rows - 1; rows outside the sequence are zero
-  int64_t begin, end;             // of them, those that the sequence has
-  int64_t offset;                 // output o + i is row offset + i of the convolution
+  int64_t output, outputs;  // the block
+  int64_t first, rows;      // times of its inputs: first .. first + rows - 1; rows outside the sequence are zero
+  int64_t begin, end;       // of them, those that the sequence has
+  int64_t offset;           // output o + i is row offset + i of the convolution
 
   Window(const FftConv& p, const Sequence& s, int64_t output) : output(output) {
     const ConvPlan& plan = *s.plan;
@@ -124,7 +125,8 @@ inline int load_inputs(Vec<Acc<T>>* rows, const FftConv& p, const Sequence& s, c
 // Fills rows 0 .. rows - 1 of a buffer, row n being time first + n: through load(tile, time, count) where that is in
 // begin .. end - 1, with zeros elsewhere.
 template <class A, class Load>
-inline void stage(Vec<A>* buffer, const Fold& fold, int64_t first, int64_t rows, int64_t begin, int64_t end, const Load& load) {
+inline void stage(Vec<A>* buffer, const Fold& fold, int64_t first, int64_t rows, int64_t begin, int64_t end,
+                  const Load& load) {
   Vec<A> tile[kTileRows];
   for (int64_t n = 0; n < rows;) {
     const int64_t t = first + n, run = fold.run(n, rows - n);
@@ -183,7 +185,8 @@ inline void prepare_filter(Vec<A>* filter, const FftConv& p, const ConvPlan& pla
 
 // ---- sums over taps ----
 
-// kCount sums at once share each tap. Rows of the window: output i sees i + taps - 1 - j (or, kAgainst, i + j) through tap j.
+// kCount sums at once share each tap. Rows of the window: output i sees i + taps - 1 - j (or, kAgainst, i + j) through tap
+// j.
 template <class A, bool kAgainst, int kCount>
 inline void sum_taps(Vec<A>* out, const Vec<A>* window, const Vec<A>* taps, int64_t count) {
   Vec<A> sum[kCount] = {};
