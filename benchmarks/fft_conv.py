@@ -26,7 +26,8 @@ def _gated(v: Tensor, y: Tensor, skip: Gate, post_gate: Gate) -> Tensor:
 def _sizes(u: Tensor, filter: Tensor) -> tuple[int, torch.dtype]:
     """The size that torch.fft likes and that nothing wraps around in, and the dtype that it computes in."""
     samples = u.shape[1] + min(filter.shape[1], u.shape[1]) - 1
-    return next_fast_len(samples, real=True), torch.promote_types(u.dtype, torch.float32)
+    size: int = next_fast_len(samples, real=True)  # pyright: ignore[reportAssignmentType]
+    return size, torch.promote_types(u.dtype, torch.float32)
 
 
 def torch_fft(u: Tensor, filter: Tensor, skip: Gate = None, pre_gate: Gate = None, post_gate: Gate = None) -> Tensor:
