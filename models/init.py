@@ -11,6 +11,10 @@
 | short convolutions            | as torch.nn.Conv1d                                      | yes     |
 | Mamba A_log, D                | log(1..dstate), 1 (S4D-real)                            | no      |
 | Mamba delta_bias              | inverse softplus of log-uniform steps in [1e-3, 1e-1]   | no      |
+| Mamba-2 A_log, D, delta_bias  | log of uniform in [1, 16], 1, as Mamba's                | no      |
+| gated DeltaNet A_log, ...     | as Mamba-2's                                            | no      |
+| RWKV mix, decay, bonus        | of a first layer of the published models                | no      |
+| RWKV-6 low-rank factors       | uniform, +-1e-4                                         | yes     |
 | Hyena skip, filter frequency  | standard normal, 10                                     | no      |
 | Hyena filters                 | of norm about 1 (models/layers/filters.py)              | yes     |
 

@@ -61,3 +61,23 @@ class ExplicitFilter(nn.Module):
     def forward(self, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(channels, taps) in `dtype`, whatever the length."""
         return self.weight.to(dtype)
+
+
+class RegularisedFilter(ExplicitFilter):
+    """An explicit filter under ``exp(-rate t)``: the rates are spread evenly in their logarithm over the channels, so that
+    the slowest has not decayed at the last tap, and the fastest within a few. At the start each has a norm of about 1."""
+
+    rates: Tensor
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__(channels, taps)
+        rates = torch.logspace(math.log10(0.1 / taps), math.log10(0.5), channels)
+        self.register_buffer("rates", rates, persistent=False)
+        with torch.no_grad():
+            self.weight.mul_(math.sqrt(taps) / self.window(torch.float32).norm(dim=1, keepdim=True))
+
+    def window(self, dtype: torch.dtype) -> Tensor:
+        return torch.exp(-self.rates.to(dtype)[:, None] * torch.arange(self.weight.shape[1], device=self.rates.device))
+
+    def forward(self, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.weight.to(dtype) * self.window(dtype)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madkernels.models.layers.base import Layer, State, check_positive
+from madkernels.models.layers.grouped import grouped_linear
 
 
 class MoE(Layer):
@@ -38,18 +39,20 @@ class MoE(Layer):
         scores, chosen = scores[:, : self.top_k], chosen[:, : self.top_k]  # (tokens, top_k)
         weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1)
         expert, order = chosen.flatten().sort(stable=True)
-        counts = torch.bincount(expert, minlength=self.experts).tolist()
+        ends = (expert.unsqueeze(-1) <= torch.arange(self.experts, device=x.device)).sum(0, dtype=torch.int32)
         copies = tokens.unsqueeze(1).expand(-1, self.top_k, -1).reshape(-1, self.dim)
-        parts = torch.split(copies[order], counts)
-        mixed = torch.cat([self.expert(i, part) for i, part in enumerate(parts)])
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
+        mixed = self.mix(copies[order], ends)
+        back = order.argsort()
         y: Tensor = (mixed[back].view(-1, self.top_k, self.dim) * weights.to(mixed.dtype).unsqueeze(-1)).sum(1)
         return y.view(x.shape)
 
-    def expert(self, i: int, tokens: Tensor) -> Tensor:
-        gate, up = F.linear(tokens, self.gate_up[i]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down[i])
+    def mix(self, tokens: Tensor, ends: Tensor) -> Tensor:
+        """Tokens (copies, dim), those of each expert side by side, through their experts."""
+        device = tokens.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+        gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
+        gate, up = grouped_linear(tokens.to(dtype), gate_up, ends).chunk(2, dim=-1)
+        return grouped_linear(F.silu(gate) * up, down, ends)
 
     def flops(self, seqlen: int) -> int:
         """Router 2 L D E, and 6 L D F for each of a token's experts."""

@@ -18,7 +18,16 @@ SMALL: dict[str, dict[str, Any]] = {
     "hyena": {"horizon": 12},  # shorter than the sequences
     "mh-hyena": {"heads": 4, "horizon": 12},
     "hyena-experts": {"experts": 5, "top_k": 3, "hidden": 8, "horizon": 12},
+    "linear-attention": {"heads": 4, "normalise": False},  # whose sum may be near zero
+    "gated-linear-attention": {"heads": 4},
+    "deltanet": {"heads": 4},
+    "gated-deltanet": {"heads": 4},
+    "hyena-se": {"groups": 4},
+    "hyena-mr": {"groups": 4, "taps": 12},
     "mamba": {"dstate": 4},
+    "mamba2": {"dstate": 8, "head_dim": 16},
+    "rwkv5-time-mixer": {"head_dim": 8},
+    "rwkv6-time-mixer": {"head_dim": 8},
     "moe": {"experts": 5, "top_k": 3, "hidden": 16},
 }
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.005}

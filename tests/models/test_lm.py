@@ -159,6 +159,13 @@ def test_parameter_groups(lm: HybridLM) -> None:
         ("mamba:dstate=4", 107_264),
         ("mlp", 131_072),
         ("swiglu", 135_168),
+        ("linear-attention", 65_824),
+        ("linear-attention:heads=1", 131_584),
+        ("gated-linear-attention", 86_160),
+        ("gated-linear-attention:heads=1", 86_272),
+        ("rwkv5-time-mixer", 82_944),
+        ("rwkv6-time-mixer", 140_544),
+        ("rwkv-channel-mixer", 147_712),
         # by hand: router, 8 experts of three matrices
         ("moe", 128 * 8 + 8 * 3 * 128 * 128),
         # by hand: projections, short convolution, filter network and its frequencies, skip
@@ -199,11 +206,13 @@ def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
         ("attention", lambda n: 2 * 16 * n * n),  # softmax
         ("mlp", lambda n: 0),
         ("swiglu", lambda n: 0),
-        ("moe", lambda n: 0),
+        ("moe", lambda n: 2 * 6 * n * 128 * 128),  # two experts a token, in grouped products
         ("mamba:dstate=4", lambda n: n * (2 * 256 * 4 + 2 * 256 * 4)),  # short convolution, scan
         ("hyena", lambda n: 10 * n * math.log2(n) * 512 + n * 512 * (6 * 3 + 4)),  # transforms, short convolution, gates
         ("mh-hyena", lambda n: 10 * n * math.log2(n) * 1024 + n * (128 * 6 * 3 + 4 * 1024)),
         ("hyena-experts", lambda n: 10 * n * math.log2(n) * 128 + n * 128 * (6 * 3 + 4)),
+        ("hyena-se", lambda n: n * 128 * (6 * 3 + 2 * 7 + 4)),
+        ("rwkv-channel-mixer", lambda n: 0),
     ],
 )
 def test_operations_against_torchs_count(arch: str, not_matrices: object) -> None:
@@ -214,16 +223,43 @@ def test_operations_against_torchs_count(arch: str, not_matrices: object) -> Non
         lm(tokens(1, seqlen))
     counted = counter.get_total_flops() + not_matrices(seqlen)
     ours = counting.flops_per_token(lm, seqlen) * seqlen
-    if "hyena" in arch:  # the formula takes the filter network for one linear layer
-        order = {"hyena": 4, "mh-hyena": 2, "hyena-experts": 16}[arch]
+    if order := {"hyena": 4, "mh-hyena": 2, "hyena-experts": 16}.get(arch):  # the formula has a linear layer for the network
         filter_network = 2 * seqlen * (3 * order + 2 * order * order)
         counted -= filter_network
     assert ours == pytest.approx(counted, rel=1e-6)
 
 
 @pytest.mark.parametrize(
+    ("arch", "a_token"),
+    [
+        ("linear-attention", 2 * (4 * 128 * 128 + 16 * 4 * 8 * 8) + 4 * 16 * 8 * 8),
+        ("gated-linear-attention", 2 * (5 * 128 * 128 + 2 * 128 * 16) + 4 * 8 * 16 * 16),
+        ("deltanet", 2 * (4 * 128 * 128 + 128 * 8 + 384 * 4) + 6 * 8 * 16 * 16),
+        ("gated-deltanet", 2 * (2 * 128 * 128 + 3 * 128 * 256 + 2 * 128 * 8 + 512 * 4) + 6 * 8 * 16 * 32),
+        ("mamba2", 2 * (128 * (512 + 256 + 4) + 256 * 128 + 512 * 4) + 4 * 256 * 128),
+        ("rwkv5-time-mixer", 2 * (5 * 128 * 128 + 4 * 128) + 4 * 8 * 16 * 16),
+        ("rwkv6-time-mixer", 2 * (5 * 128 * 128 + 5 * 128 + 10 * 32 * 128 + 2 * 64 * 128) + 4 * 8 * 16 * 16),
+    ],
+)
+def test_operations_of_recurrences(arch: str, a_token: int) -> None:
+    """Products by hand, and for each element of the state a multiply-add to write and one to read; looking up is a third."""
+    (layer,) = counting.layers(HybridLM(arch, vocab_size=16, dim=128))
+    assert layer.flops(64) == 64 * a_token
+
+
+@pytest.mark.parametrize(
     ("arch", "names"),
-    [("attention", ("k", "v")), ("sliding-attention:window=9", ("k", "v")), ("mamba", ("scan",)), ("mlp", ())],
+    [
+        ("attention", ("k", "v")),
+        ("sliding-attention:window=9", ("k", "v")),
+        ("linear-attention:normalise=false", ("matrix",)),
+        ("gated-deltanet", ("matrix",)),
+        ("hyena-mr", ("past",)),
+        ("mamba", ("scan",)),
+        ("mamba2", ("matrix",)),
+        ("rwkv6-time-mixer", ("matrix",)),
+        ("mlp", ()),
+    ],
 )
 def test_state_against_what_is_kept(arch: str, names: tuple[str, ...]) -> None:
     lm = HybridLM(arch, vocab_size=16, dim=128)
@@ -237,4 +273,8 @@ def test_the_papers_total_state() -> None:
     assert counting.state_size(HybridLM("2*(hyena swiglu)", vocab_size=16), 128) == 4096
     assert counting.state_size(HybridLM("2*(mh-hyena swiglu)", vocab_size=16), 128) == 4096
     assert counting.state_size(HybridLM("2*(hyena-experts moe)", vocab_size=16), 128) == 4096
+    assert counting.state_size(HybridLM("2*(gated-linear-attention swiglu)", vocab_size=16), 128) == 4096
+    assert counting.state_size(HybridLM("2*(rwkv5-time-mixer rwkv-channel-mixer)", vocab_size=16), 128) == 4096
+    assert counting.state_size(HybridLM("2*(rwkv6-time-mixer rwkv-channel-mixer)", vocab_size=16), 128) == 4096
+    assert counting.state_size(HybridLM("2*(deltanet swiglu)", vocab_size=16), 128) == 4096
     assert counting.state_size(HybridLM("hyena:taps=9", vocab_size=16), 128) == 512 * 8

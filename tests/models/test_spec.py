@@ -43,7 +43,7 @@ def test_an_option_that_changes_nothing_is_left_out() -> None:
                 LayerSpec,
                 st.just(name),
                 st.lists(st.sampled_from(sorted(options_of(name))), unique=True).map(
-                    lambda keys: tuple((key, 7) for key in sorted(keys))
+                    lambda keys: tuple((key, 11) for key in sorted(keys))
                 ),
             )
         ),

@@ -1,0 +1,81 @@
+"""DeltaNet (Yang et al. 2024, arXiv 2406.06484) and gated DeltaNet (Yang et al. 2024, arXiv 2412.06464)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madkernels.models.layers.base import State, check_positive
+from madkernels.models.layers.linear_attention import MatrixStateLayer, documents, wide
+from madkernels.models.layers.mamba import initial_step_bias
+from madkernels.models.layers.mamba2 import A_RANGE
+from madkernels.models.layers.recurrence import delta_rule
+from madkernels.models.layers.short_conv import ShortConv
+
+
+class DeltaNet(MatrixStateLayer):
+    """Writes what the state gets wrong at a key, at a rate of a sigmoid. q, k and v go through a short convolution of
+    `width` taps and SiLU, q and k to norm 1; heads are normed."""
+
+    def __init__(self, dim: int, *, heads: int = 8, width: int = 4) -> None:
+        super().__init__(dim, heads)
+        self.start(dim, width)
+
+    def start(self, dim: int, width: int) -> None:
+        check_positive(width=width)
+        values = self.heads * self.value_dim
+        self.qkv = nn.Linear(dim, 2 * dim + values, bias=False)
+        self.conv = ShortConv(2 * dim + values, width)
+        self.rate = nn.Linear(dim, self.heads, bias=False)
+        self.norm = nn.RMSNorm(self.value_dim, eps=1e-5)
+        self.out = nn.Linear(values, dim, bias=False)
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
+        self.check(x, cu_seqlens, state)
+        mixed = self.conv(self.qkv(x), cu_seqlens, state)
+        q, k, v = (self.split_heads(t) for t in mixed.split([self.dim, self.dim, self.heads * self.value_dim], -1))
+        q, k = F.normalize(wide(q), dim=-1) * self.key_dim**-0.5, F.normalize(wide(k), dim=-1)
+        rate = self.rate(x).sigmoid().unsqueeze(-1)
+        past = None if state is None else state["matrix"]
+        y, past = delta_rule(q, k, v, rate, self.log_decay(x), past, document=documents(x, cu_seqlens))
+        if state is not None:
+            state["matrix"] = past
+        out: Tensor = self.out(self.read_out(self.norm(y.to(self.norm.weight.dtype)), x).flatten(2))
+        return out
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """(batch or 1, seqlen, heads or 1, 1)."""
+        return wide(x.new_zeros(1, x.shape[1], 1, 1))
+
+    def read_out(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (batch, seqlen, heads, value_dim) after its norm."""
+        return y
+
+    def init_state(self, batch: int) -> State:
+        return super().init_state(batch) | {"conv": self.conv.init_state(batch)}
+
+    def flops(self, seqlen: int) -> int:
+        """Twice each matrix parameter, the short convolution's taps among them, and for each element of the state a
+        multiply-add to look up, to write and to read: as the recurrence is stated."""
+        return super().flops(seqlen) + 2 * seqlen * self.state_size(seqlen)
+
+
+class GatedDeltaNet(DeltaNet):
+    """A :class:`DeltaNet` whose heads also decay, as in Mamba-2, and whose output is gated by a SiLU; values are `expand`
+    times as wide as keys."""
+
+    def __init__(self, dim: int, *, heads: int = 8, expand: int = 2, width: int = 4) -> None:
+        MatrixStateLayer.__init__(self, dim, heads, expand=expand)
+        self.start(dim, width)
+        self.delta = nn.Linear(dim, heads, bias=False)
+        self.delta_bias = nn.Parameter(initial_step_bias(heads))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(*A_RANGE).log())
+        self.gate = nn.Linear(dim, heads * self.value_dim, bias=False)
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        delta = F.softplus(wide(self.delta(x)) + wide(self.delta_bias))
+        return (-wide(self.A_log).exp() * delta).unsqueeze(-1)
+
+    def read_out(self, y: Tensor, x: Tensor) -> Tensor:
+        return y * F.silu(self.split_heads(self.gate(x)))

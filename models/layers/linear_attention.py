@@ -1,0 +1,132 @@
+"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236) and gated linear attention (Yang et al. 2023, arXiv
+2312.06635)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madkernels.models.layers.base import Layer, State, check_positive, document_of
+from madkernels.models.layers.recurrence import linear_recurrence
+
+GATE_DIVISOR = 16  # of the logarithm of the forget gate, so that it starts near 1
+
+
+class MatrixStateLayer(Layer):
+    """A layer whose state is, in each head, a matrix of `key_dim` by `value_dim`.
+
+    Raises:
+        ValueError: dim does not divide into the heads.
+    """
+
+    def __init__(self, dim: int, heads: int, *, expand: int = 1) -> None:
+        super().__init__(dim)
+        check_positive(heads=heads, expand=expand)
+        if dim % heads:
+            raise ValueError(f"dim {dim} does not divide into {heads} heads; take another dim or heads=")
+        self.heads, self.key_dim, self.value_dim = heads, dim // heads, expand * dim // heads
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(batch, seqlen, channels) to (batch, seqlen, heads, channels of a head)."""
+        return x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
+
+    def init_state(self, batch: int) -> State:
+        wide = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+        return {"matrix": self.zeros(batch, self.heads, self.key_dim, self.value_dim, dtype=wide)}
+
+    def state_size(self, seqlen: int) -> int:
+        return self.heads * self.key_dim * self.value_dim
+
+    def flops(self, seqlen: int) -> int:
+        """Twice each matrix parameter, and for each element of the state a multiply-add to write and one to read: as the
+        recurrence is stated; its chunked form does more."""
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() > 1)
+        return seqlen * (2 * matrices + 4 * self.state_size(seqlen))
+
+
+def documents(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+    """The number of each position's document, where there are documents."""
+    return None if cu_seqlens is None else document_of(cu_seqlens, x.shape[1])
+
+
+class FeatureMap(nn.Module):
+    """The product of two linear maps of a head's channels, shared by all heads."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.left(x) * self.right(x)
+        return y
+
+
+class LinearAttention(MatrixStateLayer):
+    """``y[t] = sum_s (q[t] k[s]) v[s] / sum_s (q[t] k[s])`` with learned feature maps for q and k.
+
+    Args:
+        heads: of dim / heads channels.
+        normalise: whether to divide by the sum, as published. The features have no sign, so the sum may come near zero and
+            the output grow without bound; without it the output grows with the length.
+    """
+
+    def __init__(self, dim: int, *, heads: int = 16, normalise: bool = True) -> None:
+        super().__init__(dim, heads)
+        self.normalise = normalise
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_features, self.k_features = FeatureMap(self.key_dim), FeatureMap(self.key_dim)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
+        self.check(x, cu_seqlens, state)
+        q, k, v = (self.split_heads(t) for t in self.qkv(x).chunk(3, -1))
+        q, k = self.q_features(q), self.k_features(k)
+        if self.normalise:  # the sum of keys is what a value of 1 gathers
+            v = F.pad(v, (0, 1), value=1.0)
+        past = None if state is None else state["matrix"]
+        y, past = linear_recurrence(q, k, v, q.new_zeros(1, q.shape[1], 1, 1), past, document=documents(x, cu_seqlens))
+        if state is not None:
+            state["matrix"] = past
+        if self.normalise:
+            y = y[..., :-1] / (y[..., -1:] + 1e-12)
+        mixed: Tensor = self.out(y.flatten(2))
+        return mixed
+
+    def init_state(self, batch: int) -> State:
+        state = super().init_state(batch)
+        return {"matrix": F.pad(state["matrix"], (0, 1))} if self.normalise else state
+
+    def flops(self, seqlen: int) -> int:
+        """As above; the feature maps are applied once a head."""
+        features = sum(p.numel() for m in (self.q_features, self.k_features) for p in m.parameters() if p.dim() > 1)
+        return super().flops(seqlen) + 2 * seqlen * (self.heads - 1) * features
+
+
+class GatedLinearAttention(MatrixStateLayer):
+    """A decay of each key channel that the input sets through `rank` dimensions: ``sigmoid(gate)^(1/16)``. Heads are normed,
+    and gated by a SiLU."""
+
+    def __init__(self, dim: int, *, heads: int = 8, rank: int = 16) -> None:
+        super().__init__(dim, heads)
+        check_positive(rank=rank)
+        self.qkvg = nn.Linear(dim, 4 * dim, bias=False)
+        self.forget = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim))
+        self.norm = nn.RMSNorm(self.value_dim, eps=1e-5)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
+        self.check(x, cu_seqlens, state)
+        q, k, v, gate = (self.split_heads(t) for t in self.qkvg(x).chunk(4, -1))
+        log_decay = F.logsigmoid(self.split_heads(wide(self.forget(x)))) / GATE_DIVISOR
+        past = None if state is None else state["matrix"]
+        y, past = linear_recurrence(q * self.key_dim**-0.5, k, v, log_decay, past, document=documents(x, cu_seqlens))
+        if state is not None:
+            state["matrix"] = past
+        mixed: Tensor = self.out((self.norm(y.to(self.norm.weight.dtype)) * F.silu(gate)).flatten(2))
+        return mixed
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: rates are exponentiated and summed over the sequence."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
