@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from madkernels import reference
-from madkernels.ops.registration import differentiate_gradient, if_given, register_autocast, rows_like
+from madkernels.ops.registration import differentiate_gradient, if_given, register_autocast, register_vmap, rows_like
 
 _forward = torch.ops.madkernels.causal_conv.default
 _backward = torch.ops.madkernels.causal_conv_backward.default
@@ -158,3 +158,4 @@ torch.library.register_autograd("madkernels::causal_conv", _forward_gradient, se
 torch.library.register_autograd("madkernels::causal_conv_backward", _second_gradient, setup_context=_save_backward)
 register_autocast(_forward, "madkernels::causal_conv", activations=(0, 4))
 register_autocast(_step, "madkernels::causal_conv_step", activations=(1,))
+register_vmap("madkernels::causal_conv", _forward, (2, 0, 0, None, 2, None), (2, 2))

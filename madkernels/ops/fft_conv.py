@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from madkernels import reference
-from madkernels.ops.registration import differentiate_gradient, if_given, register_autocast, rows_like
+from madkernels.ops.registration import differentiate_gradient, if_given, register_autocast, register_vmap, rows_like
 
 _forward = torch.ops.madkernels.fft_conv.default
 _backward = torch.ops.madkernels.fft_conv_backward.default
@@ -172,3 +172,4 @@ torch.library.register_autograd("madkernels::fft_conv", _forward_gradient, setup
 torch.library.register_autograd("madkernels::fft_conv_backward", _second_gradient, setup_context=_save_backward)
 register_autocast(_forward, "madkernels::fft_conv", activations=(0, 3, 4))
 register_autocast(_step, "madkernels::fft_conv_step", activations=(1, 4, 5))
+register_vmap("madkernels::fft_conv", _forward, (2, 0, 0, 2, 2, None, 2, None, None), (2, 2))

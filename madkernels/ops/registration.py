@@ -82,3 +82,49 @@ def _differentiable(t: Tensor | None) -> Tensor | None:
     if t is None or t.requires_grad:
         return t
     return t.detach().requires_grad_()
+
+
+def register_vmap(name: str, op: Callable[..., Any], arguments: Sequence[int | None], results: Sequence[int]) -> None:
+    """Under vmap, one call for all maps: each is so many more channels, and channels do not mix.
+
+    Gradients are taken outside, as by ``torch.func.vmap(f)(...).sum().backward()``: torch's custom operators do not go
+    through ``torch.func.grad``.
+
+    Args:
+        name, op: what is registered.
+        arguments: the axis of channels (or of groups of channels) of each argument; None for what has none, and cannot be
+            mapped: offsets and flags.
+        results: the axis of channels of each result; of one that comes back empty it is ignored.
+    """
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        folded = [_fold(a, dim, axis, info.batch_size) for a, dim, axis in zip(args, in_dims, arguments, strict=True)]
+        found = op(*folded)
+        unfolded = [_unfold(t, axis, info.batch_size) for t, axis in zip(found, results, strict=True)]
+        return tuple(t for t, _ in unfolded), tuple(dim for _, dim in unfolded)
+
+    torch.library.register_vmap(name, rule)
+
+
+def _fold(value: Any, dim: int | None, axis: int | None, size: int) -> Any:
+    """The mapped axis `dim` into `axis` of what is left, map after map; an argument that is not mapped is repeated."""
+    if not isinstance(value, Tensor) or axis is None:
+        if dim is not None:
+            raise ValueError("offsets of packed documents are the same for all maps; vmap cannot map over cu_seqlens")
+        return value
+    value = (
+        value.movedim(dim, axis) if dim is not None else value.unsqueeze(axis).expand(*_inserted(value.shape, axis, size))
+    )
+    return value.flatten(axis, axis + 1)
+
+
+def _inserted(shape: Sequence[int], axis: int, size: int) -> list[int]:
+    return [*shape[:axis], size, *shape[axis:]]
+
+
+def _unfold(value: Tensor, axis: int, size: int) -> tuple[Tensor, int | None]:
+    if value.dim() <= axis:
+        return value, None
+    return value.view(
+        *_inserted([*value.shape[:axis], value.shape[axis] // size, *value.shape[axis + 1 :]], axis, size)
+    ), axis

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from madkernels import reference
-from madkernels.ops.registration import differentiate_gradient, if_given, register_autocast, rows_like
+from madkernels.ops.registration import differentiate_gradient, if_given, register_autocast, register_vmap, rows_like
 
 _forward = torch.ops.madkernels.selective_scan.default
 _backward = torch.ops.madkernels.selective_scan_backward.default
@@ -112,6 +112,14 @@ def selective_scan_step(
     return out.squeeze(1)
 
 
+def _forward_and_save(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """For vmap, under which the public function cannot see whether a gradient will be asked for."""
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    found: tuple[Tensor, Tensor, Tensor] = _forward(*arguments[:-1], arguments[-1] or save)
+    return found
+
+
 @torch.library.register_fake("madkernels::selective_scan")
 def _forward_fake(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
@@ -196,3 +204,4 @@ torch.library.register_autograd("madkernels::selective_scan", _forward_gradient,
 torch.library.register_autograd("madkernels::selective_scan_backward", _second_gradient, setup_context=_save_backward)
 register_autocast(_forward, "madkernels::selective_scan", activations=(0, 1, 3, 4, 6))
 register_autocast(_step, "madkernels::selective_scan_step", activations=(1, 2, 4, 5, 7))
+register_vmap("madkernels::selective_scan", _forward_and_save, (2, 2, 0, 2, 2, 0, 2, 0, None, 1, None, None), (2, 1, 2))
