@@ -33,7 +33,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/madkernels mad run --preset demo --out $(or $(OUT),out/demo)
+	$(BIN)/madkernels mad run --protocol demo --out $(or $(OUT),out/demo)
 
 test: install
 	$(BIN)/python -m pytest

@@ -35,8 +35,8 @@ class Draws:
 
     def __init__(self, stream: Any, start: int, count: int) -> None:
         key = int.from_bytes(hashlib.sha256(repr(stream).encode()).digest()[:8], "little")
-        numbers = np.arange(start, start + count, dtype=np.uint64)
-        self.examples: Bits = mix(mix(numbers + np.uint64(1)) ^ np.uint64(key))  # (count,)
+        self.numbers: Integers = np.arange(start, start + count)  # (count,)
+        self.examples: Bits = mix(mix(self.numbers.astype(np.uint64) + np.uint64(1)) ^ np.uint64(key))  # (count,)
         self.used = 0
 
     def bits(self, shape: tuple[int, ...]) -> Bits:

@@ -1,14 +1,13 @@
 """What is run to score an architecture: the settings of each task, the grid of optimiser settings, and how scores add up.
 
-`paper` is the published protocol (Poli et al. 2024, arXiv 2403.17844): 66 settings, from a baseline of each task one
-variable at a time, times 6 optimiser settings. Where the authors' code departs from what they state, the statement holds
-here: the learning rate follows a cosine, the score is the accuracy over all scored tokens, and the test set is used once, at
-the end; choices are made on a validation set of the same size.
+Protocols are JSON files in `protocols/`, to be read, copied and edited: `paper` as published (Poli et al. 2024, arXiv
+2403.17844), `strict` without its faults, `strict-small` a slice of that for two cores, and `demo` for a first look. A task
+has a baseline, and changes of one variable at a time from it. Where the authors' code departs from what they state, the
+statement holds: the learning rate follows a cosine, betas are 0.9 and 0.98, accuracy is over all scored tokens.
 
-`demo` is one small setting of each task, for a machine with two cores.
-
-A task's score is the mean over its settings of the test accuracy of the run with the best validation accuracy; the MAD score
-of an architecture is the mean over tasks.
+A task's score is the mean over its settings of the test accuracy of the run that is best by the accuracy its protocol
+chooses by (`select`); the MAD score of an architecture is the mean over tasks. With several seeds both are means over them,
+with Student's 95 % intervals.
 """
 
 from __future__ import annotations
@@ -16,27 +15,31 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+from scipy.stats import t as student
+
 from madkernels._version import __version__
+from madkernels.models.layers import user_layers
 from madkernels.models.spec import parse
 from madkernels.synthetics.tasks import TASKS, Task
-from madkernels.synthetics.tasks.compression import Compression
-from madkernels.synthetics.tasks.fuzzy_recall import FuzzyRecall
-from madkernels.synthetics.tasks.memorization import Memorization
-from madkernels.synthetics.tasks.noisy_recall import NoisyRecall
-from madkernels.synthetics.tasks.recall import Recall
-from madkernels.synthetics.tasks.selective_copying import SelectiveCopying
+
+FOLDER = Path(__file__).parent / "protocols"
+MEASURES = ("accuracy", "macro_accuracy")
+SELECTIONS = ("validation", "test")
 
 
 @dataclass(frozen=True)
 class Training:
     """How one model is trained: AdamW (betas 0.9, 0.98), the rate on a cosine from `lr` to `min_lr`, no warm-up or clipping.
 
-    Training stops early once the accuracy on the validation set reaches `enough`.
+    Training stops early once the accuracy on the held-out set that `select` names reaches `enough`.
     """
 
     lr: float
@@ -47,12 +50,15 @@ class Training:
     dim: int = 128
     dtype: str = "float32"  # or bfloat16: autocast, parameters in float32
     enough: float = 0.999
+    select: str = "validation"  # or test: which set stops training and chooses among runs
     held_out: int = 1280  # examples of the validation set, and of the test set
     seed: int = 12345
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it takes float32 or bfloat16")
+        if self.select not in SELECTIONS:
+            raise ValueError(f"select is {self.select!r}; it takes {' or '.join(SELECTIONS)}")
 
 
 @dataclass(frozen=True)
@@ -64,100 +70,110 @@ class Run:
     training: Training
 
     def config(self) -> dict[str, Any]:
-        """All that the result depends on, the version of the code included."""
+        """All that the result depends on, the version of the code and that of layers from outside included."""
+        own = {name: digest for name, digest in user_layers().items() if name in {s.name for s in parse(self.arch).layers}}
         return {
             "version": __version__,
             "arch": self.arch,
             "task": {"name": self.task.name} | self.task.options(),
             "training": dataclasses.asdict(self.training),
-        }
+        } | ({"layers": own} if own else {})
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Run:
+        """The run of a `config`."""
+        options = dict(config["task"])
+        return cls(config["arch"], TASKS[options.pop("name")](**options), Training(**config["training"]))
+
+    @cached_property
+    def _key(self) -> str:
+        return hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode()).hexdigest()
 
     def key(self) -> str:
         """A hash of `config`: a changed option is another run."""
-        return hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode()).hexdigest()
+        return self._key
+
+    def size(self) -> float:
+        """Tokens that are trained on at most: what sorts the longest first."""
+        return float(self.training.epochs * self.task.train_examples * self.task.length)
 
 
 @dataclass(frozen=True)
-class Preset:
-    """Settings by task, and the optimiser settings that each is trained with."""
+class Protocol:
+    """Settings by task, the optimiser settings that each is trained with, the seeds, and the measure that is the score."""
 
+    name: str
+    about: str
     settings: dict[str, tuple[Task, ...]]
     trainings: tuple[Training, ...]
+    seeds: tuple[int, ...]
+    score: str
 
 
-def one_at_a_time(baseline: Task, **changes: Sequence[Any]) -> tuple[Task, ...]:
+def one_at_a_time(baseline: Task, changes: dict[str, Sequence[Any]]) -> tuple[Task, ...]:
     """The baseline, and each change of one variable from it."""
     changed = [dataclasses.replace(baseline, **{name: value}) for name, values in changes.items() for value in values]
     return (baseline, *changed)
 
 
-VOCABULARIES = (32, 64, 128)
-LENGTHS = (256, 512, 1024)
-EXAMPLES = (6400, 3200, 1600, 800)
+def protocol_names() -> list[str]:
+    """The protocols that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
 
-PAPER = Preset(
-    settings={
-        "recall": one_at_a_time(
-            Recall(vocab_size=16, seqlen=128), vocab_size=VOCABULARIES, seqlen=LENGTHS, train_examples=EXAMPLES
-        ),
-        "noisy-recall": one_at_a_time(
-            NoisyRecall(vocab_size=32, seqlen=128),
-            vocab_size=(48, 80, 144),
-            seqlen=LENGTHS,
-            train_examples=EXAMPLES,
-            frac_noise=(0.4, 0.6, 0.8),
-        ),
-        "fuzzy-recall": one_at_a_time(
-            FuzzyRecall(vocab_size=16, seqlen=128), vocab_size=VOCABULARIES, seqlen=LENGTHS, train_examples=EXAMPLES
-        ),
-        "selective-copying": one_at_a_time(
-            SelectiveCopying(vocab_size=16, seqlen=256),
-            vocab_size=VOCABULARIES,
-            seqlen=(512, 1024),
-            train_examples=EXAMPLES,
-            copies=(32, 64, 96),
-        ),
-        "compression": one_at_a_time(
-            Compression(vocab_size=16, seqlen=32), vocab_size=VOCABULARIES, seqlen=(64, 128, 256), train_examples=EXAMPLES
-        ),
-        "memorization": one_at_a_time(Memorization(vocab_size=256, seqlen=32), vocab_size=(512, 1024, 2048, 4096, 8192)),
-    },
-    trainings=tuple(Training(lr=lr, weight_decay=wd) for lr, wd in product((1e-4, 5e-4, 1e-3), (0.0, 0.1))),
-)
 
-DEMO = Preset(
-    settings={
-        "recall": (Recall(vocab_size=24, seqlen=48, train_examples=1600),),
-        "noisy-recall": (NoisyRecall(vocab_size=32, seqlen=48, noise_vocab=8, train_examples=1600),),
-        "fuzzy-recall": (FuzzyRecall(vocab_size=12, seqlen=48, train_examples=1600),),
-        "selective-copying": (SelectiveCopying(vocab_size=16, seqlen=40, copies=8, train_examples=1600),),
-        "compression": (Compression(vocab_size=16, seqlen=12, train_examples=1600),),
-        "memorization": (Memorization(vocab_size=256, seqlen=32, train_examples=1600),),
-    },
-    trainings=(Training(lr=5e-3, epochs=16, batch=16, dim=32, held_out=320),),
-)
+def load_protocol(name: str) -> Protocol:
+    """A protocol by its name, or from a JSON file. ValueError says what in it is wrong."""
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    if not name.endswith(".json") and name not in protocol_names():
+        raise ValueError(f"unknown protocol {name!r}; there are {', '.join(protocol_names())}, or a .json file")
+    try:
+        data = json.loads(path.read_text())
+        return _read_protocol(path.stem, data)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"protocol {name}: {problem}") from None
 
-PRESETS = {"demo": DEMO, "paper": PAPER}
+
+def _read_protocol(name: str, data: dict[str, Any]) -> Protocol:
+    known = {"about", "seeds", "score", "training", "tasks"}
+    if unknown := data.keys() - known:
+        raise ValueError(f"unknown entry {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    if data["score"] not in MEASURES:
+        raise ValueError(f"score is {data['score']!r}; it takes {' or '.join(MEASURES)}")
+    if not data["seeds"] or len(set(data["seeds"])) < len(data["seeds"]):
+        raise ValueError(f"seeds is {data['seeds']}; it takes one or more, each once")
+    options = dict(data["training"])
+    grid = product(options.pop("lr"), options.pop("weight_decay"))
+    trainings = tuple(Training(lr=lr, weight_decay=decay, **options) for lr, decay in grid)
+    settings = {}
+    for task in task_names(",".join(data["tasks"])):
+        entry = data["tasks"][task]
+        settings[task] = one_at_a_time(TASKS[task](**entry["baseline"]), entry.get("changes", {}))
+    return Protocol(name, data["about"], settings, trainings, tuple(data["seeds"]), data["score"])
 
 
 def plan(
-    preset: str, archs: Iterable[str], tasks: str = "all", *, seed: int | None = None, dtype: str | None = None
+    protocol: Protocol | str,
+    archs: Iterable[str],
+    tasks: str = "all",
+    *,
+    seeds: Sequence[int] | None = None,
+    dtype: str | None = None,
 ) -> list[Run]:
-    """The runs of a preset. `tasks`: names with commas between, or all. ValueError names what is unknown."""
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
-    chosen = PRESETS[preset]
-    overrides: dict[str, Any] = {} if seed is None else {"seed": seed}
-    if dtype is not None:
-        overrides["dtype"] = dtype
-    trainings = [dataclasses.replace(t, **overrides) for t in chosen.trainings]
+    """The runs of a protocol. `tasks`: names with commas between, or all. ValueError names what is unknown."""
+    chosen = load_protocol(protocol) if isinstance(protocol, str) else protocol
+    names = [name for name in task_names(tasks) if name in chosen.settings]
+    if tasks != "all" and (missing := set(task_names(tasks)) - set(names)):
+        raise ValueError(f"protocol {chosen.name} has no {', '.join(sorted(missing))}; it has {', '.join(chosen.settings)}")
+    overrides: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     canonical = list(dict.fromkeys(str(parse(arch)) for arch in archs))
     return [
-        Run(arch, setting, training)
+        Run(arch, setting, dataclasses.replace(training, seed=seed, **overrides))
         for arch in canonical
-        for name in task_names(tasks)
+        for name in names
         for setting in chosen.settings[name]
-        for training in trainings
+        for seed in (seeds or chosen.seeds)
+        for training in chosen.trainings
     ]
 
 
@@ -174,30 +190,68 @@ def task_names(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Score:
-    """A task's score for an architecture, and how much of the protocol stands behind it."""
+    """A score for an architecture, and how much of the protocol stands behind it."""
 
-    value: float | None  # None: no run has ended
-    settings_done: int
+    by_seed: dict[int, float]
+    done: int  # settings, over all seeds, of which a run has ended
     settings: int
 
+    @property
+    def value(self) -> float | None:
+        """The mean over seeds; None: no run has ended."""
+        return mean(list(self.by_seed.values())) if self.by_seed else None
 
-def scores(runs: Sequence[Run], metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Score]]:
-    """Scores by architecture and task, from the metrics of the runs that have ended, by key."""
-    settings: dict[tuple[str, str], dict[Task, list[dict[str, Any]]]] = {}
-    for run in runs:
-        done = settings.setdefault((run.arch, run.task.name), {}).setdefault(run.task, [])
-        if run.key() in metrics:
-            done.append(metrics[run.key()])
+    @property
+    def margin(self) -> float | None:
+        """Half of the 95 % interval; None with fewer than two seeds."""
+        return margin(list(self.by_seed.values()))
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def margin(values: Sequence[float]) -> float | None:
+    """Half of Student's 95 % interval of the mean; None with fewer than two values."""
+    n = len(values)
+    if n < 2:
+        return None
+    variance = sum((v - mean(values)) ** 2 for v in values) / (n - 1)
+    return float(student.ppf(0.975, n - 1)) * math.sqrt(variance / n)
+
+
+Results = Sequence[tuple[Run, dict[str, Any] | None]]  # each run, and what was measured if it has ended
+
+
+def best_runs(results: Results) -> dict[tuple[str, Task, int], tuple[Run, dict[str, Any]] | None]:
+    """By architecture, setting and seed the run that is best on the held-out set; None where none has ended."""
+    found: dict[tuple[str, Task, int], tuple[Run, dict[str, Any]] | None] = {}
+    for run, metrics in results:
+        place = run.arch, run.task, run.training.seed
+        best = found.setdefault(place, None)
+        if metrics is not None and (best is None or metrics["held_out_accuracy"] > best[1]["held_out_accuracy"]):
+            found[place] = run, metrics
+    return found
+
+
+def scores(results: Results, measure: str = "accuracy") -> dict[str, dict[str, Score]]:
+    """Scores by architecture and task."""
+    groups: dict[tuple[str, str], dict[int, list[float | None]]] = {}
+    for (arch, task, seed), best in best_runs(results).items():
+        by_seed = groups.setdefault((arch, task.name), {})
+        by_seed.setdefault(seed, []).append(None if best is None else best[1][measure])
     table: dict[str, dict[str, Score]] = {}
-    for (arch, task), by_setting in settings.items():
-        best = [max(done, key=lambda m: m["validation_accuracy"])["accuracy"] for done in by_setting.values() if done]
-        value = sum(best) / len(best) if best else None
-        table.setdefault(arch, {})[task] = Score(value, len(best), len(by_setting))
+    for (arch, name), by_seed in groups.items():
+        known = {seed: [v for v in values if v is not None] for seed, values in by_seed.items()}
+        means = {seed: mean(values) for seed, values in known.items() if values}
+        done, total = sum(map(len, known.values())), sum(map(len, by_seed.values()))
+        table.setdefault(arch, {})[name] = Score(means, done, total)
     return table
 
 
-def mad_score(by_task: dict[str, Score]) -> float | None:
-    """The mean over tasks; None while one has no score."""
-    values = [score.value for score in by_task.values()]
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+def mad_score(by_task: dict[str, Score]) -> Score:
+    """The mean over tasks, of the seeds that have a score of each."""
+    seeds = [set(score.by_seed) for score in by_task.values()]
+    shared = sorted(set.intersection(*seeds)) if seeds else []
+    means = {seed: mean([score.by_seed[seed] for score in by_task.values()]) for seed in shared}
+    return Score(means, sum(s.done for s in by_task.values()), sum(s.settings for s in by_task.values()))

@@ -1,86 +1,161 @@
-"""Results as a table and as CSV."""
+"""Results as tables and as CSV."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from madkernels.models import counting
-from madkernels.synthetics.protocol import Run, Score, mad_score, scores
-from madkernels.synthetics.store import Store
+from madkernels.synthetics.protocol import Results, Run, Score, mad_score, margin, mean, scores
 from madkernels.synthetics.train import build
 
+FAIR = 0.1  # parts by which state and parameters may differ between architectures that are compared
 
-def table(runs: Sequence[Run], store: Store) -> Table:
+
+@dataclass(frozen=True)
+class Cost:
+    """What an architecture takes: parameters of its layers, elements of state for a sequence, forward operations a token."""
+
+    parameters: int
+    state: int
+    flops: float
+
+
+def cost_of(run: Run) -> Cost | None:
+    """At the width and length of a run; None where it cannot be built here."""
+    try:
+        model = build(run)
+    except ValueError:  # a layer from outside that is not here
+        return None
+    parameters = sum(p.numel() for layer in counting.layers(model) for p in layer.parameters())
+    length = run.task.length
+    return Cost(parameters, counting.state_size(model, length), counting.flops_per_token(model, length))
+
+
+def costs_of(results: Results) -> dict[str, Cost | None]:
+    """By architecture, at the first setting of the first task."""
+    first = results[0][0] if results else None
+    by_arch = {run.arch: run for run, _ in reversed(results) if first and run.task == first.task}
+    return {arch: cost_of(run) for arch, run in reversed(by_arch.items())}
+
+
+def unfair(costs: dict[str, Cost | None]) -> list[str]:
+    """What is not equal between architectures that should be compared at equal state and parameters."""
+    lines = []
+    for name in ("state", "parameters"):
+        known = {arch: getattr(cost, name) for arch, cost in costs.items() if cost}
+        if known and max(known.values()) > (1 + FAIR) * min(known.values()):
+            least, most = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+            lines.append(f"{name} differ: {known[least]:,} in {least}, {known[most]:,} in {most}")
+    return lines
+
+
+def table(results: Results, measure: str = "accuracy") -> Table:
     """Tasks by architectures; the MAD score is the mean over tasks."""
-    by_arch = scores(runs, store.metrics())
-    out = Table(title="Accuracy on held-out sequences, in percent", caption=_caption(by_arch, runs))
+    by_arch, costs = scores(results, measure), costs_of(results)
+    out = Table(title=f"{measure.replace('_', ' ').capitalize()} on test sequences, in percent", caption=_caption(results))
     out.add_column("task", no_wrap=True)
     for arch in by_arch:
         out.add_column(arch, justify="right", overflow="fold")
-    for task in dict.fromkeys(run.task.name for run in runs):
-        out.add_row(task, *(_percent(by_task[task].value) for by_task in by_arch.values()))
+    for task in dict.fromkeys(run.task.name for run, _ in results):
+        out.add_row(task, *(percent(by_task.get(task)) for by_task in by_arch.values()))
     out.add_section()
-    means = (_percent(mad_score(by_task)) for by_task in by_arch.values())
-    out.add_row("MAD score", *means, style="bold", end_section=True)
-    costs = [_cost(arch, runs) for arch in by_arch]
-    out.add_row("parameters", *(parameters for parameters, _ in costs), style="dim")
-    out.add_row("state", *(state for _, state in costs), style="dim")
+    out.add_row("MAD score", *(percent(mad_score(by_task)) for by_task in by_arch.values()), style="bold", end_section=True)
+    rows = {"parameters": "parameters", "state": "state", "operations a token": "flops"}
+    for title, name in rows.items():
+        values = (f"{getattr(cost, name):,.0f}" if (cost := costs.get(arch)) else "-" for arch in by_arch)
+        out.add_row(title, *values, style="dim")
     return out
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+def percent(score: Score | None) -> str:
+    """With its 95 % interval where there are seeds, and a star where settings are missing."""
+    if score is None or score.value is None:
+        return "-"
+    within = "" if score.margin is None else f" ± {100 * score.margin:.1f}"
+    return f"{100 * score.value:.1f}{within}{'' if score.done == score.settings else '*'}"
 
 
-def _cost(arch: str, runs: Sequence[Run]) -> tuple[str, str]:
-    run = next(run for run in runs if run.arch == arch)
-    model = build(run)
-    layers = sum(p.numel() for layer in counting.layers(model) for p in layer.parameters())
-    return f"{layers:,}", f"{counting.state_size(model, run.task.length):,}"
-
-
-def _caption(by_arch: dict[str, dict[str, Score]], runs: Sequence[Run]) -> str:
-    length = runs[0].task.length
-    text = f"Parameters of the layers; state: elements kept for one sequence of length {length}."
-    settings = {score.settings for tasks in by_arch.values() for score in tasks.values()}
-    if settings != {1}:
+def _caption(results: Results) -> str:
+    if not results:
+        return "There are no runs."
+    text = f"Parameters of the layers; state and operations for one sequence of length {results[0][0].task.length}."
+    by_arch = scores(results)
+    if {score.settings for tasks in by_arch.values() for score in tasks.values()} != {1}:
         text += " A task's score is the mean over its settings."
+    if any(score.done < score.settings for tasks in by_arch.values() for score in tasks.values()):
+        text += " * Some settings have no result yet."
+    for line in unfair(costs_of(results)):
+        text += f" Not a fair comparison: {line}."
     return text
 
 
-def write_csv(runs: Sequence[Run], store: Store, folder: Path) -> tuple[Path, Path]:
+def compare(results: Results, measure: str = "accuracy") -> Table:
+    """Each architecture against the first, seed by seed: differences with 95 % intervals."""
+    by_arch = scores(results, measure)
+    if len(by_arch) < 2:
+        raise ValueError("comparing takes two architectures with results at least")
+    base, *others = by_arch
+    out = Table(title=f"Difference to {base}, in points", caption=_comparison_caption(results))
+    out.add_column("task", no_wrap=True)
+    for arch in others:
+        out.add_column(arch, justify="right", overflow="fold")
+    tasks = list(dict.fromkeys(run.task.name for run, _ in results))
+    for task in tasks:
+        out.add_row(task, *(_difference(by_arch[base].get(task), by_arch[arch].get(task)) for arch in others))
+    out.add_section()
+    whole = (_difference(mad_score(by_arch[base]), mad_score(by_arch[arch])) for arch in others)
+    out.add_row("MAD score", *whole, style="bold")
+    return out
+
+
+def _difference(base: Score | None, other: Score | None) -> str:
+    """Of the seeds that both have; marked where zero is outside of the interval."""
+    shared = sorted(set(base.by_seed) & set(other.by_seed)) if base and other else []
+    if not shared or base is None or other is None:
+        return "-"
+    values = [100 * (other.by_seed[seed] - base.by_seed[seed]) for seed in shared]
+    within = margin(values)
+    if within is None:
+        return f"{mean(values):+.1f}"
+    return f"{mean(values):+.1f} ± {within:.1f}{' !' if abs(mean(values)) > within else ''}"
+
+
+def _comparison_caption(results: Results) -> str:
+    seeds = {run.training.seed for run, _ in results}
+    known = "95 % intervals over seeds; ! zero is outside." if len(seeds) > 1 else "One seed: no interval can be given."
+    return " ".join([known, *(f"Not a fair comparison: {line}." for line in unfair(costs_of(results)))])
+
+
+def write_csv(rows: Sequence[dict[str, Any]], folder: Path) -> tuple[Path, Path]:
     """`results.csv`, an architecture a row, and `runs.csv`, a run a row; returns both paths."""
-    by_arch = scores(runs, store.metrics())
-    tasks = list(dict.fromkeys(run.task.name for run in runs))
+    results = [(row["run"], row["metrics"]) for row in rows]
+    by_arch, costs = scores(results), costs_of(results)
+    tasks = list(dict.fromkeys(run.task.name for run, _ in results))
     scores_path, runs_path = folder / "results.csv", folder / "runs.csv"
     with scores_path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["arch", *tasks, "mad_score"])
+        intervals = [f"{task}_margin" for task in tasks]
+        writer.writerow(["arch", *tasks, "mad_score", *intervals, "mad_margin", "parameters", "state", "flops_per_token"])
         for arch, by_task in by_arch.items():
-            writer.writerow([arch, *(by_task[task].value for task in tasks), mad_score(by_task)])
-    rows = store.rows()
+            found = [by_task.get(task, Score({}, 0, 0)) for task in tasks] + [mad_score(by_task)]
+            cost = costs.get(arch)
+            counts = [cost.parameters, cost.state, cost.flops] if cost else [None] * 3
+            writer.writerow([arch, *(s.value for s in found), *(s.margin for s in found), *counts])
     task_options = list(dict.fromkeys(k for row in rows for k in row["config"]["task"]))
     training = list(dict.fromkeys(k for row in rows for k in row["config"]["training"]))
-    measured = ["accuracy", "macro_accuracy", "loss", "validation_accuracy", "epochs", "seconds"]
+    measured = ["accuracy", "macro_accuracy", "loss", "held_out_accuracy", "epochs", "seconds"]
     with runs_path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["key", "version", "arch", *task_options, *training, "status", *measured, "error"])
         for row in rows:
             config, metrics = row["config"], row["metrics"] or {}
-            writer.writerow(
-                [
-                    row["key"],
-                    config["version"],
-                    config["arch"],
-                    *(config["task"].get(k) for k in task_options),
-                    *(config["training"].get(k) for k in training),
-                    row["status"],
-                    *(metrics.get(k) for k in measured),
-                    row["error"],
-                ]
-            )
+            options = [config["task"].get(k) for k in task_options] + [config["training"].get(k) for k in training]
+            figures = [metrics.get(k) for k in measured]
+            writer.writerow([row["key"], config["version"], config["arch"], *options, row["status"], *figures, row["error"]])
     return scores_path, runs_path

@@ -1,7 +1,8 @@
 """The results of a folder: one SQLite file, `results.sqlite`, with a row a run.
 
-A run is written when it starts and when it ends, each in a transaction; so whatever kills the process, runs that ended are
-kept, and one that was under way is done again. Readable with any SQLite client.
+A run is written when it is planned, when it starts and when it ends, each in a transaction; so whatever kills the process,
+runs that ended are kept, and one that was under way is done again. Readable with any SQLite client, while a sweep writes
+too.
 """
 
 from __future__ import annotations
@@ -10,29 +11,84 @@ import fcntl
 import json
 import sqlite3
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from madkernels.synthetics.protocol import Run
 
-SCHEMA = 1  # PRAGMA user_version; a change of the table is another number
+SCHEMA = 2  # PRAGMA user_version; a change of the table is another number
 FILE = "results.sqlite"
 
 _TABLE = """
 CREATE TABLE runs (
     key TEXT PRIMARY KEY,  -- hash of config
     config TEXT NOT NULL,  -- JSON: version, arch, task, training
-    status TEXT NOT NULL CHECK (status IN ('running', 'done', 'failed')),
+    status TEXT NOT NULL CHECK (status IN ('planned', 'running', 'done', 'failed')),
     metrics TEXT,          -- JSON, of a run that is done
     curve TEXT,            -- JSON, a point an epoch
     error TEXT,            -- of a run that failed
-    started REAL NOT NULL, -- seconds since 1970
+    started REAL,          -- seconds since 1970
     ended REAL
 )
 """
 
 
-class Store:
+class Results:
+    """The results of a folder, to be read.
+
+    Raises:
+        ValueError: there are none, or the file is of another version or no results file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        if not self.path.exists():
+            raise ValueError(f"there are no results in {folder}: {FILE} is missing")
+        self.connect()
+
+    def connect(self) -> None:
+        try:
+            self.db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
+            self.open()
+        except sqlite3.OperationalError as error:
+            raise OSError(f"cannot open {self.path}: {error}; choose another --out") from None
+        except sqlite3.DatabaseError:
+            raise ValueError(f"{self.path} is no results file; choose another --out") from None
+
+    def open(self) -> None:
+        (version,) = self.db.execute("PRAGMA user_version").fetchone()
+        if version != SCHEMA:
+            raise ValueError(
+                f"{self.path} is of version {version}, this madkernels writes version {SCHEMA}; choose another --out"
+            )
+
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """The metrics of the runs that are done, by key."""
+        rows = self.db.execute("SELECT key, metrics FROM runs WHERE status = 'done'")
+        return {key: json.loads(metrics) for key, metrics in rows}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All runs, in the order in which they were planned, JSON read."""
+        cursor = self.db.execute("SELECT * FROM runs ORDER BY rowid")
+        names = [column[0] for column in cursor.description]
+        found = [dict(zip(names, row, strict=True)) for row in cursor]
+        for row in found:
+            row |= {k: json.loads(row[k]) for k in ("config", "metrics", "curve") if row[k] is not None}
+        return found
+
+    def latest(self) -> list[dict[str, Any]]:
+        """The rows of the version of the code that the last run is of, each with its `run`."""
+        rows = self.rows()
+        last = max(rows, key=lambda row: (row["ended"] or 0, row["started"] or 0), default=None)
+        chosen = [row for row in rows if last and row["config"]["version"] == last["config"]["version"]]
+        return [row | {"run": Run.of(row["config"])} for row in chosen]
+
+    def close(self) -> None:
+        self.db.close()
+
+
+class Store(Results):
     """Opens or makes the results of a folder, for one writer at a time.
 
     Raises:
@@ -51,15 +107,9 @@ class Store:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {self.path}; wait for it or choose another --out") from None
-        try:
-            self.db = sqlite3.connect(self.path, isolation_level=None)
-            self._open()
-        except sqlite3.OperationalError as error:
-            raise OSError(f"cannot open {self.path}: {error}; choose another --out") from None
-        except sqlite3.DatabaseError:
-            raise ValueError(f"{self.path} is no results file; choose another --out") from None
+        self.connect()
 
-    def _open(self) -> None:
+    def open(self) -> None:
         (version,) = self.db.execute("PRAGMA user_version").fetchone()
         (tables,) = self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if tables == 0 and version == 0:
@@ -67,51 +117,53 @@ class Store:
             self.db.execute(_TABLE)
             self.db.execute(f"PRAGMA user_version = {SCHEMA}")
             self.db.execute("COMMIT")
-        elif version != SCHEMA:
-            raise ValueError(
-                f"{self.path} is of version {version}, this madkernels writes version {SCHEMA}; choose another --out"
-            )
+        super().open()
 
-    def metrics(self) -> dict[str, dict[str, Any]]:
-        """The metrics of the runs that are done, by key."""
-        rows = self.db.execute("SELECT key, metrics FROM runs WHERE status = 'done'")
-        return {key: json.loads(metrics) for key, metrics in rows}
+    def plan(self, runs: Sequence[Run]) -> None:
+        """Notes what is to be done; what is known already stays as it is."""
+        self._write("BEGIN IMMEDIATE", ())
+        try:
+            for run in runs:
+                self._write("INSERT OR IGNORE INTO runs (key, config, status) VALUES (?, ?, 'planned')", _named(run))
+        finally:
+            self._write("COMMIT", ())
 
     def start(self, run: Run) -> None:
         """Notes that a run is under way, or is again."""
         self._write(
-            "INSERT OR REPLACE INTO runs (key, config, status, started) VALUES (?, ?, 'running', ?)",
-            (run.key(), json.dumps(run.config(), sort_keys=True), time.time()),
+            "INSERT INTO runs (key, config, status, started) VALUES (?1, ?2, 'running', ?3)"
+            " ON CONFLICT (key) DO UPDATE SET status = 'running', error = NULL, started = ?3, ended = NULL",
+            (*_named(run), time.time()),
         )
 
     def finish(self, run: Run, result: dict[str, Any]) -> None:
         """Keeps the result of a run."""
         metrics = {k: v for k, v in result.items() if k != "curve"}
-        self._write(
-            "UPDATE runs SET status = 'done', metrics = ?, curve = ?, error = NULL, ended = ? WHERE key = ?",
-            (json.dumps(metrics), json.dumps(result["curve"]), time.time(), run.key()),
-        )
+        self._end(run, "done", json.dumps(metrics), json.dumps(result["curve"]), None)
 
     def fail(self, run: Run, error: str) -> None:
         """Keeps that a run failed; it is tried again when asked for again."""
-        self._write("UPDATE runs SET status = 'failed', error = ?, ended = ? WHERE key = ?", (error, time.time(), run.key()))
+        self._end(run, "failed", None, None, error)
+
+    def _end(self, run: Run, status: str, metrics: str | None, curve: str | None, error: str | None) -> None:
+        """Whether its start could be written or not."""
+        self._write(
+            "INSERT INTO runs VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?7) ON CONFLICT (key) DO UPDATE SET"
+            " status = ?3, metrics = ?4, curve = ?5, error = ?6, ended = ?7",
+            (*_named(run), status, metrics, curve, error, time.time()),
+        )
 
     def _write(self, statement: str, values: tuple[Any, ...]) -> None:
-        """One statement, which is one transaction."""
+        """One statement; outside of a plan one transaction."""
         try:
             self.db.execute(statement, values)
         except sqlite3.OperationalError as error:  # the disk is full, or the file has become read-only
             raise OSError(f"cannot write to {self.path}: {error}") from None
 
-    def rows(self) -> list[dict[str, Any]]:
-        """All runs, oldest first, JSON read."""
-        cursor = self.db.execute("SELECT * FROM runs ORDER BY started")
-        names = [column[0] for column in cursor.description]
-        found = [dict(zip(names, row, strict=True)) for row in cursor]
-        for row in found:
-            row |= {k: json.loads(row[k]) for k in ("config", "metrics", "curve") if row[k] is not None}
-        return found
-
     def close(self) -> None:
-        self.db.close()
+        super().close()
         self.lock.close()
+
+
+def _named(run: Run) -> tuple[str, str]:
+    return run.key(), json.dumps(run.config(), sort_keys=True)

@@ -1,24 +1,20 @@
-"""Runs of a plan, those already done left out: in this process, or in a pool of processes of one thread each.
-
-A run trains with one thread wherever it is trained, so its result does not depend on the number of workers; and small models
-gain more from runs side by side than from threads.
-"""
+"""Runs of a plan, those already done left out, on an engine, into a store."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
+from madkernels.models import counting
+from madkernels.models.layers import user_layers
+from madkernels.models.layers.user import check_causal
+from madkernels.models.spec import parse
+from madkernels.synthetics.engines import Engine, InProcess, Job, Result
 from madkernels.synthetics.protocol import Run
 from madkernels.synthetics.store import Store
-from madkernels.synthetics.train import Diverged, build, train
+from madkernels.synthetics.together import alike
+from madkernels.synthetics.train import build
 
 
 class Progress(Protocol):
@@ -38,97 +34,99 @@ class Outcome:
     failed: int
 
 
-def sweep(runs: Sequence[Run], store: Store, progress: Progress, *, workers: int = 1) -> Outcome:
-    """Trains what is not done yet. A run that diverges is kept as failed, and the sweep goes on.
+def sweep(
+    runs: Sequence[Run], store: Store, progress: Progress, *, engine: Engine | None = None, together: bool = False
+) -> Outcome:
+    """Trains what is not done yet, the longest first. A run that fails is kept as failed, and the sweep goes on.
+
+    Args:
+        runs: of a plan.
+        engine: this process if absent.
+        together: whether the runs of a setting train as one model: on a GPU.
 
     Raises:
-        ValueError: an architecture does not go with the width; before anything is trained.
+        ValueError: an architecture does not go with the width, or a layer from outside is not causal; before anything is
+            trained.
+        OSError: results could not be written to the end; those that could are kept.
     """
     done = store.metrics()
     todo = [run for run in runs if run.key() not in done]
-    for run in {(r.arch, r.task.autoencoder, r.training.dim): r for r in todo}.values():
+    check(todo)
+    store.plan(runs)
+    books = _Books(store, progress)
+    (engine or InProcess()).run(jobs_of(todo, together), books)
+    books.close()
+    return Outcome(len(todo) - books.failed, len(runs) - len(todo), books.failed)
+
+
+def check(runs: Sequence[Run]) -> None:
+    """Raises ValueError for an architecture that cannot be trained."""
+    for run in {(r.arch, r.task.autoencoder, r.training.dim): r for r in runs}.values():
         build(run)
-    sweeper = _Sweeper(store, progress)
-    if workers > 1 and len(todo) > 1:
-        _in_pool(todo, sweeper, min(workers, len(todo)))
-    else:
-        _in_this_process(todo, sweeper)
-    return Outcome(len(todo) - sweeper.failed, len(runs) - len(todo), sweeper.failed)
+        for spec in parse(run.arch).layers:
+            if spec.name in user_layers():
+                check_causal(spec.build(run.training.dim), str(spec))
 
 
-class _Sweeper:
-    """Keeps the books: every change of a run goes to the store, then to the progress."""
+def jobs_of(runs: Sequence[Run], together: bool) -> list[Job]:
+    """The longest first, so that none is left alone at the end."""
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(alike(run) if together else run, []).append(run)
+    weights = work_of(runs)
+    return sorted(map(tuple, groups.values()), key=lambda job: -sum(weights[run] for run in job))
+
+
+def work_of(runs: Sequence[Run]) -> dict[Run, float]:
+    """Operations that each trains with at most."""
+    costs: dict[Any, float] = {}
+    for run in runs:
+        place = run.arch, run.task, run.training.dim
+        if place not in costs:
+            costs[place] = 3 * counting.flops_per_token(build(run), run.task.length)
+    return {run: run.size() * costs[run.arch, run.task, run.training.dim] for run in runs}
+
+
+class _Books:
+    """Every change of a run goes to the store, then to the progress. What cannot be written is kept, and tried again with
+    the next."""
 
     def __init__(self, store: Store, progress: Progress) -> None:
         self.store, self.progress, self.failed = store, progress, 0
+        self.unwritten: list[tuple[Run, Result]] = []
 
-    def start(self, run: Run) -> None:
-        self.store.start(run)
+    def started(self, run: Run) -> None:
         self.progress.run_starts(run)
-
-    def end(self, run: Run, result: Callable[[], dict[str, Any]]) -> None:
         try:
-            measured = result()
-        except Diverged as error:
-            self.failed += 1
-            self.store.fail(run, str(error))
-            self.progress.run_ends(run, f"failed: {error}")
-        else:
-            self.store.finish(run, measured)
-            self.progress.run_ends(run, f"accuracy {measured['accuracy']:.3f} in {measured['seconds']:.0f} s")
+            self.store.start(run)
+        except OSError:  # the end of the run is what matters
+            return
+
+    def epoch(self, run: Run, epoch: int, point: dict[str, float]) -> None:
+        self.progress.epoch_ends(run, epoch, point)
+
+    def ended(self, run: Run, result: Result) -> None:
+        self.unwritten.append((run, result))
+        told = f"failed: {result}" if isinstance(result, str) else _told(result)
+        self.failed += isinstance(result, str)
+        try:
+            self.write()
+        except OSError as error:
+            told += f" ({error}; kept, and tried again)"
+        self.progress.run_ends(run, told)
+
+    def write(self) -> None:
+        while self.unwritten:
+            run, result = self.unwritten[0]
+            self.store.fail(run, result) if isinstance(result, str) else self.store.finish(run, result)
+            self.unwritten.pop(0)
+
+    def close(self) -> None:
+        try:
+            self.write()
+        except OSError as error:
+            raise OSError(f"{len(self.unwritten)} finished runs are lost: {error}") from None
 
 
-def _in_this_process(todo: Sequence[Run], sweeper: _Sweeper) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for run in todo:
-            sweeper.start(run)
-
-            def tell(epoch: int, point: dict[str, float], run: Run = run) -> None:
-                sweeper.progress.epoch_ends(run, epoch, point)
-
-            sweeper.end(run, lambda run=run, tell=tell: train(run, tell))  # type: ignore[misc]
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _in_pool(todo: Sequence[Run], sweeper: _Sweeper, workers: int) -> None:
-    """The parent alone writes to the store; workers tell their epochs through a queue."""
-    context = multiprocessing.get_context("spawn")
-    told = context.Queue()
-    waiting = list(reversed(todo))
-    running: dict[Future[dict[str, Any]], Run] = {}
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(told,)) as pool:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                run = waiting.pop()
-                sweeper.start(run)
-                running[pool.submit(_train_in_worker, run)] = run
-            ended, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            while not told.empty():
-                sweeper.progress.epoch_ends(*told.get())
-            for future in ended:
-                sweeper.end(running.pop(future), future.result)
-
-
-_told: Any = None  # in a worker: the queue to its parent
-
-
-def _start_worker(told: Any) -> None:
-    global _told
-    _told = told
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent closes nothing, so its workers look after it themselves."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _train_in_worker(run: Run) -> dict[str, Any]:
-    return train(run, lambda epoch, point: _told.put((run, epoch, point)))
+def _told(result: dict[str, Any]) -> str:
+    return f"accuracy {result['accuracy']:.3f} in {result['seconds']:.0f} s"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,22 @@ from torch import Tensor, nn
 from madkernels.models import AutoEncoder, HybridLM
 from madkernels.models.init import parameter_groups
 from madkernels.synthetics.protocol import Run, Training
-from madkernels.synthetics.tasks import IGNORE
+from madkernels.synthetics.tasks import IGNORE, Task
 
 EVALUATION_BATCH = 128
+BETAS = (0.9, 0.98)
 
 
 class Diverged(Exception):
     """The loss is no number any more."""
+
+
+class Data(NamedTuple):
+    """The splits of a run: inputs and targets, (examples, length) each."""
+
+    train: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor]  # stops training, and chooses among runs
+    test: tuple[Tensor, Tensor]
 
 
 def build(run: Run) -> HybridLM | AutoEncoder:
@@ -30,62 +40,80 @@ def build(run: Run) -> HybridLM | AutoEncoder:
     return HybridLM(run.arch, vocab_size=run.task.vocab_size, dim=run.training.dim)
 
 
-def train(run: Run, on_epoch: Callable[[int, dict[str, float]], None] | None = None) -> dict[str, Any]:
+def data(run: Run, device: str = "cpu") -> Data:
+    """The splits of a run; made once for the runs of a setting that follow one another."""
+    splits = _generate(run.task, run.training.held_out, run.training.select == "test", run.training.seed)
+    return Data(*((x.to(device), y.to(device)) for x, y in splits))
+
+
+@lru_cache(maxsize=4)
+def _generate(task: Task, held_out: int, select_by_test: bool, seed: int) -> Data:
+    test = task.generate(held_out, seed=seed, split="test")
+    validation = test if select_by_test else task.generate(held_out, seed=seed, split="validation")
+    return Data(task.generate(task.train_examples, seed=seed, split="train"), validation, test)
+
+
+def train(run: Run, on_epoch: Callable[[int, dict[str, float]], None] | None = None, device: str = "cpu") -> dict[str, Any]:
     """Trains and measures; the same run gives the same result on the same machine with the same number of threads.
 
     Args:
         run: what to train.
         on_epoch: called after each epoch with the number of epochs done and its point of the curve.
+        device: where.
 
     Returns:
         Test `accuracy` (over all scored tokens), `macro_accuracy` (the mean over classes that the authors' code takes, by
-        batches of 128) and `loss` (nats); `validation_accuracy`; `epochs`, `seconds`, and `curve`, a point an epoch.
+        batches of 128) and `loss` (nats); `held_out_accuracy`, on the set that the run selects by; `epochs`, `seconds`, of
+        which `data_seconds` for making the data, and `curve`, a point an epoch.
 
     Raises:
         Diverged: the training loss became NaN or infinite.
     """
     begun = time.perf_counter()
-    options, model = run.training, build(run)
-    make = run.task.generate
-    inputs, targets = make(run.task.train_examples, seed=options.seed, split="train")
-    validation = make(options.held_out, seed=options.seed, split="validation")
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, options.weight_decay), lr=options.lr, betas=(0.9, 0.98), fused=True
-    )
+    options, model = run.training, build(run).to(device)
+    (inputs, targets), held_out, test = data(run, device)
+    data_seconds = time.perf_counter() - begun
+    optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=options.lr, betas=BETAS, fused=True)
     steps = options.epochs * -(-len(inputs) // options.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=options.min_lr)
     order = torch.Generator().manual_seed(options.seed)
     curve: list[dict[str, float]] = []
     for epoch in range(1, options.epochs + 1):
         model.train()
-        total = 0.0
-        for batch in torch.split(torch.randperm(len(inputs), generator=order), options.batch):
+        total = torch.zeros((), device=device)
+        for batch in torch.split(torch.randperm(len(inputs), generator=order).to(device), options.batch):
             loss = step(model, inputs[batch], targets[batch], options)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-            total += loss.item() * len(batch)
-        if not torch.isfinite(torch.tensor(total)):
-            raise Diverged(f"the loss is {total} in epoch {epoch}")
-        held_out = measure(model, *validation, options)
-        curve.append({"loss": total / len(inputs), "validation_accuracy": held_out["accuracy"]})
+            total += loss.detach() * len(batch)
+        point = {"loss": float(total) / len(inputs)}
+        check_finite(point["loss"], epoch)
+        point["held_out_accuracy"] = measure(model, *held_out, options)["accuracy"]
+        curve.append(point)
         if on_epoch:
-            on_epoch(epoch, curve[-1])
-        if held_out["accuracy"] >= options.enough:
+            on_epoch(epoch, point)
+        if point["held_out_accuracy"] >= options.enough:
             break
-    test = measure(model, *make(options.held_out, seed=options.seed, split="test"), options)
-    return test | {
-        "validation_accuracy": curve[-1]["validation_accuracy"],
+    return measure(model, *test, options) | {
+        "held_out_accuracy": curve[-1]["held_out_accuracy"],
         "epochs": len(curve),
         "seconds": time.perf_counter() - begun,
+        "data_seconds": data_seconds,
         "curve": curve,
     }
 
 
+def check_finite(loss: float, epoch: int) -> None:
+    """Raises Diverged where it is no number."""
+    if loss != loss or abs(loss) == float("inf"):
+        raise Diverged(f"the loss is {loss} in epoch {epoch}")
+
+
 def step(model: nn.Module, inputs: Tensor, targets: Tensor, options: Training) -> Tensor:
     """The loss of a batch: cross-entropy over the scored positions, in float32."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
         logits = model(inputs)
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
@@ -94,19 +122,37 @@ def step(model: nn.Module, inputs: Tensor, targets: Tensor, options: Training) -
 def measure(model: nn.Module, inputs: Tensor, targets: Tensor, options: Training) -> dict[str, float]:
     """Accuracy over scored tokens, macro accuracy, loss in nats."""
     model.eval()
-    right = scored = 0
-    loss, macro = 0.0, []
+    tally = Tally()
     for x, y in zip(*(torch.split(t, EVALUATION_BATCH) for t in (inputs, targets)), strict=True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
             logits = model(x)
-        kept = y != IGNORE
-        logits, y = logits.float()[kept], y[kept]
+        tally.add(logits, y)
+    return tally.measures()
+
+
+class Tally:
+    """What a model got right, batch by batch."""
+
+    def __init__(self) -> None:
+        self.right = self.scored = 0
+        self.loss, self.macro = 0.0, list[float]()
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """logits (batch, seqlen, vocab_size), targets (batch, seqlen)."""
+        kept = targets != IGNORE
+        logits, wanted = logits.float()[kept], targets[kept]
         predicted = logits.argmax(-1)
-        right += int((predicted == y).sum())
-        scored += len(y)
-        loss += float(F.cross_entropy(logits, y, reduction="sum"))
-        macro.append(macro_accuracy(predicted, y, logits.shape[-1]))
-    return {"accuracy": right / scored, "macro_accuracy": sum(macro) / len(macro), "loss": loss / scored}
+        self.right += int((predicted == wanted).sum())
+        self.scored += len(wanted)
+        self.loss += float(F.cross_entropy(logits, wanted, reduction="sum"))
+        self.macro.append(macro_accuracy(predicted, wanted, logits.shape[-1]))
+
+    def measures(self) -> dict[str, float]:
+        return {
+            "accuracy": self.right / self.scored,
+            "macro_accuracy": sum(self.macro) / len(self.macro),
+            "loss": self.loss / self.scored,
+        }
 
 
 def macro_accuracy(predicted: Tensor, targets: Tensor, classes: int) -> float:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     from rich.progress import Progress, TaskID
     from rich.text import Text
 
+    from madkernels.synthetics.engines import Engine
     from madkernels.synthetics.protocol import Run
     from madkernels.synthetics.tasks import Task
 
@@ -22,61 +23,147 @@ DEMO_ARCHS = ("mamba:dstate=4 swiglu mamba:dstate=4 swiglu", "mamba:dstate=4 swi
 COLOURS = ("cyan", "green", "bright_black", "magenta")
 
 
+Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file that adds layers; give several.")]
+Folder = Annotated[Path, typer.Option(help="Folder of the results.")]
+Measure = Annotated[str, typer.Option(help="accuracy, over all scored tokens, or macro_accuracy, over classes.")]
+
+
 @mad.command()
 def run(
     arch: Annotated[list[str] | None, typer.Option(help='Such as "mamba swiglu attention swiglu"; give several.')] = None,
     tasks: Annotated[str, typer.Option(help="Names with commas between, or all.")] = "all",
-    preset: Annotated[str, typer.Option(help="demo (minutes) or paper (66 settings, 6 optimiser settings).")] = "demo",
+    protocol: Annotated[str, typer.Option(help="demo (minutes), strict-small, strict, paper, or a .json file.")] = "demo",
     out: Annotated[Path, typer.Option(help="Folder of the results; a run found there is not done again.")] = Path("out/mad"),
-    seed: Annotated[int | None, typer.Option(help="Of data, order and initialisation.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Runs side by side, of one thread each; as many as cores.")
+    seed: Annotated[list[int] | None, typer.Option(help="In place of the protocol's; give several.")] = None,
+    engine: Annotated[str, typer.Option(help="pool (processes here), process (this one) or ray (a cluster).")] = "pool",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes of the pool; as many as cores, or GPUs.")] = None,
+    address: Annotated[str, typer.Option(help="Of the Ray cluster.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    together: Annotated[
+        bool | None, typer.Option("--together/--apart", help="Train a setting's runs as one model; so on a GPU if not told.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the preset's choice if absent.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the protocol's choice if absent.")] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Train every architecture on every task, and print their scores.
 
-    Without --arch the demo preset compares a pure recurrence with a hybrid that has one attention layer.
+    Without --arch the demo compares a pure recurrence with a hybrid that has one attention layer.
     """
     from rich.console import Console
 
-    from madkernels.synthetics.protocol import plan
+    from madkernels.synthetics.protocol import load_protocol, plan
     from madkernels.synthetics.report import table, write_csv
     from madkernels.synthetics.store import Store
-    from madkernels.synthetics.sweep import sweep
+    from madkernels.synthetics.sweep import sweep, work_of
 
-    if not arch and preset != "demo":
-        raise ValueError(f'the {preset} preset needs an architecture: --arch "mamba swiglu attention swiglu"')
-    runs = plan(preset, arch or DEMO_ARCHS, tasks, seed=seed, dtype=dtype)
+    plugins = _plugins(plugin)
+    chosen = load_protocol(protocol)
+    if not arch and protocol != "demo":
+        raise ValueError(f'the {protocol} protocol needs an architecture: --arch "mamba swiglu attention swiglu"')
+    runs = plan(chosen, arch or DEMO_ARCHS, tasks, seeds=seed, dtype=dtype)
     console = Console()
+    place = _engine(engine, workers, address, device, plugins)
     store = Store(out)
     with _progress(console) as bars:
-        done = len(store.metrics().keys() & {run.key() for run in runs})
-        outcome = sweep(runs, store, Bars(bars, len(runs), done), workers=workers or os.cpu_count() or 1)
-    scores_path, runs_path = write_csv(runs, store, out)
-    console.print(table(runs, store))
+        done = {run for run in runs if run.key() in store.metrics()}
+        progress = Bars(bars, work_of(runs), done)
+        outcome = sweep(runs, store, progress, engine=place, together=device != "cpu" if together is None else together)
+    wanted = {run.key() for run in runs}
+    rows = [row for row in store.latest() if row["key"] in wanted]
+    scores_path, runs_path = write_csv(rows, out)
+    console.print(table([(row["run"], row["metrics"]) for row in rows], chosen.score))
     console.print(f"{outcome.trained} runs trained, {outcome.already_done} found done, {outcome.failed} failed.")
     console.print(f"Results: {store.path}, {scores_path}, {runs_path}", soft_wrap=True)
     store.close()
 
 
+def _plugins(paths: list[Path] | None) -> list[str]:
+    from madkernels.synthetics.engines import load_plugin
+
+    found = [str(path.resolve()) for path in paths or []]
+    for path in found:
+        load_plugin(path)
+    return found
+
+
+def _engine(name: str, workers: int | None, address: str, device: str, plugins: list[str]) -> Engine:
+    import torch
+
+    from madkernels.synthetics.engines import InProcess, Pool, RayCluster
+
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device: {device!r} is not known; expected cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU; see madkernels doctor")
+    if name == "process":
+        return InProcess(device)
+    if name == "ray":
+        return RayCluster(address, device, plugins)
+    if name != "pool":
+        raise ValueError(f"--engine: {name!r} is not known; expected pool, process or ray")
+    return Pool(workers or (torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1), device, plugins)
+
+
+@mad.command()
+def status(out: Folder = Path("out/mad")) -> None:
+    """How far a sweep is: runs by task and architecture, and the time left at the pace so far."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from madkernels.synthetics.status import summary
+    from madkernels.synthetics.store import Results
+
+    results = Results(out)
+    told = summary(results.latest())
+    results.close()
+    table = Table(title=str(out))
+    for column in ("task", "architecture", "planned", "running", "done", "failed"):
+        table.add_column(column, overflow="fold")
+    for (task, arch), counts in told.counts.items():
+        table.add_row(task, arch, *(str(counts[name]) for name in ("planned", "running", "done", "failed")))
+    console = Console()
+    console.print(table)
+    for line in told.lines:
+        console.print(f"- {line}", markup=False, soft_wrap=True)
+
+
+@mad.command()
+def compare(out: Folder = Path("out/mad"), measure: Measure = "accuracy", plugin: Plugins = None) -> None:
+    """Compare the architectures of a folder with the first of them: differences by task, with intervals over seeds."""
+    from rich.console import Console
+
+    from madkernels.synthetics import report
+    from madkernels.synthetics.protocol import MEASURES
+    from madkernels.synthetics.store import Results
+
+    _plugins(plugin)
+    if measure not in MEASURES:
+        raise ValueError(f"--measure: {measure!r} is not known; expected {' or '.join(MEASURES)}")
+    results = Results(out)
+    found = [(row["run"], row["metrics"]) for row in results.latest()]
+    results.close()
+    console = Console()
+    console.print(report.table(found, measure))
+    console.print(report.compare(found, measure))
+
+
 @mad.command("tasks")
 def show_tasks(
     name: Annotated[str | None, typer.Argument(help="One task; all of them if absent.")] = None,
-    preset: Annotated[str, typer.Option(help="Whose baseline settings are shown.")] = "demo",
+    protocol: Annotated[str, typer.Option(help="Whose baseline settings are shown.")] = "demo",
     count: Annotated[int, typer.Option(min=1, help="Sequences of each task.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the sequences.")] = 12345,
 ) -> None:
     """Show what the tasks look like: a few test sequences, tokens coloured by role, what is to be answered below them."""
     from rich.console import Console
 
-    from madkernels.synthetics.protocol import PRESETS, task_names
+    from madkernels.synthetics.protocol import load_protocol, task_names
 
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+    chosen = load_protocol(protocol)
     console = Console(soft_wrap=True)
     for task_name in task_names(name or "all"):
-        _show(console, PRESETS[preset].settings[task_name][0], count, seed)
+        if task_name in chosen.settings:
+            _show(console, chosen.settings[task_name][0], count, seed)
 
 
 def _show(console: Console, task: Task, count: int, seed: int) -> None:
@@ -121,41 +208,48 @@ def _colour(task: Task, token: int) -> str:
 
 
 def _progress(console: Console) -> Progress:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
         disable=not console.is_terminal,
+        speed_estimate_period=600,
     )
 
 
 class Bars:
-    """A sweep's progress: a bar for all runs, one for the epochs of each under way. Where no terminal is: a line a run."""
+    """A sweep's progress: a bar for all its work, one for the epochs of each run under way. Where no terminal is: a line a
+    run."""
 
-    def __init__(self, bars: Progress, runs: int, done: int) -> None:
-        self.bars, self.runs, self.done = bars, runs, done
-        self.all = bars.add_task("all runs", total=runs, completed=done, note="")
-        self.under_way: dict[str, TaskID] = {}
+    def __init__(self, bars: Progress, work: dict[Run, float], done: set[Run]) -> None:
+        self.bars, self.work, self.done = bars, work, len(done)
+        finished = sum(work[run] for run in done)
+        self.all = bars.add_task("all runs", total=sum(work.values()), completed=int(finished), note=self.count())
+        self.under_way: dict[Run, TaskID] = {}
+
+    def count(self) -> str:
+        return f"{self.done} of {len(self.work)}"
 
     def run_starts(self, run: Run) -> None:
-        name = f"{run.task.name}: {run.arch}"
-        self.under_way[run.key()] = self.bars.add_task(name, total=run.training.epochs, note="")
+        if run not in self.under_way:  # else it starts again
+            self.under_way[run] = self.bars.add_task(f"{run.task.name}: {run.arch}", total=run.training.epochs, note="")
 
     def epoch_ends(self, run: Run, epoch: int, point: dict[str, float]) -> None:
-        note = f"loss {point['loss']:.3f}, validation {100 * point['validation_accuracy']:.1f} %"
-        if run.key() in self.under_way:
-            self.bars.update(self.under_way[run.key()], completed=epoch, note=note)
+        note = f"loss {point['loss']:.3f}, held out {100 * point['held_out_accuracy']:.1f} %"
+        if run in self.under_way:
+            self.bars.update(self.under_way[run], completed=epoch, note=note)
 
     def run_ends(self, run: Run, outcome: str) -> None:
         self.done += 1
-        self.bars.update(self.all, advance=1)
-        self.bars.remove_task(self.under_way.pop(run.key()))
+        self.bars.update(self.all, advance=self.work[run], note=self.count())
+        if run in self.under_way:
+            self.bars.remove_task(self.under_way.pop(run))
         self.bars.console.print(
-            f"[{self.done}/{self.runs}] {run.task.name}: {run.arch}: {outcome}", markup=False, soft_wrap=True
+            f"[{self.done}/{len(self.work)}] {run.task.name}: {run.arch}: {outcome}", markup=False, soft_wrap=True
         )

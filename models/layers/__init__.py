@@ -1,5 +1,12 @@
 """The layer primitives, by the names that architecture strings use."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from torch import nn
+
 from madkernels.models.layers.attention import Attention
 from madkernels.models.layers.base import Layer, State
 from madkernels.models.layers.deltanet import DeltaNet, GatedDeltaNet
@@ -15,6 +22,7 @@ from madkernels.models.layers.rwkv import RWKV5TimeMixer, RWKV6TimeMixer, RWKVCh
 from madkernels.models.layers.sliding_attention import SlidingAttention
 from madkernels.models.layers.striped_hyena2 import HyenaMR, HyenaSE
 from madkernels.models.layers.swiglu import SwiGLU
+from madkernels.models.layers.user import adapt, digest
 
 LAYERS: dict[str, type[Layer]] = {
     "attention": Attention,
@@ -38,4 +46,31 @@ LAYERS: dict[str, type[Layer]] = {
     "moe": MoE,
 }
 
-__all__ = ["LAYERS", "Layer", "State"]
+_user: dict[str, str] = {}
+
+
+def add_layer(name: str, make: Callable[..., nn.Module]) -> None:
+    """Lets architecture strings use a layer from outside.
+
+    Args:
+        name: small letters, digits and hyphens.
+        make: a :class:`Layer`, or any module's class: ``make(dim, **options)`` maps (batch, seqlen, dim) to the same shape,
+            causally. Its other parameters have defaults that are numbers or truth values.
+
+    Raises:
+        ValueError: the name is taken or is none, or a parameter has no such default.
+    """
+    if not re.fullmatch("[a-z][a-z0-9-]*", name):
+        raise ValueError(f"{name!r} is no name for a layer: it takes small letters, digits and hyphens")
+    if name in LAYERS and name not in _user:
+        raise ValueError(f"there is a layer {name} already")
+    LAYERS[name] = adapt(make)
+    _user[name] = digest(make)
+
+
+def user_layers() -> dict[str, str]:
+    """The layers that were added, and a hash of the file that defines each."""
+    return dict(_user)
+
+
+__all__ = ["LAYERS", "Layer", "State", "add_layer", "user_layers"]

@@ -21,7 +21,7 @@ class FuzzyRecall(Task):
     values of repeated keys and the last value; training scores every next token, pads included.
 
     As published, the probe's place may lie behind where filling stops, so that in about 2 % of sequences the last key was
-    never shown: those cannot be answered, and no model reaches an accuracy of 1.
+    never shown: those cannot be answered, and no model reaches an accuracy of 1. With `answerable` it lies before.
     """
 
     name: ClassVar[str] = "fuzzy-recall"
@@ -29,6 +29,7 @@ class FuzzyRecall(Task):
 
     key_motif: int = 3
     value_motif: int = 3
+    answerable: bool = False
 
     def __post_init__(self) -> None:
         motif = self.key_motif + self.value_motif
@@ -90,8 +91,10 @@ class FuzzyRecall(Task):
     def place(self, pair_length: Integers, code: Integers, uniform: Reals) -> tuple[Integers, Flags]:
         """Where each pair starts in the padded sequence, (count, slots + 1), the probe in front; and which are there."""
         probe, others = pair_length[:, :1], pair_length[:, 1:]
-        limit = self.seqlen - probe - (self.key_motif + self.value_motif)  # filling stops here
-        passed = (uniform[:, None] * (self.seqlen - 2 * probe)).astype(np.int64)  # the probe comes where this is passed
+        longest = self.key_motif + self.value_motif
+        limit = self.seqlen - probe - longest  # filling stops here
+        places = limit - longest + 1 if self.answerable else self.seqlen - 2 * probe
+        passed = (uniform[:, None] * places).astype(np.int64)  # the probe comes where this is passed
         start = np.cumsum(others, axis=1) - others
         behind = start >= passed
         by_chance = (code[:, 1:] == code[:, :1]) & ~behind  # the probe's key has come already: it is not inserted

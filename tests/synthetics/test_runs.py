@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import os
 import signal
 import sqlite3
@@ -18,10 +19,10 @@ import torch
 from typer.testing import CliRunner
 
 from madkernels.cli.main import app, main
-from madkernels.synthetics import sweep as sweep_module
-from madkernels.synthetics.protocol import DEMO, Run, Score, Training, mad_score, plan, scores
+from madkernels.synthetics.engines import InProcess, Pool
+from madkernels.synthetics.protocol import Run, Score, Training, load_protocol, mad_score, plan, scores
 from madkernels.synthetics.store import Store
-from madkernels.synthetics.sweep import sweep
+from madkernels.synthetics.sweep import Outcome, sweep
 from madkernels.synthetics.tasks.compression import Compression
 from madkernels.synthetics.tasks.recall import Recall
 from madkernels.synthetics.train import Diverged, macro_accuracy, measure, train
@@ -50,7 +51,7 @@ class Silent:
 
 
 def without_time(result: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in result.items() if k != "seconds"}
+    return {k: v for k, v in result.items() if not k.endswith("seconds")}
 
 
 # ---- training
@@ -132,17 +133,82 @@ def test_every_option_is_part_of_the_key() -> None:
     assert tiny().key() == base.key()
 
 
-def test_scores_choose_by_validation() -> None:
-    runs = [tiny(lr=1e-3), tiny(lr=1e-2), tiny("mlp")]
-    metrics = {
-        runs[0].key(): {"validation_accuracy": 0.5, "accuracy": 0.4},
-        runs[1].key(): {"validation_accuracy": 0.4, "accuracy": 0.9},
+def test_scores_choose_by_the_held_out_set() -> None:
+    results = [
+        (tiny(lr=1e-3), {"held_out_accuracy": 0.5, "accuracy": 0.4, "macro_accuracy": 0.1}),
+        (tiny(lr=1e-2), {"held_out_accuracy": 0.4, "accuracy": 0.9, "macro_accuracy": 0.2}),
+        (tiny("mlp"), None),
+    ]
+    table = scores(results)
+    assert table[ARCH]["recall"] == Score({1: 0.4}, 1, 1)
+    assert scores(results, "macro_accuracy")[ARCH]["recall"].value == 0.1
+    assert table["mlp"]["recall"] == Score({}, 0, 1)
+    assert table["mlp"]["recall"].value is None
+
+
+def test_seeds_give_intervals() -> None:
+    values = {1: 0.2, 2: 0.4, 3: 0.6}
+    results = [
+        (tiny(seed=seed), {"held_out_accuracy": 1.0, "accuracy": value, "macro_accuracy": value})
+        for seed, value in values.items()
+    ]
+    score = scores(results)[ARCH]["recall"]
+    assert score.value == pytest.approx(0.4)
+    assert score.margin == pytest.approx(4.302653 * 0.2 / 3**0.5, rel=1e-6)  # Student's at 2 degrees of freedom
+    other = Score({1: 0.4, 2: 0.6}, 2, 2)
+    both = mad_score({"a": score, "b": other})
+    assert both.by_seed == pytest.approx({1: 0.3, 2: 0.5})  # the seeds that both have
+    assert mad_score({"a": score, "b": Score({}, 0, 1)}).value is None
+
+
+def test_protocols() -> None:
+    paper, strict = load_protocol("paper"), load_protocol("strict")
+    assert len(plan(paper, ["mlp"])) == 396
+    assert len(plan(strict, ["mlp"])) == 3 * 396
+    assert {t.select for t in paper.trainings} == {"test"}
+    assert {t.select for t in strict.trainings} == {"validation"}
+    assert all(task.answerable for task in strict.settings["fuzzy-recall"])
+    assert not any(task.answerable for task in paper.settings["fuzzy-recall"])
+    assert all(task.covered for task in strict.settings["memorization"])
+    small = load_protocol("strict-small")
+    assert {name: len(settings) for name, settings in small.settings.items()} == {
+        "recall": 2, "fuzzy-recall": 2, "compression": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": "x"}, "unknown entry scores; there are about, score, seeds, tasks, training"),
+        ({"score": "loss"}, "score is 'loss'; it takes accuracy or macro_accuracy"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; it takes one or more, each once"),
+        ({"tasks": {"recal": {}}}, "unknown task 'recal'"),
+        ({"tasks": {"recall": {"baseline": {"vocab_size": 1, "seqlen": 8}}}}, "vocab_size 1 is too small"),
+        ({"tasks": {"recall": {"baseline": {"vocabulary": 1}}}}, "unexpected keyword argument 'vocabulary'"),
+        ({"tasks": {"recall": {}}}, "'baseline' is missing"),
+        (
+            {"training": {"lr": [1], "weight_decay": [0], "select": "train"}},
+            "select is 'train'; it takes validation or test",
+        ),
+    ],
+)
+def test_refuses_protocols(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    file = tmp_path / "mine.json"
+    data = {
+        "about": "",
+        "score": "accuracy",
+        "seeds": [1],
+        "training": {"lr": [1e-3], "weight_decay": [0.0]},
+        "tasks": {"recall": {"baseline": {"vocab_size": 8, "seqlen": 8}}},
     }
-    table = scores(runs, metrics)
-    assert table[ARCH]["recall"] == Score(0.4, 1, 1)
-    assert table["mlp"]["recall"] == Score(None, 0, 1)
-    assert mad_score({"a": Score(0.2, 1, 1), "b": Score(0.4, 1, 1)}) == pytest.approx(0.3)
-    assert mad_score({"a": Score(0.2, 1, 1), "b": Score(None, 0, 1)}) is None
+    file.write_text(json.dumps(data))
+    assert len(plan(str(file), ["mlp"])) == 1
+    file.write_text(json.dumps(data | change))
+    with pytest.raises(ValueError, match=message):
+        load_protocol(str(file))
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"protocol .*mine.json: Expecting"):
+        load_protocol(str(file))
 
 
 # ---- the results file
@@ -151,9 +217,9 @@ def test_scores_choose_by_validation() -> None:
 def test_sweep_keeps_and_reuses_results(tmp_path: Path) -> None:
     runs = [tiny(), tiny("mlp")]
     store, progress = Store(tmp_path), Silent()
-    assert sweep(runs, store, progress) == sweep_module.Outcome(2, 0, 0)
+    assert sweep(runs, store, progress) == Outcome(2, 0, 0)
     before = store.metrics()
-    assert sweep(runs, store, progress) == sweep_module.Outcome(0, 2, 0)
+    assert sweep(runs, store, progress) == Outcome(0, 2, 0)
     assert store.metrics() == before
     assert sweep([*runs, tiny(lr=1e-4)], store, progress).trained == 1
     store.close()
@@ -162,9 +228,9 @@ def test_sweep_keeps_and_reuses_results(tmp_path: Path) -> None:
 def test_pool_equals_one_process(tmp_path: Path) -> None:
     runs = [tiny(), tiny("mlp"), tiny(lr=1e30, epochs=5)]
     found = []
-    for workers in (1, 2):
-        store, progress = Store(tmp_path / str(workers)), Silent()
-        assert sweep(runs, store, progress, workers=workers) == sweep_module.Outcome(2, 0, 1)
+    for engine in (InProcess(), Pool(2)):
+        store, progress = Store(tmp_path / type(engine).__name__), Silent()
+        assert sweep(runs, store, progress, engine=engine) == Outcome(2, 0, 1)
         assert progress.epochs > 0
         found.append({k: without_time(v) for k, v in store.metrics().items()})
         store.close()
@@ -173,8 +239,9 @@ def test_pool_equals_one_process(tmp_path: Path) -> None:
 
 def test_a_run_that_diverges_does_not_end_the_sweep(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    assert sweep([tiny(lr=1e30, epochs=5), tiny()], store, Silent()) == sweep_module.Outcome(1, 0, 1)
+    assert sweep([tiny(lr=1e30, epochs=5), tiny()], store, Silent()) == Outcome(1, 0, 1)
     assert [row["status"] for row in store.rows()] == ["failed", "done"]
+    assert "the loss is" in store.rows()[0]["error"]
     store.close()
 
 
@@ -184,7 +251,7 @@ def test_killed_at_any_moment_loses_no_finished_run(tmp_path: Path) -> None:
 from pathlib import Path
 from madkernels.synthetics.protocol import Run, Training
 from madkernels.synthetics.store import Store
-from madkernels.synthetics.sweep import sweep
+from madkernels.synthetics.sweep import Outcome, sweep
 from madkernels.synthetics.tasks.recall import Recall
 class P:
     def run_starts(self, run): pass
@@ -237,7 +304,7 @@ def test_refuses_a_file_of_another_version(tmp_path: Path) -> None:
     db.commit()
     db.close()
     content = (tmp_path / "results.sqlite").read_bytes()
-    with pytest.raises(ValueError, match=r"is of version 99, this madkernels writes version 1; choose another --out"):
+    with pytest.raises(ValueError, match=r"is of version 99, this madkernels writes version 2; choose another --out"):
         Store(tmp_path)
     assert (tmp_path / "results.sqlite").read_bytes() == content
 
@@ -289,9 +356,10 @@ def test_help_does_not_load_torch() -> None:
 
 def test_command_trains_and_writes_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command in this process, on the demo's settings cut short."""
-    short = dataclasses.replace(DEMO.trainings[0], epochs=1, held_out=32)
-    preset = dataclasses.replace(DEMO, trainings=(short,))
-    monkeypatch.setattr("madkernels.synthetics.protocol.PRESETS", {"demo": preset})
+    demo = load_protocol("demo")
+    short = dataclasses.replace(demo.trainings[0], epochs=1, held_out=32)
+    cut = dataclasses.replace(demo, trainings=(short,))
+    monkeypatch.setattr("madkernels.synthetics.protocol.load_protocol", lambda name: cut)
     arguments = ["mad", "run", "--arch", "mlp", "--arch", "mamba mlp", "--tasks", "compression,memorization"]
     for trained in (4, 0):
         result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path), "--workers", "1"], env={"COLUMNS": "200"})
@@ -321,9 +389,24 @@ def test_command_shows_tasks() -> None:
         (("run", "--arch", "mamba:dstates=3"), "error: unknown option 'dstates'; mamba takes dstate"),
         (("run", "--arch", "attention:heads=7"), "error: attention:heads=7: dim 32 does not divide into 7 heads"),
         (("run", "--arch", "mlp", "--tasks", "recal"), "error: unknown task 'recal'; there are recall"),
-        (("run", "--arch", "mlp", "--preset", "papers"), "error: unknown preset 'papers'; there are demo, paper"),
+        (
+            ("run", "--arch", "mlp", "--protocol", "papers"),
+            "error: unknown protocol 'papers'; there are demo, paper, strict",
+        ),
         (("run", "--arch", "mlp", "--dtype", "int8"), "error: dtype is 'int8'; it takes float32 or bfloat16"),
-        (("run", "--preset", "paper"), "error: the paper preset needs an architecture"),
+        (("run", "--protocol", "paper"), "error: the paper protocol needs an architecture"),
+        (
+            ("run", "--arch", "mlp", "--engine", "slurm"),
+            "error: --engine: 'slurm' is not known; expected pool, process or ray",
+        ),
+        (("run", "--arch", "mlp", "--device", "tpu"), "error: --device: 'tpu' is not known; expected cpu or cuda"),
+        (("run", "--arch", "mlp", "--plugin", "absent.py"), "absent.py: FileNotFoundError"),
+        (
+            ("run", "--arch", "mlp", "--protocol", "strict-small", "--tasks", "memorization"),
+            "error: protocol strict-small has no",
+        ),
+        (("status", "--out", "/nowhere"), "error: there are no results in /nowhere"),
+        (("compare", "--out", "/nowhere"), "error: there are no results in /nowhere"),
         (("run", "--arch", "mlp", "--out", "/dev/null/x"), "error: cannot write to /dev/null/x: Not a directory"),
         (("tasks", "recal"), "error: unknown task 'recal'"),
         (("run", "--archs", "mlp"), "No such option"),

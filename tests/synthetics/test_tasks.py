@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from madkernels.synthetics.protocol import PAPER
+from madkernels.synthetics.protocol import load_protocol
 from madkernels.synthetics.tasks import IGNORE, TASKS, Task
 from madkernels.synthetics.tasks.compression import Compression
 from madkernels.synthetics.tasks.fuzzy_recall import FuzzyRecall
@@ -113,6 +113,14 @@ def test_fuzzy_recall_oracle() -> None:
     assert 0 < unanswerable < 0.06 * len(rows)
 
 
+@pytest.mark.parametrize("task", [FuzzyRecall(12, 26, answerable=True), FuzzyRecall(16, 128, answerable=True)], ids=str)
+def test_answerable_fuzzy_recall_shows_the_last_key_before(task: FuzzyRecall) -> None:
+    for inputs, targets in examples(task, 1000):
+        scored = {i: t for i, t in enumerate(targets) if t != IGNORE}
+        answers = solve_fuzzy_recall(task, inputs)
+        assert answers == scored
+
+
 def test_fuzzy_recall_lengths() -> None:
     task = FuzzyRecall(vocab_size=32, seqlen=128)
     for split, lengths in (("train", {1, 2, 3}), ("test", {3})):
@@ -143,6 +151,20 @@ def test_memorization_oracle_learns_the_map_from_training() -> None:
         assert set(targets[::2]) == {IGNORE}
         assert set(inputs[1::2]) == {task.vocab_size - 1}
     assert examples(task, 1, seed=4)[0][1] != [facts.get(k, 0) for k in examples(task, 1, seed=4)[0][0]]
+
+
+def test_covered_memorization_shows_every_fact_about_as_often() -> None:
+    task = Memorization(vocab_size=512, seqlen=32, covered=True)
+    inputs, targets = task.generate(task.train_examples, seed=1, split="train")
+    shown = torch.bincount(inputs[:, ::2].flatten(), minlength=task.keys)
+    assert shown.min() == 16
+    assert shown.max() == 17
+    assert torch.equal(task.generate(3, seed=1, split="train", start=7)[0], inputs[7:10])
+    assert torch.equal(targets[:, 1::2], torch.from_numpy(task.facts(1))[inputs[:, ::2]])
+    with pytest.raises(ValueError, match="4 examples of 16 pairs cannot cover 255 facts"):
+        Memorization(vocab_size=512, seqlen=32, train_examples=4, covered=True).generate(4, seed=1, split="train")
+    largest = Memorization(vocab_size=8192, seqlen=32, covered=True).generate(256, seed=1, split="train")[0]
+    assert len(set(largest[:, ::2].flatten().tolist())) == 4095
 
 
 @pytest.mark.parametrize("name", ["recall", "noisy-recall", "fuzzy-recall"])
@@ -289,7 +311,8 @@ def test_smallest_vocabularies_work() -> None:
 
 
 def test_the_papers_settings() -> None:
-    assert {name: len(settings) for name, settings in PAPER.settings.items()} == {
+    paper = load_protocol("paper")
+    assert {name: len(settings) for name, settings in paper.settings.items()} == {
         "recall": 11,
         "noisy-recall": 14,
         "fuzzy-recall": 11,
@@ -297,4 +320,4 @@ def test_the_papers_settings() -> None:
         "compression": 11,
         "memorization": 6,
     }
-    assert len(PAPER.trainings) == 6
+    assert len(paper.trainings) == 6

@@ -1,0 +1,96 @@
+"""Layers from outside: any torch.nn.Module that maps (batch, seqlen, dim) to the same shape joins by its name."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from madkernels.models.layers.base import Layer, State
+
+
+class AdaptedLayer(Layer):
+    """A plain module as a layer. Packed documents go through it one by one; decoding keeps the whole past and runs it
+    again, so that it is exact, whatever the module does. Operations are those of its matrix products, as torch counts them;
+    its state is what its own ``state_size(seqlen)`` says, or is counted as nothing."""
+
+    make: ClassVar[Callable[..., nn.Module]]
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim)
+        self.module = type(self).make(dim, **options)
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
+        self.check(x, cu_seqlens, state)
+        if cu_seqlens is not None:
+            parts = torch.split(x, cu_seqlens.diff().tolist(), dim=1)
+            return torch.cat([self.module(part) if part.shape[1] else part for part in parts], dim=1)
+        if state is None or x.shape[1] == 0:
+            y: Tensor = self.module(x)
+            return y
+        state["past"] = torch.cat([state["past"].to(x.dtype), x], dim=1)
+        whole: Tensor = self.module(state["past"])
+        return whole[:, -x.shape[1] :]
+
+    def init_state(self, batch: int) -> State:
+        like = next(self.parameters(), torch.zeros(()))
+        return {"past": like.new_zeros(batch, 0, self.dim).detach()}
+
+    def state_size(self, seqlen: int) -> int:
+        own = getattr(self.module, "state_size", None)
+        return int(own(seqlen)) if callable(own) else 0
+
+    def flops(self, seqlen: int) -> int:
+        like = next(self.parameters(), torch.zeros(()))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.module(like.new_zeros(1, seqlen, self.dim))
+        return int(counter.get_total_flops())
+
+
+def adapt(make: Callable[..., nn.Module]) -> type[Layer]:
+    """The layer class of a module's class (or of a function that makes one): its first parameter is dim, the others, which
+    need defaults, become options."""
+    if isinstance(make, type) and issubclass(make, Layer):
+        return make
+    _, *others = inspect.signature(make).parameters.values()
+    for p in others:
+        if type(p.default) not in (int, float, bool):
+            raise ValueError(f"{make.__name__}: parameter {p.name} needs a default that is a number or a truth value")
+    options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in others]
+    first = inspect.Parameter("dim", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    fields = {"make": staticmethod(make), "__doc__": make.__doc__, "__signature__": inspect.Signature([first, *options])}
+    return type(make.__name__, (AdaptedLayer,), fields)
+
+
+def digest(make: Callable[..., nn.Module]) -> str:
+    """A hash of the file that defines it: results of one version are not those of another."""
+    try:
+        source = Path(inspect.getfile(make)).read_bytes()
+    except (OSError, TypeError):  # made at a prompt
+        source = repr(make).encode()
+    return hashlib.sha256(source).hexdigest()[:16]
+
+
+@torch.no_grad()
+def check_causal(layer: Layer, name: str, seqlen: int = 16) -> None:
+    """Raises ValueError where an output depends on what comes after it, or has another shape than the input."""
+    layer.eval()
+    like = next(layer.parameters(), torch.zeros(()))
+    x = torch.randn(2, seqlen, layer.dim, generator=torch.Generator().manual_seed(0)).to(like)
+    y = layer(x)
+    if y.shape != x.shape:
+        raise ValueError(f"layer {name} maps {tuple(x.shape)} to {tuple(y.shape)}; expected the same shape")
+    for cut in (1, seqlen // 2, seqlen - 1):
+        changed = torch.cat([x[:, :cut], -x[:, cut:]], 1)
+        moved = (layer(changed) - y)[:, :cut].abs().amax((0, 2))
+        if (moved > 1e-4 * y.abs().max()).any():
+            seen = int((moved > 1e-4 * y.abs().max()).nonzero()[0])
+            raise ValueError(
+                f"layer {name} is not causal: its output at position {seen} changes with inputs from position {cut}"
+            )

@@ -1,0 +1,279 @@
+"""Where jobs are done: in this process, in a pool of processes, or on a Ray cluster.
+
+A job is one run, or several that train together. Whatever happens to a job is told for each of its runs: an engine raises
+for nothing that a job does. A job whose worker dies is done again, twice at most. Workers write nothing: results go to
+whoever listens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from madkernels.synthetics.protocol import Run
+from madkernels.synthetics.together import train_together
+from madkernels.synthetics.train import Diverged, train
+
+Job = tuple[Run, ...]
+Result = dict[str, Any] | str  # what was measured, or why there is nothing
+OnEpoch = Callable[[Run, int, dict[str, float]], None]
+ATTEMPTS = 3
+
+
+class Listener(Protocol):
+    """What an engine tells."""
+
+    def started(self, run: Run) -> None: ...
+    def epoch(self, run: Run, epoch: int, point: dict[str, float]) -> None: ...
+    def ended(self, run: Run, result: Result) -> None: ...
+
+
+class Engine(Protocol):
+    """Does jobs in their order, as far as it does them one after the other."""
+
+    def run(self, jobs: Sequence[Job], listener: Listener) -> None: ...
+
+
+def work(job: Job, on_epoch: OnEpoch, device: str) -> list[Result]:
+    """Trains the runs of a job. An error is their result."""
+    try:
+        if len(job) > 1:
+            return [str(r) if isinstance(r, Diverged) else r for r in train_together(job, on_epoch, device)]
+        return [train(job[0], lambda epoch, point: on_epoch(job[0], epoch, point), device)]
+    except Diverged as error:
+        return [str(error)]
+    except Exception as error:  # whatever one trial meets, the others go on
+        return [f"{type(error).__name__}: {error}"] * len(job)
+
+
+def load_plugin(path: str) -> None:
+    """Runs a Python file that adds layers. ValueError where it cannot."""
+    name = f"madkernels_plugin_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"plugin {path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"plugin {path}: {type(error).__name__}: {error}") from None
+
+
+@dataclass
+class InProcess:
+    """One job after the other, here."""
+
+    device: str = "cpu"
+
+    def run(self, jobs: Sequence[Job], listener: Listener) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # so that a result does not depend on where it was made
+        try:
+            for job in jobs:
+                for run in job:
+                    listener.started(run)
+                for run, result in zip(job, work(job, listener.epoch, self.device), strict=True):
+                    listener.ended(run, result)
+        finally:
+            torch.set_num_threads(threads)
+
+
+# ---- a pool of processes
+
+
+@dataclass
+class Pool:
+    """Processes of one thread each: small models gain more from jobs side by side than from threads."""
+
+    workers: int
+    device: str = "cpu"
+    plugins: Sequence[str] = ()
+
+    def run(self, jobs: Sequence[Job], listener: Listener) -> None:
+        waiting = deque(_Attempt(job) for job in jobs)
+        workers = [_Worker(self.device, self.plugins) for _ in range(min(self.workers, len(jobs)))]
+        try:
+            for worker in workers:
+                _give(worker, waiting, listener)
+            while any(worker.attempt for worker in workers):
+                wait([handle for worker in workers if worker.attempt for handle in worker.handles()])
+                for place, worker in enumerate(workers):
+                    if worker.listen(listener):
+                        _give(worker, waiting, listener)
+                    elif not worker.process.is_alive():
+                        if worker.attempt:
+                            _try_again(worker.attempt, waiting, listener)
+                        workers[place] = _Worker(self.device, self.plugins)
+                        _give(workers[place], waiting, listener)
+        finally:
+            for worker in workers:
+                worker.process.kill()
+                worker.process.join()
+
+
+@dataclass
+class _Attempt:
+    job: Job
+    number: int = 1
+
+
+def _give(worker: _Worker, waiting: deque[_Attempt], listener: Listener) -> None:
+    worker.attempt = waiting.popleft() if waiting else None
+    if worker.attempt is None:
+        return
+    for run in worker.attempt.job:
+        listener.started(run)
+    try:
+        worker.pipe.send(worker.attempt.job)
+    except OSError:  # it died; the next look at it says so
+        return
+
+
+def _try_again(attempt: _Attempt, waiting: deque[_Attempt], listener: Listener) -> None:
+    if attempt.number < ATTEMPTS:
+        waiting.appendleft(_Attempt(attempt.job, attempt.number + 1))
+        return
+    for run in attempt.job:
+        listener.ended(run, f"its worker died {ATTEMPTS} times")
+
+
+class _Worker:
+    """A process, and the job that it is at."""
+
+    def __init__(self, device: str, plugins: Sequence[str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, device, tuple(plugins)), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.attempt: _Attempt | None = None
+
+    def handles(self) -> list[Any]:
+        return [self.pipe, self.process.sentinel]
+
+    def listen(self, listener: Listener) -> bool:
+        """Passes on what it has said; whether its job has ended."""
+        try:
+            while self.attempt and self.pipe.poll():
+                message = self.pipe.recv()
+                if isinstance(message, list):
+                    for run, result in zip(self.attempt.job, message, strict=True):
+                        listener.ended(run, result)
+                    return True
+                listener.epoch(*message)
+        except (EOFError, OSError):
+            self.process.join(timeout=10)  # it has closed its end, so it is ending
+        return False
+
+
+def _serve(pipe: Connection, device: str, plugins: Sequence[str]) -> None:
+    """What a worker does: jobs, until its parent is gone."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    for path in plugins:
+        load_plugin(path)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(work(job, lambda run, epoch, point: pipe.send((run, epoch, point)), device))
+
+
+def _end_with_parent() -> None:
+    """A killed parent closes nothing, so its workers look after it themselves."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+# ---- Ray
+
+
+@dataclass
+class RayCluster:
+    """A Ray cluster that is running, as by ``ray start --head``: one CPU (or GPU) a job, and as many at once as it has.
+
+    Raises:
+        ValueError: Ray is not installed, or there is no cluster at the address.
+    """
+
+    address: str = "auto"
+    device: str = "cpu"
+    plugins: Sequence[str] = ()
+    _ray: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise ValueError("Ray is not installed: pip install 'madkernels[cluster]'") from None
+        self._ray = ray
+        if not ray.is_initialized():
+            self._check_address()
+            try:
+                ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
+            except ConnectionError as error:
+                raise ValueError(f"no Ray cluster at {self.address}: {error}; start one with: ray start --head") from None
+
+    def _check_address(self) -> None:
+        """Ray itself would try an address for minutes."""
+        host, _, port = self.address.rpartition(":")
+        if not host or not port.isdecimal() or "://" in host:
+            return
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise ValueError(f"no Ray cluster at {self.address}: {error}; start one with: ray start --head") from None
+
+    def run(self, jobs: Sequence[Job], listener: Listener) -> None:
+        from ray.util.queue import Queue
+
+        said = Queue()
+        needs = {"num_gpus": 1} if self.device.startswith("cuda") else {"num_cpus": 1}
+        task = self._ray.remote(max_retries=ATTEMPTS - 1, **needs)(_work_on_ray)
+        waiting = {task.remote(job, said, self.device, tuple(self.plugins)): job for job in jobs}
+        while waiting:
+            ended, _ = self._ray.wait(list(waiting), timeout=0.5)
+            self._pass_on(said, listener)
+            for reference in ended:
+                job = waiting.pop(reference)
+                for run, result in zip(job, self._result(reference, job), strict=True):
+                    listener.ended(run, result)
+        said.shutdown()
+
+    def _pass_on(self, said: Any, listener: Listener) -> None:
+        for run, epoch, point in said.get_nowait_batch(said.qsize()):
+            listener.epoch(run, epoch, point) if epoch else listener.started(run)
+
+    def _result(self, reference: Any, job: Job) -> list[Result]:
+        try:
+            results: list[Result] = self._ray.get(reference)
+            return results
+        except self._ray.exceptions.RayError as error:
+            return [f"{type(error).__name__}: its worker died {ATTEMPTS} times"] * len(job)
+
+
+def _work_on_ray(job: Job, said: Any, device: str, plugins: Sequence[str]) -> list[Result]:
+    torch.set_num_threads(1)
+    for path in plugins:
+        load_plugin(path)
+    for run in job:
+        said.put((run, 0, {}))
+    return work(job, lambda run, epoch, point: said.put((run, epoch, point)), device)

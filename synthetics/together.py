@@ -1,0 +1,198 @@
+"""The runs of one setting as one model: weights of all on a leading axis, one launch for what would be one for each.
+
+MAD's models are so small that a GPU waits for launches; the grid points and seeds of a setting differ in numbers only, so
+torch.func maps one forward pass over them. Each keeps its own initialisation, data, order, rate and decay, and leaves when
+it is good enough or its loss is no number. On a CPU nothing is gained: six models do not fit where one did.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from madkernels.models.init import parameter_groups
+from madkernels.synthetics.protocol import Run
+from madkernels.synthetics.tasks import IGNORE
+from madkernels.synthetics.train import BETAS, EVALUATION_BATCH, Diverged, Tally, build, check_finite, data
+
+ADAM_EPS = 1e-8
+
+
+def alike(run: Run) -> Run:
+    """What runs that can train together have in common: all but rate, decay and seed."""
+    return replace(run, training=replace(run.training, lr=0.0, weight_decay=0.0, seed=0))
+
+
+def train_together(
+    runs: Sequence[Run], on_epoch: Callable[[Run, int, dict[str, float]], None] | None = None, device: str = "cpu"
+) -> list[dict[str, Any] | Diverged]:
+    """As :func:`train` for each, up to rounding; for a run that diverges, that.
+
+    Raises:
+        ValueError: runs that differ in more than rate, decay and seed.
+    """
+    if len({alike(run) for run in runs}) > 1:
+        raise ValueError("runs that train together differ in their rates, decays and seeds only")
+    begun, options = time.perf_counter(), runs[0].training
+    stack = Stack(runs, device)
+    splits = [data(run, device) for run in runs]
+    examples = len(splits[0].train[0])
+    orders = [torch.Generator().manual_seed(run.training.seed) for run in runs]
+    data_seconds = (time.perf_counter() - begun) / len(runs)
+    batches = -(-examples // options.batch)
+    curves: list[list[dict[str, float]]] = [[] for _ in runs]
+    results: list[dict[str, Any] | Diverged] = [Diverged()] * len(runs)
+    for epoch in range(1, options.epochs + 1):
+        orderings = torch.stack([torch.randperm(examples, generator=orders[i]) for i in stack.alive]).to(device)
+        totals = torch.zeros(len(stack.alive), device=device)
+        for n, batch in enumerate(torch.split(orderings, options.batch, dim=1)):
+            chosen = zip(stack.alive, batch, strict=True)
+            inputs, targets = _stacked([tuple(t[b] for t in splits[i].train) for i, b in chosen])
+            totals += stack.step(inputs, targets, ((epoch - 1) * batches + n) / (options.epochs * batches)) * batch.shape[1]
+        held_out = stack.measure([splits[i].held_out for i in stack.alive])
+        leaving = []
+        for place, (i, total) in enumerate(zip(stack.alive, totals.tolist(), strict=True)):
+            point = {"loss": total / examples, "held_out_accuracy": held_out[place]["accuracy"]}
+            try:
+                check_finite(point["loss"], epoch)
+            except Diverged as error:
+                results[i] = error
+                leaving.append(place)
+                continue
+            curves[i].append(point)
+            if on_epoch:
+                on_epoch(runs[i], epoch, point)
+            if point["held_out_accuracy"] >= options.enough or epoch == options.epochs:
+                leaving.append(place)
+        ended = [place for place in leaving if curves[stack.alive[place]] and len(curves[stack.alive[place]]) == epoch]
+        for place, measured in zip(
+            ended, stack.part(ended).measure([splits[stack.alive[p]].test for p in ended]), strict=True
+        ):
+            i = stack.alive[place]
+            results[i] = measured | {
+                "held_out_accuracy": curves[i][-1]["held_out_accuracy"],
+                "epochs": epoch,
+                "seconds": (time.perf_counter() - begun) / len(runs),  # its share
+                "data_seconds": data_seconds,
+                "curve": curves[i],
+            }
+        if leaving:
+            stack = stack.part([place for place in range(len(stack.alive)) if place not in leaving])
+        if not stack.alive:
+            break
+    return results
+
+
+def _stacked(pairs: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+    inputs, targets = zip(*pairs, strict=True)
+    return torch.stack(inputs), torch.stack(targets)
+
+
+@dataclass
+class _Moments:
+    first: Tensor
+    second: Tensor
+
+
+class Stack:
+    """Models of the same shape, their parameters (models, ...), and AdamW with a rate and a decay for each."""
+
+    def __init__(self, runs: Sequence[Run], device: str) -> None:
+        models = [build(run).to(device) for run in runs]
+        self.params, self.buffers = stack_module_state(models)
+        self.moments = {k: _Moments(torch.zeros_like(p), torch.zeros_like(p)) for k, p in self.params.items()}
+        self.one = copy.deepcopy(models[0]).to("meta")
+        decayed = {id(p) for p in parameter_groups(self.one, 1.0)[0]["params"]}
+        self.decayed = {name for name, p in self.one.named_parameters() if id(p) in decayed}
+        self.runs, self.alive, self.steps = list(runs), list(range(len(runs))), 0
+
+    def part(self, places: Sequence[int]) -> Stack:
+        """Some of the models; they are numbered as before."""
+        kept = copy.copy(self)
+        index = torch.tensor(places, dtype=torch.int64, device=next(iter(self.params.values())).device)
+        kept.params = {k: p.detach()[index].requires_grad_() for k, p in self.params.items()}
+        kept.buffers = {k: b[index] for k, b in self.buffers.items()}
+        kept.moments = {k: _Moments(m.first[index], m.second[index]) for k, m in self.moments.items()}
+        kept.alive = [self.alive[place] for place in places]
+        return kept
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """inputs (models, batch, seqlen) to (models, batch, seqlen, vocab_size)."""
+
+        def one(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Any:
+            with _Mappable():
+                return functional_call(self.one, (params, buffers), (x,))
+
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.runs[0].training.dtype == "bfloat16"):
+            found: Tensor = vmap(one)(self.params, self.buffers, inputs)
+        return found
+
+    def step(self, inputs: Tensor, targets: Tensor, progress: float) -> Tensor:
+        """One step of AdamW at a share of the schedule; the loss of each model, (models,)."""
+        self.one.train()
+        logits = self.logits(inputs).float()
+        by_token = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORE, reduction="none")
+        scored = (targets != IGNORE).flatten(1).sum(1)
+        losses = by_token.view(len(inputs), -1).sum(1) / scored
+        losses.sum().backward()  # type: ignore[no-untyped-call]  # models share nothing: each gets its own gradient
+        self.update(progress)
+        return losses.detach()
+
+    @torch.no_grad()
+    def update(self, progress: float) -> None:
+        self.steps += 1
+        trainings = [self.runs[i].training for i in self.alive]
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        rates = [t.min_lr + (t.lr - t.min_lr) * cosine for t in trainings]
+        shrinks = [1 - rate * t.weight_decay for rate, t in zip(rates, trainings, strict=True)]
+        first_share, second_share = (1 - beta**self.steps for beta in BETAS)
+        for name, p in self.params.items():
+            assert p.grad is not None
+            shape = (-1, *[1] * (p.dim() - 1))
+            m = self.moments[name]
+            m.first.lerp_(p.grad, 1 - BETAS[0])
+            m.second.mul_(BETAS[1]).addcmul_(p.grad, p.grad, value=1 - BETAS[1])
+            if name in self.decayed:
+                p.mul_(p.new_tensor(shrinks).view(shape))
+            direction = (m.first / first_share) / ((m.second / second_share).sqrt() + ADAM_EPS)
+            p.sub_(p.new_tensor(rates).view(shape) * direction)
+            p.grad = None
+
+    @torch.no_grad()
+    def measure(self, splits: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
+        """The measures of each model on its split."""
+        if not self.alive:
+            return []
+        self.one.eval()
+        tallies = [Tally() for _ in self.alive]
+        inputs, targets = _stacked(list(splits))
+        pairs = zip(*(torch.split(t, EVALUATION_BATCH, dim=1) for t in (inputs, targets)), strict=True)
+        for x, y in pairs:
+            for tally, logits, wanted in zip(tallies, self.logits(x), y, strict=True):
+                tally.add(logits, wanted)
+        return [tally.measures() for tally in tallies]
+
+
+class _Mappable(TorchFunctionMode):
+    """Linear layers over rows: mapped, a product of matrices for each model rather than for each sequence of each model. And
+    attention as products, which can be mapped, where torch's fused kernels cannot."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and args[0].dim() > 2:
+            x, *parameters = args
+            return func(x.flatten(0, -2), *parameters, **(kwargs or {})).view(*x.shape[:-1], -1)
+        if func is nn.functional.scaled_dot_product_attention:
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
