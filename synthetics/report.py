@@ -44,6 +44,17 @@ def costs_of(results: Results) -> dict[str, Cost | None]:
     return {arch: cost_of(run) for arch, run in reversed(by_arch.items())}
 
 
+def label(arch: str) -> str:
+    """An architecture with repetitions told by a count."""
+    words = arch.split(" ")
+    for period in range(1, len(words) // 2 + 1):
+        times, rest = divmod(len(words), period)
+        if not rest and words == words[:period] * times:
+            unit = " ".join(words[:period])
+            return f"{times}*({unit})" if period > 1 else f"{times}*{unit}"
+    return arch
+
+
 def unfair(costs: dict[str, Cost | None]) -> list[str]:
     """What is not equal between architectures that should be compared at equal state and parameters."""
     lines = []
@@ -51,7 +62,7 @@ def unfair(costs: dict[str, Cost | None]) -> list[str]:
         known = {arch: getattr(cost, name) for arch, cost in costs.items() if cost}
         if known and max(known.values()) > (1 + FAIR) * min(known.values()):
             least, most = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
-            lines.append(f"{name} differ: {known[least]:,} in {least}, {known[most]:,} in {most}")
+            lines.append(f"{name} differ: {known[least]:,} in {label(least)}, {known[most]:,} in {label(most)}")
     return lines
 
 
@@ -61,7 +72,7 @@ def table(results: Results, measure: str = "accuracy") -> Table:
     out = Table(title=f"{measure.replace('_', ' ').capitalize()} on test sequences, in percent", caption=_caption(results))
     out.add_column("task", no_wrap=True)
     for arch in by_arch:
-        out.add_column(arch, justify="right", overflow="fold")
+        out.add_column(label(arch), justify="right", overflow="fold")
     for task in dict.fromkeys(run.task.name for run, _ in results):
         out.add_row(task, *(percent(by_task.get(task)) for by_task in by_arch.values()))
     out.add_section()
@@ -99,12 +110,12 @@ def compare(results: Results, measure: str = "accuracy") -> Table:
     """Each architecture against the first, seed by seed: differences with 95 % intervals."""
     by_arch = scores(results, measure)
     if len(by_arch) < 2:
-        raise ValueError("comparing takes two architectures with results at least")
+        raise ValueError("comparing takes two architectures at least")
     base, *others = by_arch
-    out = Table(title=f"Difference to {base}, in points", caption=_comparison_caption(results))
+    out = Table(title=f"Difference to {label(base)}, in points", caption=_comparison_caption(results))
     out.add_column("task", no_wrap=True)
     for arch in others:
-        out.add_column(arch, justify="right", overflow="fold")
+        out.add_column(label(arch), justify="right", overflow="fold")
     tasks = list(dict.fromkeys(run.task.name for run, _ in results))
     for task in tasks:
         out.add_row(task, *(_difference(by_arch[base].get(task), by_arch[arch].get(task)) for arch in others))

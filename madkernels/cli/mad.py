@@ -147,6 +147,109 @@ def compare(out: Folder = Path("out/mad"), measure: Measure = "accuracy", plugin
     console.print(report.compare(found, measure))
 
 
+@mad.command()
+def report(
+    out: Folder = Path("out/mad"),
+    page: Annotated[Path | None, typer.Option(help="The file; report.html in the folder if absent.")] = None,
+    title: Annotated[str, typer.Option(help="Of the page.")] = "MAD scores",
+    plugin: Plugins = None,
+) -> None:
+    """Write the results of a folder as one HTML page with its pictures inside."""
+    from rich.console import Console
+
+    from madkernels.synthetics.page import write_page
+    from madkernels.synthetics.store import Results
+
+    _plugins(plugin)
+    results = Results(out)
+    place = page or out / "report.html"
+    write_page(results.latest(), place, title)
+    results.close()
+    Console().print(f"Report: {place}", soft_wrap=True)
+
+
+@mad.command()
+def normalise(
+    arch: Annotated[list[str], typer.Option(help="Give several.")],
+    state: Annotated[
+        int | None, typer.Option(min=1, help="Fixed state over the model, in elements; the paper's is 4096.")
+    ] = None,
+    parameters: Annotated[int | None, typer.Option(min=1, help="Of the layers, as nearly as hidden widths give.")] = None,
+    dim: Annotated[int, typer.Option(min=1, help="Width.")] = 128,
+    seqlen: Annotated[int, typer.Option(min=1, help="For the state that grows, and for operations.")] = 128,
+) -> None:
+    """Set the free sizes of architectures to one state or number of parameters, and print what they take."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from madkernels.models import HybridLM, counting, parse
+    from madkernels.models import normalise as sizes
+
+    table = Table(caption=f"At width {dim}; all state and operations a token for a sequence of length {seqlen}.")
+    for column in ("architecture", "parameters", "fixed state", "all state", "operations a token"):
+        table.add_column(column, justify="left" if column == "architecture" else "right", overflow="fold")
+    for text in arch:
+        found = parse(text)
+        found = found if state is None else sizes.with_state(found, state, dim)
+        found = found if parameters is None else sizes.with_parameters(found, parameters, dim)
+        model = HybridLM(found, vocab_size=16, dim=dim)
+        counts = sizes.parameters(found, dim), sizes.fixed_state(found, dim), counting.state_size(model, seqlen)
+        table.add_row(str(found), *(f"{c:,}" for c in counts), f"{counting.flops_per_token(model, seqlen):,.0f}")
+    Console().print(table)
+
+
+@mad.command()
+def search(
+    mixers: Annotated[str, typer.Option(help="Sequence mixers to choose from.")] = "hyena,mamba,attention",
+    channels: Annotated[str, typer.Option(help="Channel mixers; sparse ones such as moe among them.")] = "swiglu,moe",
+    blocks: Annotated[int, typer.Option(min=1, help="Pairs of a sequence mixer and a channel mixer.")] = 2,
+    candidates: Annotated[int, typer.Option(min=1, help="At most so many, at random.")] = 27,
+    max_state: Annotated[float, typer.Option(help="Elements, the keys and values of attention among them.")] = float("inf"),
+    max_parameters: Annotated[float, typer.Option(help="Of the layers.")] = float("inf"),
+    max_flops: Annotated[float, typer.Option(help="Forward operations a token.")] = float("inf"),
+    protocol: Annotated[str, typer.Option(help="As for run.")] = "demo",
+    out: Folder = Path("out/search"),
+    seed: Annotated[int, typer.Option(help="Of the choice of candidates.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; as many as cores, or GPUs.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    plugin: Plugins = None,
+) -> None:
+    """Propose hybrids under a budget, by successive halving, and mark those that no other beats."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from madkernels.synthetics import search as searching
+    from madkernels.synthetics.protocol import load_protocol
+    from madkernels.synthetics.store import Store
+    from madkernels.synthetics.sweep import work_of
+
+    plugins, chosen = _plugins(plugin), load_protocol(protocol)
+    found = searching.candidates(mixers.split(","), channels.split(","), blocks)
+    budget = searching.Budget(max_state, max_parameters, max_flops)
+    costs = searching.affordable(found, chosen, budget, candidates, seed)
+    console = Console()
+    console.print(f"{len(costs)} of {len(found)} candidates")
+    store = Store(out)
+    with _progress(console) as bars:
+
+        def progress_of(rung: int, runs: list[Run]) -> Bars:
+            done = store.metrics()
+            return Bars(bars, work_of(runs), {run for run in runs if run.key() in done}, f"rung {rung}")
+
+        place = _engine("pool", workers, "auto", device, plugins)
+        ranked = searching.search(costs, chosen, store, place, progress_of, together=device != "cpu")
+    store.close()
+    front = searching.pareto(ranked)
+    table = Table(caption="* on the Pareto front of score, state, parameters and operations, of those that came furthest.")
+    for column in ("", "architecture", "rung", "MAD score", "parameters", "state", "operations a token"):
+        table.add_column(column, justify="left" if column in ("", "architecture") else "right", overflow="fold")
+    for f in ranked:
+        score = f"{100 * f.score:.1f}" + ("" if f.margin is None else f" ± {100 * f.margin:.1f}")
+        counts = f"{f.cost.parameters:,}", f"{f.cost.state:,}", f"{f.cost.flops:,.0f}"
+        table.add_row("*" if f.arch in front else "", f.arch, str(f.rung), score, *counts)
+    console.print(table)
+
+
 @mad.command("tasks")
 def show_tasks(
     name: Annotated[str | None, typer.Argument(help="One task; all of them if absent.")] = None,
@@ -227,10 +330,10 @@ class Bars:
     """A sweep's progress: a bar for all its work, one for the epochs of each run under way. Where no terminal is: a line a
     run."""
 
-    def __init__(self, bars: Progress, work: dict[Run, float], done: set[Run]) -> None:
+    def __init__(self, bars: Progress, work: dict[Run, float], done: set[Run], name: str = "all runs") -> None:
         self.bars, self.work, self.done = bars, work, len(done)
         finished = sum(work[run] for run in done)
-        self.all = bars.add_task("all runs", total=sum(work.values()), completed=int(finished), note=self.count())
+        self.all = bars.add_task(name, total=sum(work.values()), completed=int(finished), note=self.count())
         self.under_way: dict[Run, TaskID] = {}
 
     def count(self) -> str:

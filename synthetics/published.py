@@ -1,0 +1,91 @@
+"""The published MAD scores and perplexities, how they go together, and how far a ranking agrees with theirs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from scipy.stats import kendalltau, pearsonr, spearmanr
+
+from madkernels.models.spec import SpecError, parse
+
+FILE = Path(__file__).parent / "published.json"
+
+# The sequence mixers and channel mixers that make a published architecture, whatever their sizes and order.
+_FAMILIES: dict[tuple[frozenset[str], frozenset[str]], str] = {
+    (frozenset({"attention"}), frozenset({"swiglu"})): "Transformer",
+    (frozenset({"hyena"}), frozenset({"swiglu"})): "Hyena",
+    (frozenset({"mh-hyena"}), frozenset({"swiglu"})): "MH Hyena",
+    (frozenset({"mamba"}), frozenset()): "Mamba",
+    (frozenset({"gated-linear-attention"}), frozenset({"swiglu"})): "GLA",
+    (frozenset({"deltanet"}), frozenset({"swiglu"})): "DeltaNet",
+    (frozenset({"hyena", "attention"}), frozenset({"swiglu"})): "Striped Hyena + SwiGLU",
+    (frozenset({"hyena", "attention"}), frozenset({"moe"})): "Striped Hyena + MoE",
+    (frozenset({"hyena-experts", "attention"}), frozenset({"moe"})): "Striped Hyena Experts + MoE",
+}
+CHANNEL_MIXERS = frozenset({"swiglu", "moe", "mlp", "rwkv-channel-mixer"})
+
+
+@dataclass(frozen=True)
+class Published:
+    """One row: scores in parts of 1."""
+
+    name: str
+    source: str
+    mad: float
+    tasks: dict[str, float]
+    perplexity: float | None = None
+
+
+@cache
+def published() -> dict[str, Published]:
+    """By name."""
+    return {row["name"]: Published(**row) for row in json.loads(FILE.read_text())["models"]}
+
+
+def sources() -> dict[str, str]:
+    found: dict[str, str] = json.loads(FILE.read_text())["sources"]
+    return found
+
+
+def family(arch: str) -> str | None:
+    """The published architecture that it is one of, if any."""
+    try:
+        names = {spec.name for spec in parse(arch).layers}
+    except SpecError:
+        return None
+    return _FAMILIES.get((frozenset(names - CHANNEL_MIXERS), frozenset(names & CHANNEL_MIXERS)))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two rankings of the same things."""
+
+    count: int
+    spearman: float
+    kendall: float
+    pearson: float
+
+
+def agreement(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Agreement | None:
+    """Of what both have; None for fewer than three, or where all are alike."""
+    shared = sorted(set(ours) & set(theirs))
+    a, b = ([values[name] for name in shared] for values in (ours, theirs))
+    if len(shared) < 3 or len(set(a)) == 1 or len(set(b)) == 1:
+        return None
+    return Agreement(
+        len(shared),
+        float(spearmanr(a, b).statistic),
+        float(kendalltau(a, b).statistic),
+        float(pearsonr(a, b).statistic),
+    )
+
+
+def score_against_perplexity(task: str | None = None) -> Agreement | None:
+    """How the published scores, of one task or their mean, go with the perplexities published beside them."""
+    known = {name: row for name, row in published().items() if row.perplexity is not None}
+    ours = {name: row.mad if task is None else row.tasks[task] for name, row in known.items()}
+    return agreement(ours, {name: row.perplexity for name, row in known.items() if row.perplexity is not None})
