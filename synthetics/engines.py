@@ -53,7 +53,8 @@ def work(job: Job, on_epoch: OnEpoch, device: str) -> list[Result]:
     try:
         if len(job) > 1:
             return [str(r) if isinstance(r, Diverged) else r for r in train_together(job, on_epoch, device)]
-        return [train(job[0], lambda epoch, point: on_epoch(job[0], epoch, point), device)]
+        run = next(iter(job))
+        return [train(run, lambda epoch, point: on_epoch(run, epoch, point), device)]
     except Diverged as error:
         return [str(error)]
     except Exception as error:  # whatever one trial meets, the others go on

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
@@ -76,12 +77,8 @@ def agreement(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Agreeme
     a, b = ([values[name] for name in shared] for values in (ours, theirs))
     if len(shared) < 3 or len(set(a)) == 1 or len(set(b)) == 1:
         return None
-    return Agreement(
-        len(shared),
-        float(spearmanr(a, b).statistic),
-        float(kendalltau(a, b).statistic),
-        float(pearsonr(a, b).statistic),
-    )
+    tests: list[Any] = [spearmanr(a, b), kendalltau(a, b), pearsonr(a, b)]
+    return Agreement(len(shared), *(float(test[0]) for test in tests))
 
 
 def score_against_perplexity(task: str | None = None) -> Agreement | None:

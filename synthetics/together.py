@@ -44,54 +44,76 @@ def train_together(
     """
     if len({alike(run) for run in runs}) > 1:
         raise ValueError("runs that train together differ in their rates, decays and seeds only")
-    begun, options = time.perf_counter(), runs[0].training
-    stack = Stack(runs, device)
-    splits = [data(run, device) for run in runs]
-    examples = len(splits[0].train[0])
-    orders = [torch.Generator().manual_seed(run.training.seed) for run in runs]
-    data_seconds = (time.perf_counter() - begun) / len(runs)
-    batches = -(-examples // options.batch)
-    curves: list[list[dict[str, float]]] = [[] for _ in runs]
-    results: list[dict[str, Any] | Diverged] = [Diverged()] * len(runs)
-    for epoch in range(1, options.epochs + 1):
-        orderings = torch.stack([torch.randperm(examples, generator=orders[i]) for i in stack.alive]).to(device)
-        totals = torch.zeros(len(stack.alive), device=device)
-        for n, batch in enumerate(torch.split(orderings, options.batch, dim=1)):
-            chosen = zip(stack.alive, batch, strict=True)
-            inputs, targets = _stacked([tuple(t[b] for t in splits[i].train) for i, b in chosen])
-            totals += stack.step(inputs, targets, ((epoch - 1) * batches + n) / (options.epochs * batches)) * batch.shape[1]
-        held_out = stack.measure([splits[i].held_out for i in stack.alive])
-        leaving = []
-        for place, (i, total) in enumerate(zip(stack.alive, totals.tolist(), strict=True)):
-            point = {"loss": total / examples, "held_out_accuracy": held_out[place]["accuracy"]}
+    group = _Group(runs, device)
+    for epoch in range(1, runs[0].training.epochs + 1):
+        losses = group.train(epoch)
+        held_out = group.stack.measure([group.splits[i].held_out for i in group.stack.alive])
+        points = [
+            {"loss": loss, "held_out_accuracy": found["accuracy"]} for loss, found in zip(losses, held_out, strict=True)
+        ]
+        group.settle(epoch, points, on_epoch)
+        if not group.stack.alive:
+            break
+    return group.results
+
+
+class _Group:
+    """Runs that train together, and what has become of each."""
+
+    def __init__(self, runs: Sequence[Run], device: str) -> None:
+        self.runs, self.options, self.device, self.begun = runs, runs[0].training, device, time.perf_counter()
+        self.stack = Stack(runs, device)
+        begun = time.perf_counter()
+        self.splits = [data(run, device) for run in runs]
+        self.data_seconds = (time.perf_counter() - begun) / len(runs)
+        self.orders = [torch.Generator().manual_seed(run.training.seed) for run in runs]
+        self.curves: list[list[dict[str, float]]] = [[] for _ in runs]
+        self.results: list[dict[str, Any] | Diverged] = [Diverged()] * len(runs)
+
+    def train(self, epoch: int) -> list[float]:
+        """One epoch of those that are left; the loss of each."""
+        alive, examples = self.stack.alive, len(self.splits[0].train[0])
+        order = torch.stack([torch.randperm(examples, generator=self.orders[i]) for i in alive]).to(self.device)
+        batches = torch.split(order, self.options.batch, dim=1)
+        totals = torch.zeros(len(alive), device=self.device)
+        for n, batch in enumerate(batches):
+            pairs = [tuple(t[chosen] for t in self.splits[i].train) for i, chosen in zip(alive, batch, strict=True)]
+            progress = (epoch - 1 + n / len(batches)) / self.options.epochs
+            totals += self.stack.step(*_stacked(pairs), progress) * batch.shape[1]
+        losses: list[float] = (totals / examples).tolist()
+        return losses
+
+    def settle(self, epoch: int, points: list[dict[str, float]], on_epoch: Callable[..., None] | None) -> None:
+        """Notes the points of an epoch, and lets go of those that are done."""
+        ended, leaving = [], []
+        for place, (i, point) in enumerate(zip(self.stack.alive, points, strict=True)):
             try:
                 check_finite(point["loss"], epoch)
             except Diverged as error:
-                results[i] = error
+                self.results[i] = error
                 leaving.append(place)
                 continue
-            curves[i].append(point)
+            self.curves[i].append(point)
             if on_epoch:
-                on_epoch(runs[i], epoch, point)
-            if point["held_out_accuracy"] >= options.enough or epoch == options.epochs:
-                leaving.append(place)
-        ended = [place for place in leaving if curves[stack.alive[place]] and len(curves[stack.alive[place]]) == epoch]
-        for place, measured in zip(
-            ended, stack.part(ended).measure([splits[stack.alive[p]].test for p in ended]), strict=True
-        ):
-            i = stack.alive[place]
-            results[i] = measured | {
-                "held_out_accuracy": curves[i][-1]["held_out_accuracy"],
-                "epochs": epoch,
-                "seconds": (time.perf_counter() - begun) / len(runs),  # its share
-                "data_seconds": data_seconds,
-                "curve": curves[i],
+                on_epoch(self.runs[i], epoch, point)
+            if point["held_out_accuracy"] >= self.options.enough or epoch == self.options.epochs:
+                ended.append(place)
+        self.test(ended)
+        if ended or leaving:
+            self.stack = self.stack.part([p for p in range(len(points)) if p not in ended and p not in leaving])
+
+    def test(self, places: list[int]) -> None:
+        """Measures those that have ended on their test sets."""
+        part = self.stack.part(places)
+        found = part.measure([self.splits[i].test for i in part.alive])
+        for i, measured in zip(part.alive, found, strict=True):
+            self.results[i] = measured | {
+                "held_out_accuracy": self.curves[i][-1]["held_out_accuracy"],
+                "epochs": len(self.curves[i]),
+                "seconds": (time.perf_counter() - self.begun) / len(self.runs),  # its share
+                "data_seconds": self.data_seconds,
+                "curve": self.curves[i],
             }
-        if leaving:
-            stack = stack.part([place for place in range(len(stack.alive)) if place not in leaving])
-        if not stack.alive:
-            break
-    return results
 
 
 def _stacked(pairs: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:

@@ -43,8 +43,10 @@ class AdaptedLayer(Layer):
         return {"past": like.new_zeros(batch, 0, self.dim).detach()}
 
     def state_size(self, seqlen: int) -> int:
-        own = getattr(self.module, "state_size", None)
-        return int(own(seqlen)) if callable(own) else 0
+        if not hasattr(self.module, "state_size"):
+            return 0
+        own: Any = self.module.state_size
+        return int(own(seqlen))
 
     def flops(self, seqlen: int) -> int:
         like = next(self.parameters(), torch.zeros(()))
