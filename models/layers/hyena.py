@@ -22,6 +22,8 @@ class LongConvLayer(Layer):
             last taps - 1 inputs.
     """
 
+    out: nn.Linear
+
     def __init__(
         self, dim: int, *, projected: int, repeats: int, width: int, channels: int, filters: int, order: int, horizon: int,
         taps: int,
@@ -35,6 +37,13 @@ class LongConvLayer(Layer):
         self.conv_bias = nn.Parameter(conv.bias.detach()) if conv.bias is not None else None
         self.filter = ExplicitFilter(filters, taps) if taps else ImplicitFilter(filters, order, horizon)
         self.skip = nn.Parameter(torch.randn(filters))
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
+        """out(q * (filter conv (k * v))), unless a layer says otherwise."""
+        self.check(x, cu_seqlens, state)
+        q, k, v = self.project(x, cu_seqlens, state)
+        y: Tensor = self.out(self.convolve(v, cu_seqlens, state, pre_gate=k, post_gate=q))
+        return y
 
     def project(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v."""
@@ -127,12 +136,6 @@ class Hyena(LongConvLayer):
             horizon=horizon, taps=taps,
         )  # fmt: skip
         self.out = nn.Linear(inner, dim)
-
-    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
-        self.check(x, cu_seqlens, state)
-        q, k, v = self.project(x, cu_seqlens, state)
-        y: Tensor = self.out(self.convolve(v, cu_seqlens, state, pre_gate=k, post_gate=q))
-        return y
 
     def flops(self, seqlen: int) -> int:
         """Of E channels: projections 6 L D E / G and 2 L D E, and those of :meth:`long_conv_flops`."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from madkernels.models.layers.base import State, check_positive
+from madkernels.models.layers.base import check_positive
 from madkernels.models.layers.filters import RegularisedFilter
 from madkernels.models.layers.hyena import LongConvLayer
 
@@ -26,12 +26,6 @@ class HyenaSE(LongConvLayer):
             dim, projected=3 * dim, repeats=1, width=width, channels=dim, filters=groups, order=1, horizon=1, taps=taps
         )
         self.out = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
-        self.check(x, cu_seqlens, state)
-        q, k, v = self.project(x, cu_seqlens, state)
-        y: Tensor = self.out(self.convolve(v, cu_seqlens, state, pre_gate=k, post_gate=q))
-        return y
 
     def flops(self, seqlen: int) -> int:
         """Projections 8 L D^2, short convolution 6 L D W, filter 2 L D for each tap, gates 4 L D."""
