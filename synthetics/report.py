@@ -62,7 +62,7 @@ def unfair(costs: dict[str, Cost | None]) -> list[str]:
         known = {arch: getattr(cost, name) for arch, cost in costs.items() if cost}
         if known and max(known.values()) > (1 + FAIR) * min(known.values()):
             least, most = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
-            lines.append(f"{name} differ: {known[least]:,} in {label(least)}, {known[most]:,} in {label(most)}")
+            lines.append(f"unequal {name}: {known[least]:,} in {label(least)}, {known[most]:,} in {label(most)}")
     return lines
 
 

@@ -1,8 +1,8 @@
 """Checks and times the CUDA kernels on the GPU that is here, offline; run by `make gpu-check OUT=DIR`.
 
-Builds for this GPU, then runs the op tests, compute-sanitizer, the benchmarks and the device vocabulary's tests. Each stage
-has a time limit of its own, together under 9 minutes, and one that fails does not lose the others' results: logs, JSON and a
-summary go to the folder. Exit code 0 if every stage that could run passed, 1 if one failed, 2 where there is no GPU.
+Builds for this GPU, then runs the op tests, compute-sanitizer, the benchmarks, MAD runs that train together, and the device
+vocabulary's tests. Each stage has a time limit of its own, together under 9 minutes, and one that fails does not lose the
+others' results: logs, JSON and a summary go to the folder. Exit code 0 if every stage that could run passed, 1 if one failed, 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ CASES: dict[str, dict[str, Any]] = {  # what the pages of the ops state an expec
     "fft_conv": {"name": "training", "batch": 8, "seqlen": 8192, "dim": 2048, "filter_len": 8192, "gates": True},
 }
 LIMITS = {  # seconds, by stage; {op} and {tool} stand for several
-    "build": 130,
+    "build": 120,
     "op-tests": 100,
     "smoke": 20,
     "sanitizer-{tool}": 50,
-    "bench-{op}": 43,
+    "bench-{op}": 38,
     "device-build": 35,
-    "device-tests": 20,
+    "device-tests": 10,
+    "together": 40,
 }
 
 
@@ -177,6 +178,8 @@ def main() -> int:
             bench = [sys.executable, "-m", "madkernels.cli", "bench", op, "--device", "cuda", "--shapes", str(cases)]
             bench += ["--dtype", "bfloat16", "--json", str(checks.out / f"{op}.json")]
             checks.run(f"bench-{op}", bench, LIMITS["bench-{op}"])
+        together = [sys.executable, "tests/gpu_together.py", "--json", str(checks.out / "together.json")]
+        checks.run("together", together, LIMITS["together"])
     check_device_vocabulary(checks, arch)
     print(checks.summary())
     return int(any(outcome.result in ("failed", "timed out") for outcome in checks.outcomes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,3 +74,11 @@ def test_bench_takes_its_cases(tmp_path: Path) -> None:
         file.write_text(json.dumps([gpu_check.CASES[op]]))
         [case] = bench._cases(bench._benchmark(op), str(file), quick=False)
         assert case.name == "training"
+
+
+def test_runs_together_are_compared_here_too(tmp_path: Path) -> None:
+    """What the check starts on a GPU, small and on the CPU."""
+    file = tmp_path / "together.json"
+    command = [sys.executable, "tests/gpu_together.py", "--device", "cpu", "--quick", "--json", str(file)]
+    subprocess.run(command, check=True, cwd=gpu_check.ROOT, timeout=200)
+    assert all(entry["error"] < 1e-3 for entry in json.loads(file.read_text()).values())

@@ -167,7 +167,7 @@ def test_ten_costs_intervals_and_comparisons_stand_beside_scores() -> None:
     costs = {arch: cost_of(dataclasses.replace(RUN, arch=arch)) for arch in ("mamba", "mlp")}
     assert costs["mamba"] is not None
     assert costs["mamba"].state == 2 * 16 * 16
-    assert [line.split(" ")[0] for line in unfair(costs)] == ["state", "parameters"]
+    assert [line.split(":")[0] for line in unfair(costs)] == ["unequal state", "unequal parameters"]
 
 
 @pytest.mark.parametrize("name", ["hyena", "mh-hyena", "hyena-experts"])

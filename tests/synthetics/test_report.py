@@ -106,7 +106,7 @@ def test_page_tells_what_is_missing(rows: list[dict[str, Any]]) -> None:
     text = page(rows, "t")
     assert "2 of 18 runs have no result yet" in text
     assert "Failed: compression vocab_size=6" in text or "Failed: recall vocab_size=12" in text
-    assert "Not a fair comparison: state differ" in text
+    assert "Not a fair comparison: unequal state" in text
     assert "One seed" not in text
     assert re.search(r"<td>\d+\.\d ± \d+\.\d</td>", text)
     whole = page([r for r in rows if r["run"].arch == ARCHS[0]], "t")
