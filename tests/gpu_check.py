@@ -2,7 +2,8 @@
 
 Builds for this GPU, then runs the op tests, compute-sanitizer, the benchmarks, MAD runs that train together, and the device
 vocabulary's tests. Each stage has a time limit of its own, together under 9 minutes, and one that fails does not lose the
-others' results: logs, JSON and a summary go to the folder. Exit code 0 if every stage that could run passed, 1 if one failed, 2 where there is no GPU.
+others' results: logs, JSON and a summary go to the folder. Exit code 0 if every stage that could run passed, 1 if one
+failed, 2 where there is no GPU.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from madkernels.synthetics.protocol import Run, Training
 from madkernels.synthetics.tasks.recall import Recall
 from madkernels.synthetics.together import train_together
@@ -23,8 +25,8 @@ TOLERANCE = 1e-2  # of the losses of 20 steps: rounding grows from step to step
 
 def grid(arch: str, quick: bool) -> list[Run]:
     """The published grid at the published size; one epoch of few steps."""
-    batch, dim = (8, 32) if quick else (128, 128)
-    task = Recall(vocab_size=16, seqlen=32 if quick else 128, train_examples=20 * batch)
+    batch, dim, steps = (8, 32, 3) if quick else (128, 128, 20)
+    task = Recall(vocab_size=16, seqlen=32 if quick else 128, train_examples=steps * batch)
     rates = itertools.product((1e-4, 5e-4, 1e-3), (0.0, 0.1))
     return [Run(arch, task, Training(lr, decay, epochs=1, batch=batch, dim=dim, held_out=128)) for lr, decay in rates]
 
@@ -33,8 +35,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the size")
+    parser.add_argument("--quick", action="store_true", help="small, and few steps")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     found = {}
     for arch in ARCHS:
         runs = grid(arch, arguments.quick)
