@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def page(rows: Sequence[dict[str, Any]], title: str) -> str:
     results = [(row["run"], row["metrics"]) for row in rows]
     if not results:
         raise ValueError("there are no runs to report")
-    colours = dict(zip(scores(results), _cycle(COLOURS), strict=False))
+    colours = dict(zip(scores(results), cycle(COLOURS), strict=False))
     sections = [
         _heading(title, rows),
         _gaps(rows),
@@ -64,11 +64,6 @@ def page(rows: Sequence[dict[str, Any]], title: str) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
     )
-
-
-def _cycle(colours: Sequence[str]) -> Iterable[str]:
-    while True:
-        yield from colours
 
 
 def _text(value: object) -> str:
@@ -207,9 +202,9 @@ def _draw_along(axes: Axes, arch: str, along: Sequence[Task], variable: str, bes
 def _training(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> str:
     """At the first setting of each task the curve of the best run."""
     curves = {row["run"]: row["curve"] for row in rows if row["curve"]}
-    best = best_runs([(row["run"], row["metrics"]) for row in rows])
-    first = [next(group) for _, group in groupby((row["run"].task for row in rows), key=lambda task: task.name)]
-    tasks = list({task.name: task for task in reversed(first)}.values())[::-1]
+    results = [(row["run"], row["metrics"]) for row in rows]
+    best = best_runs(results)
+    tasks = list({run.task.name: run.task for run, _ in reversed(results)}.values())[::-1]
     figure = Figure(figsize=(3.4 * len(tasks), 4.6), layout="constrained")
     grid = figure.subplots(2, len(tasks), squeeze=False)
     for column, task in enumerate(tasks):

@@ -65,7 +65,8 @@ def run(
     place = _engine(engine, workers, address, device, plugins)
     store = Store(out)
     with _progress(console) as bars:
-        done = {run for run in runs if run.key() in store.metrics()}
+        known = store.metrics()
+        done = {run for run in runs if run.key() in known}
         progress = Bars(bars, work_of(runs), done)
         outcome = sweep(runs, store, progress, engine=place, together=device != "cpu" if together is None else together)
     wanted = {run.key() for run in runs}

@@ -112,19 +112,16 @@ def _fold(value: Any, dim: int | None, axis: int | None, size: int) -> Any:
         if dim is not None:
             raise ValueError("offsets of packed documents are the same for all maps; vmap cannot map over cu_seqlens")
         return value
-    value = (
-        value.movedim(dim, axis) if dim is not None else value.unsqueeze(axis).expand(*_inserted(value.shape, axis, size))
-    )
+    if dim is None:
+        value = value.unsqueeze(axis).expand(*value.shape[:axis], size, *value.shape[axis:])
+    else:
+        value = value.movedim(dim, axis)
     return value.flatten(axis, axis + 1)
 
 
-def _inserted(shape: Sequence[int], axis: int, size: int) -> list[int]:
-    return [*shape[:axis], size, *shape[axis:]]
-
-
 def _unfold(value: Tensor, axis: int, size: int) -> tuple[Tensor, int | None]:
+    """The maps out of `axis` again, and where they are."""
     if value.dim() <= axis:
         return value, None
-    return value.view(
-        *_inserted([*value.shape[:axis], value.shape[axis] // size, *value.shape[axis + 1 :]], axis, size)
-    ), axis
+    shape = value.shape
+    return value.view(*shape[:axis], size, shape[axis] // size, *shape[axis + 1 :]), axis

@@ -48,7 +48,7 @@ def linear_recurrence(
     after = steps.cumsum(-2)  # from the chunk's start to after each step
     total = after[..., -1:, :]
     read = after if bonus is None else after - steps  # a query with a bonus sees the state before its step
-    scores = _scores(queries, keys, read, after, c.visible(diagonal=0 if bonus is None else -1))
+    scores = _scores(queries, keys, _decay(read, after, c.visible(diagonal=0 if bonus is None else -1)))
     if bonus is not None:
         scores = scores + torch.diag_embed((queries * keys * bonus.to(queries.dtype)[:, None, None]).sum(-1))
     gathered = (keys * (total - after).exp() * c.kept).mT @ values  # (batch, heads, chunks, key_dim, value_dim)
@@ -86,12 +86,13 @@ def delta_rule(
     queries, keys, values, rates, steps = (c.cut(t) for t in (q, k, v, beta, log_decay))
     after = steps.cumsum(-2)
     total = after[..., -1:, :]
-    earlier = rates * _scores(keys, keys, after, after, c.visible(diagonal=-1))
-    written = torch.cat([values, keys * after.exp() * c.reached], -1) * rates
+    decay, since_start = _decay(after, after, c.visible(diagonal=0)), after.exp() * c.reached
+    earlier = (rates * _scores(keys, keys, decay)).tril(-1)
+    written = torch.cat([values, keys * since_start], -1) * rates
     written = torch.linalg.solve_triangular(earlier, written, upper=False, unitriangular=True)
     fresh, forgotten = written.split([v.shape[-1], k.shape[-1]], -1)  # u = fresh - forgotten S, with S at the chunk's start
-    scores = _scores(queries, keys, after, after, c.visible(diagonal=0))
-    reading = queries * after.exp() * c.reached
+    scores = _scores(queries, keys, decay)
+    reading = queries * since_start
     gathering = (keys * (total - after).exp() * c.kept).mT
     passing = total.exp() * c.passed[:, None, None]
     now = values.new_zeros(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1]) if state is None else state.to(values.dtype)
@@ -104,9 +105,13 @@ def delta_rule(
     return c.join(y).to(v.dtype), now
 
 
-def _scores(queries: Tensor, keys: Tensor, read: Tensor, after: Tensor, visible: Tensor) -> Tensor:
+def _decay(read: Tensor, after: Tensor, visible: Tensor) -> Tensor:
+    """(batch, heads, chunks, t, s, key_dim or 1): what is left at t of what was written at s."""
+    return (read.unsqueeze(-2) - after.unsqueeze(-3)).masked_fill(~visible[..., None], -torch.inf).exp()
+
+
+def _scores(queries: Tensor, keys: Tensor, decay: Tensor) -> Tensor:
     """(batch, heads, chunks, t, s): q[t] k[s] under the decay from s to t."""
-    decay = (read.unsqueeze(-2) - after.unsqueeze(-3)).masked_fill(~visible[..., None], -torch.inf).exp()
     if decay.shape[-1] == 1:
         return queries @ keys.mT * decay.squeeze(-1)
     return (queries.unsqueeze(-2) * keys.unsqueeze(-3) * decay).sum(-1)
