@@ -8,6 +8,8 @@ import typer
 
 from madkernels.cli.bench import bench
 from madkernels.cli.mad import mad
+from madkernels.cli.scale import scale
+from madkernels.cli.train import train
 
 app = typer.Typer(
     help="Kernels for hybrid language models, and the MAD pipeline that designs them.",
@@ -16,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(mad, name="mad")
+app.add_typer(train, name="train")
+app.add_typer(scale, name="scale")
 app.command()(bench)
 
 
