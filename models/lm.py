@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from itertools import repeat
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from madkernels.models.init import init_embedding
 from madkernels.models.layers import Layer, State
@@ -13,8 +19,16 @@ from madkernels.models.spec import Architecture, parse
 NORM_EPS = 1e-5
 
 
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
 class Backbone(nn.Module):
-    """x = x + layer(norm(x)), layer after layer, then a last norm: (batch, seqlen, dim) to (batch, seqlen, dim)."""
+    """x = x + layer(norm(x)), layer after layer, then a last norm: (batch, seqlen, dim) to (batch, seqlen, dim).
+
+    `recompute` makes the contexts of torch.utils.checkpoint where the backward is to compute layers again.
+    """
+
+    recompute: Callable[[], Contexts] | None = None
 
     def __init__(self, arch: Architecture, dim: int) -> None:
         super().__init__()
@@ -23,8 +37,14 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, states: list[State] | None = None) -> Tensor:
-        for i, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
-            x = x + layer(norm(x), cu_seqlens=cu_seqlens, state=None if states is None else states[i])
+        for norm, layer, state in zip(self.norms, self.layers, states or repeat(None), strict=states is not None):
+
+            def branch(x: Tensor, norm: nn.Module = norm, layer: nn.Module = layer, state: State | None = state) -> Tensor:
+                y: Tensor = layer(norm(x), cu_seqlens=cu_seqlens, state=state)
+                return y
+
+            again = self.recompute
+            x = x + (branch(x) if again is None else checkpoint(branch, x, use_reentrant=False, context_fn=again))
         y: Tensor = self.norm(x)
         return y
 

@@ -39,7 +39,7 @@ figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; } figcaption, .n
 
 
 def write_page(rows: Sequence[dict[str, Any]], path: Path, title: str = "MAD scores") -> None:
-    """The rows of a results file (:meth:`madkernels.synthetics.store.Results.latest`) as a page."""
+    """The rows of a results file (:meth:`madkernels.runs.store.Results.latest`) as a page."""
     path.write_text(page(rows, title), encoding="utf-8")
 
 

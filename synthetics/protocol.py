@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -28,6 +28,7 @@ from scipy.stats import t as student
 from madkernels._version import __version__
 from madkernels.models.layers import user_layers
 from madkernels.models.spec import parse
+from madkernels.runs.engines import Diverged, Result
 from madkernels.synthetics.tasks import TASKS, Task
 
 FOLDER = Path(__file__).parent / "protocols"
@@ -92,6 +93,24 @@ class Run:
     def key(self) -> str:
         """A hash of `config`: a changed option is another run."""
         return self._key
+
+    def __str__(self) -> str:
+        return f"{self.task.name}: {self.arch}"
+
+    @property
+    def points(self) -> int:
+        """Epochs at most."""
+        return self.training.epochs
+
+    @staticmethod
+    def do(job: Sequence[Run], on_point: Callable[[Run, int, dict[str, float]], None], device: str) -> list[Result]:
+        """Trains runs: one by itself, several as one model."""
+        from madkernels.synthetics.together import train_together
+        from madkernels.synthetics.train import train
+
+        if len(job) > 1:
+            return [str(r) if isinstance(r, Diverged) else r for r in train_together(job, on_point, device)]
+        return [train(job[0], lambda epoch, point: on_point(job[0], epoch, point), device)]
 
     def size(self) -> float:
         """Tokens that are trained on at most: what sorts the longest first."""

@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from madkernels.models.spec import parse
-from madkernels.synthetics.engines import Engine
+from madkernels.runs.engines import Engine
+from madkernels.runs.execute import Progress
+from madkernels.runs.store import Store
 from madkernels.synthetics.protocol import Protocol, Run, mad_score, plan, scores
 from madkernels.synthetics.report import Cost, cost_of
-from madkernels.synthetics.store import Store
-from madkernels.synthetics.sweep import Progress, sweep
+from madkernels.synthetics.sweep import sweep
 
 KEEP = 3  # one of so many goes on
 

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from madkernels.models import counting
 from madkernels.models.layers import user_layers
 from madkernels.models.layers.user import check_causal
 from madkernels.models.spec import parse
-from madkernels.synthetics.engines import Engine, InProcess, Job, Result
+from madkernels.runs.engines import Engine, InProcess
+from madkernels.runs.execute import Outcome, Progress, execute, left
+from madkernels.runs.store import Store
 from madkernels.synthetics.protocol import Run
-from madkernels.synthetics.store import Store
 from madkernels.synthetics.together import alike
 from madkernels.synthetics.train import build
-
-
-class Progress(Protocol):
-    """What a sweep tells while it goes on."""
-
-    def run_starts(self, run: Run) -> None: ...
-    def epoch_ends(self, run: Run, epoch: int, point: dict[str, float]) -> None: ...
-    def run_ends(self, run: Run, outcome: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a sweep went."""
-
-    trained: int
-    already_done: int
-    failed: int
 
 
 def sweep(
@@ -49,14 +32,9 @@ def sweep(
             trained.
         OSError: results could not be written to the end; those that could are kept.
     """
-    done = store.metrics()
-    todo = [run for run in runs if run.key() not in done]
+    todo = left(runs, store)
     check(todo)
-    store.plan(runs)
-    books = _Books(store, progress)
-    (engine or InProcess()).run(jobs_of(todo, together), books)
-    books.close()
-    return Outcome(len(todo) - books.failed, len(runs) - len(todo), books.failed)
+    return execute(runs, jobs_of(todo, together), store, progress, engine or InProcess(), _told)
 
 
 def check(runs: Sequence[Run]) -> None:
@@ -68,7 +46,7 @@ def check(runs: Sequence[Run]) -> None:
                 check_causal(spec.build(run.training.dim), str(spec))
 
 
-def jobs_of(runs: Sequence[Run], together: bool) -> list[Job]:
+def jobs_of(runs: Sequence[Run], together: bool) -> list[tuple[Run, ...]]:
     """The longest first, so that none is left alone at the end."""
     groups: dict[Any, list[Run]] = {}
     for run in runs:
@@ -85,47 +63,6 @@ def work_of(runs: Sequence[Run]) -> dict[Run, float]:
         if place not in costs:
             costs[place] = 3 * counting.flops_per_token(build(run), run.task.length)
     return {run: run.size() * costs[run.arch, run.task, run.training.dim] for run in runs}
-
-
-class _Books:
-    """Every change of a run goes to the store, then to the progress. What cannot be written is kept, and tried again with
-    the next."""
-
-    def __init__(self, store: Store, progress: Progress) -> None:
-        self.store, self.progress, self.failed = store, progress, 0
-        self.unwritten: list[tuple[Run, Result]] = []
-
-    def started(self, run: Run) -> None:
-        self.progress.run_starts(run)
-        try:
-            self.store.start(run)
-        except OSError:  # the end of the run is what matters
-            return
-
-    def epoch(self, run: Run, epoch: int, point: dict[str, float]) -> None:
-        self.progress.epoch_ends(run, epoch, point)
-
-    def ended(self, run: Run, result: Result) -> None:
-        self.unwritten.append((run, result))
-        told = f"failed: {result}" if isinstance(result, str) else _told(result)
-        self.failed += isinstance(result, str)
-        try:
-            self.write()
-        except OSError as error:
-            told += f" ({error}; kept, and tried again)"
-        self.progress.run_ends(run, told)
-
-    def write(self) -> None:
-        while self.unwritten:
-            run, result = self.unwritten[0]
-            self.store.fail(run, result) if isinstance(result, str) else self.store.finish(run, result)
-            self.unwritten.pop(0)
-
-    def close(self) -> None:
-        try:
-            self.write()
-        except OSError as error:
-            raise OSError(f"{len(self.unwritten)} finished runs are lost: {error}") from None
 
 
 def _told(result: dict[str, Any]) -> str:

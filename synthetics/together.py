@@ -22,9 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from madkernels.models.init import parameter_groups
+from madkernels.runs.engines import Diverged
 from madkernels.synthetics.protocol import Run
 from madkernels.synthetics.tasks import IGNORE
-from madkernels.synthetics.train import BETAS, EVALUATION_BATCH, Diverged, Tally, build, check_finite, data
+from madkernels.synthetics.train import BETAS, EVALUATION_BATCH, Tally, build, check_finite, data
 
 ADAM_EPS = 1e-8
 

@@ -13,15 +13,12 @@ from torch import Tensor, nn
 
 from madkernels.models import AutoEncoder, HybridLM
 from madkernels.models.init import parameter_groups
+from madkernels.runs.engines import Diverged
 from madkernels.synthetics.protocol import Run, Training
 from madkernels.synthetics.tasks import IGNORE, Task
 
 EVALUATION_BATCH = 128
 BETAS = (0.9, 0.98)
-
-
-class Diverged(Exception):
-    """The loss is no number any more."""
 
 
 class Data(NamedTuple):

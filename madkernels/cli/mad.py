@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from madkernels.cli.sweeps import Bars, engine_of, load_plugins, progress_bars
+
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     from rich.console import Console
-    from rich.progress import Progress, TaskID
     from rich.text import Text
 
-    from madkernels.synthetics.engines import Engine
     from madkernels.synthetics.protocol import Run
     from madkernels.synthetics.tasks import Task
 
@@ -51,58 +50,31 @@ def run(
     """
     from rich.console import Console
 
-    from madkernels.synthetics.protocol import load_protocol, plan
+    from madkernels.runs.store import Store
+    from madkernels.synthetics.protocol import Run, load_protocol, plan
     from madkernels.synthetics.report import table, write_csv
-    from madkernels.synthetics.store import Store
     from madkernels.synthetics.sweep import sweep, work_of
 
-    plugins = _plugins(plugin)
+    plugins = load_plugins(plugin)
     chosen = load_protocol(protocol)
     if not arch and protocol != "demo":
         raise ValueError(f'the {protocol} protocol needs an architecture: --arch "mamba swiglu attention swiglu"')
     runs = plan(chosen, arch or DEMO_ARCHS, tasks, seeds=seed, dtype=dtype)
     console = Console()
-    place = _engine(engine, workers, address, device, plugins)
+    place = engine_of(engine, workers, address, device, plugins)
     store = Store(out)
-    with _progress(console) as bars:
+    with progress_bars(console) as bars:
         known = store.metrics()
         done = {run for run in runs if run.key() in known}
         progress = Bars(bars, work_of(runs), done)
         outcome = sweep(runs, store, progress, engine=place, together=device != "cpu" if together is None else together)
     wanted = {run.key() for run in runs}
-    rows = [row for row in store.latest() if row["key"] in wanted]
+    rows = [row for row in store.latest(Run.of) if row["key"] in wanted]
     scores_path, runs_path = write_csv(rows, out)
     console.print(table([(row["run"], row["metrics"]) for row in rows], chosen.score))
     console.print(f"{outcome.trained} runs trained, {outcome.already_done} found done, {outcome.failed} failed.")
     console.print(f"Results: {store.path}, {scores_path}, {runs_path}", soft_wrap=True)
     store.close()
-
-
-def _plugins(paths: list[Path] | None) -> list[str]:
-    from madkernels.synthetics.engines import load_plugin
-
-    found = [str(path.resolve()) for path in paths or []]
-    for path in found:
-        load_plugin(path)
-    return found
-
-
-def _engine(name: str, workers: int | None, address: str, device: str, plugins: list[str]) -> Engine:
-    import torch
-
-    from madkernels.synthetics.engines import InProcess, Pool, RayCluster
-
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device: {device!r} is not known; expected cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU; see madkernels doctor")
-    if name == "process":
-        return InProcess(device)
-    if name == "ray":
-        return RayCluster(address, device, plugins)
-    if name != "pool":
-        raise ValueError(f"--engine: {name!r} is not known; expected pool, process or ray")
-    return Pool(workers or (torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1), device, plugins)
 
 
 @mad.command()
@@ -111,11 +83,12 @@ def status(out: Folder = Path("out/mad")) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from madkernels.runs.store import Results
+    from madkernels.synthetics.protocol import Run
     from madkernels.synthetics.status import summary
-    from madkernels.synthetics.store import Results
 
     results = Results(out)
-    told = summary(results.latest())
+    told = summary(results.latest(Run.of))
     results.close()
     table = Table(title=str(out))
     for column in ("task", "architecture", "planned", "running", "done", "failed"):
@@ -133,15 +106,15 @@ def compare(out: Folder = Path("out/mad"), measure: Measure = "accuracy", plugin
     """Compare the architectures of a folder with the first of them: differences by task, with intervals over seeds."""
     from rich.console import Console
 
+    from madkernels.runs.store import Results
     from madkernels.synthetics import report
-    from madkernels.synthetics.protocol import MEASURES
-    from madkernels.synthetics.store import Results
+    from madkernels.synthetics.protocol import MEASURES, Run
 
-    _plugins(plugin)
+    load_plugins(plugin)
     if measure not in MEASURES:
         raise ValueError(f"--measure: {measure!r} is not known; expected {' or '.join(MEASURES)}")
     results = Results(out)
-    found = [(row["run"], row["metrics"]) for row in results.latest()]
+    found = [(row["run"], row["metrics"]) for row in results.latest(Run.of)]
     results.close()
     console = Console()
     console.print(report.table(found, measure))
@@ -158,13 +131,14 @@ def report(
     """Write the results of a folder as one HTML page with its pictures inside."""
     from rich.console import Console
 
+    from madkernels.runs.store import Results
     from madkernels.synthetics.page import write_page
-    from madkernels.synthetics.store import Results
+    from madkernels.synthetics.protocol import Run
 
-    _plugins(plugin)
+    load_plugins(plugin)
     results = Results(out)
     place = page or out / "report.html"
-    write_page(results.latest(), place, title)
+    write_page(results.latest(Run.of), place, title)
     results.close()
     Console().print(f"Report: {place}", soft_wrap=True)
 
@@ -219,25 +193,25 @@ def search(
     from rich.console import Console
     from rich.table import Table
 
+    from madkernels.runs.store import Store
     from madkernels.synthetics import search as searching
     from madkernels.synthetics.protocol import load_protocol
-    from madkernels.synthetics.store import Store
     from madkernels.synthetics.sweep import work_of
 
-    plugins, chosen = _plugins(plugin), load_protocol(protocol)
+    plugins, chosen = load_plugins(plugin), load_protocol(protocol)
     found = searching.candidates(mixers.split(","), channels.split(","), blocks)
     budget = searching.Budget(max_state, max_parameters, max_flops)
     costs = searching.affordable(found, chosen, budget, candidates, seed)
     console = Console()
     console.print(f"{len(costs)} of {len(found)} candidates")
     store = Store(out)
-    with _progress(console) as bars:
+    with progress_bars(console) as bars:
 
         def progress_of(rung: int, runs: list[Run]) -> Bars:
             done = store.metrics()
             return Bars(bars, work_of(runs), {run for run in runs if run.key() in done}, f"rung {rung}")
 
-        place = _engine("pool", workers, "auto", device, plugins)
+        place = engine_of("pool", workers, "auto", device, plugins)
         ranked = searching.search(costs, chosen, store, place, progress_of, together=device != "cpu")
     store.close()
     front = searching.pareto(ranked)
@@ -309,51 +283,3 @@ def _rows(task: Task, inputs: list[int], targets: list[int], width: int) -> list
 
 def _colour(task: Task, token: int) -> str:
     return next(colour for colour, ids in zip(COLOURS, task.roles().values(), strict=False) if token in ids)
-
-
-def _progress(console: Console) -> Progress:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=console,
-        disable=not console.is_terminal,
-        speed_estimate_period=600,
-    )
-
-
-class Bars:
-    """A sweep's progress: a bar for all its work, one for the epochs of each run under way. Where no terminal is: a line a
-    run."""
-
-    def __init__(self, bars: Progress, work: dict[Run, float], done: set[Run], name: str = "all runs") -> None:
-        self.bars, self.work, self.done = bars, work, len(done)
-        finished = sum(work[run] for run in done)
-        self.all = bars.add_task(name, total=sum(work.values()), completed=int(finished), note=self.count())
-        self.under_way: dict[Run, TaskID] = {}
-
-    def count(self) -> str:
-        return f"{self.done} of {len(self.work)}"
-
-    def run_starts(self, run: Run) -> None:
-        if run not in self.under_way:  # else it starts again
-            self.under_way[run] = self.bars.add_task(f"{run.task.name}: {run.arch}", total=run.training.epochs, note="")
-
-    def epoch_ends(self, run: Run, epoch: int, point: dict[str, float]) -> None:
-        note = f"loss {point['loss']:.3f}, held out {100 * point['held_out_accuracy']:.1f} %"
-        if run in self.under_way:
-            self.bars.update(self.under_way[run], completed=epoch, note=note)
-
-    def run_ends(self, run: Run, outcome: str) -> None:
-        self.done += 1
-        self.bars.update(self.all, advance=self.work[run], note=self.count())
-        if run in self.under_way:
-            self.bars.remove_task(self.under_way.pop(run))
-        self.bars.console.print(
-            f"[{self.done}/{len(self.work)}] {run.task.name}: {run.arch}: {outcome}", markup=False, soft_wrap=True
-        )

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from madkernels.synthetics import engines, train
-from madkernels.synthetics.engines import InProcess, Pool, RayCluster, Result
+from madkernels.runs import engines
+from madkernels.runs.engines import InProcess, Pool, RayCluster, Result
+from madkernels.runs.execute import Outcome
+from madkernels.runs.store import Store
+from madkernels.synthetics import train
 from madkernels.synthetics.protocol import Run, Training
-from madkernels.synthetics.store import Store
-from madkernels.synthetics.sweep import Outcome, jobs_of, sweep
+from madkernels.synthetics.sweep import jobs_of, sweep
 from madkernels.synthetics.tasks.recall import Recall
 
 TASK = Recall(vocab_size=8, seqlen=8, train_examples=64)
@@ -58,7 +60,7 @@ class Heard:
     def started(self, run: Run) -> None:
         self.starts.append(run)
 
-    def epoch(self, run: Run, epoch: int, point: dict[str, float]) -> None:
+    def point(self, run: Run, epoch: int, point: dict[str, float]) -> None:
         self.epochs += 1
         if self.deed and run == LONG:
             self.deed()
@@ -70,7 +72,7 @@ class Heard:
 
 class Silent:
     def run_starts(self, run: Run) -> None: ...
-    def epoch_ends(self, run: Run, epoch: int, point: dict[str, float]) -> None: ...
+    def point(self, run: Run, epoch: int, point: dict[str, float]) -> None: ...
     def run_ends(self, run: Run, outcome: str) -> None: ...
 
 
@@ -95,7 +97,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_run_done_again() -> None:
 
     short = dataclasses.replace(LONG, training=dataclasses.replace(LONG.training, epochs=3))
     heard = Heard()
-    heard.epoch = lambda run, epoch, point: kill_all()  # type: ignore[method-assign]
+    heard.point = lambda run, epoch, point: kill_all()  # type: ignore[method-assign]
     Pool(2).run([(short,), (RUNS[1],)], heard)
     assert killed
     assert heard.starts.count(short) == 2
@@ -216,7 +218,7 @@ def test_a_worker_of_ray_that_is_killed_is_replaced(cluster: str) -> None:
                 continue
 
     heard = Heard()
-    heard.epoch = lambda run, epoch, point: None if killed else kill()  # type: ignore[method-assign]
+    heard.point = lambda run, epoch, point: None if killed else kill()  # type: ignore[method-assign]
     RayCluster(cluster).run([(short,)], heard)
     assert killed
     assert heard.starts.count(short) == 2
@@ -231,7 +233,7 @@ def test_no_cluster_and_no_ray_are_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_an_address_without_a_cluster_is_told(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    code = "from madkernels.synthetics.engines import RayCluster; RayCluster('127.0.0.1:1')"
+    code = "from madkernels.runs.engines import RayCluster; RayCluster('127.0.0.1:1')"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "ValueError: no Ray cluster at 127.0.0.1:1" in found.stderr, found.stderr[-2000:]
 

@@ -131,7 +131,7 @@ def test_six_nothing_of_a_gpu_is_needed() -> None:
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
         "from madkernels.models import HybridLM\nfrom madkernels.models.layers import LAYERS\n"
-        "import torch\nfrom madkernels.synthetics import engines, page, sweep\n"
+        "import torch\nfrom madkernels.runs import engines\nfrom madkernels.synthetics import page, sweep\n"
         "HybridLM(' '.join(LAYERS), vocab_size=8)(torch.zeros(1, 4, dtype=torch.long))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})

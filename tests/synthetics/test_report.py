@@ -13,11 +13,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from madkernels.cli.main import app
+from madkernels.runs.store import Results, Store
 from madkernels.synthetics import published, report
 from madkernels.synthetics.page import page
 from madkernels.synthetics.protocol import Run, Training
 from madkernels.synthetics.status import summary, time_left
-from madkernels.synthetics.store import Results, Store
 from madkernels.synthetics.tasks.compression import Compression
 from madkernels.synthetics.tasks.recall import Recall
 
@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return Results(folder).latest()
+    return Results(folder).latest(Run.of)
 
 
 def shown(table: Any) -> str:

@@ -19,13 +19,14 @@ import torch
 from typer.testing import CliRunner
 
 from madkernels.cli.main import app, main
-from madkernels.synthetics.engines import InProcess, Pool
+from madkernels.runs.engines import Diverged, InProcess, Pool
+from madkernels.runs.execute import Outcome
+from madkernels.runs.store import Store
 from madkernels.synthetics.protocol import Run, Score, Training, load_protocol, mad_score, plan, scores
-from madkernels.synthetics.store import Store
-from madkernels.synthetics.sweep import Outcome, sweep
+from madkernels.synthetics.sweep import sweep
 from madkernels.synthetics.tasks.compression import Compression
 from madkernels.synthetics.tasks.recall import Recall
-from madkernels.synthetics.train import Diverged, macro_accuracy, measure, train
+from madkernels.synthetics.train import macro_accuracy, measure, train
 
 ARCH = "attention:heads=2 mlp"
 TINY = Training(lr=3e-3, epochs=2, batch=16, dim=16, held_out=32, seed=1)
@@ -43,7 +44,7 @@ class Silent:
 
     def run_starts(self, run: Run) -> None: ...
 
-    def epoch_ends(self, run: Run, epoch: int, point: dict[str, float]) -> None:
+    def point(self, run: Run, epoch: int, point: dict[str, float]) -> None:
         self.epochs += 1
 
     def run_ends(self, run: Run, outcome: str) -> None:
@@ -250,12 +251,13 @@ def test_killed_at_any_moment_loses_no_finished_run(tmp_path: Path) -> None:
     script = f"""
 from pathlib import Path
 from madkernels.synthetics.protocol import Run, Training
-from madkernels.synthetics.store import Store
-from madkernels.synthetics.sweep import Outcome, sweep
+from madkernels.runs.store import Store
+from madkernels.runs.execute import Outcome
+from madkernels.synthetics.sweep import sweep
 from madkernels.synthetics.tasks.recall import Recall
 class P:
     def run_starts(self, run): pass
-    def epoch_ends(self, run, epoch, point): pass
+    def point(self, run, epoch, point): pass
     def run_ends(self, run, outcome): print("ended", flush=True)
 task = Recall(vocab_size=8, seqlen=8, train_examples=64)
 runs = [Run("{ARCH}", task, Training(lr=3e-3, epochs=2, batch=16, dim=16, held_out=32, seed=s)) for s in range(5)]

@@ -9,12 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from madkernels.cli.main import app
+from madkernels.runs.engines import Job, Listener
+from madkernels.runs.store import Store
 from madkernels.synthetics import search
-from madkernels.synthetics.engines import Job, Listener
 from madkernels.synthetics.protocol import Protocol, Run, Training, load_protocol
 from madkernels.synthetics.report import Cost
 from madkernels.synthetics.search import Budget, Found, affordable, candidates, pareto, rungs
-from madkernels.synthetics.store import Store
 from madkernels.synthetics.tasks.recall import Recall
 
 
@@ -38,7 +38,7 @@ class Oracle:
 
 class Silent:
     def run_starts(self, run: Run) -> None: ...
-    def epoch_ends(self, run: Run, epoch: int, point: dict[str, float]) -> None: ...
+    def point(self, run: Run, epoch: int, point: dict[str, float]) -> None: ...
     def run_ends(self, run: Run, outcome: str) -> None: ...
 
 

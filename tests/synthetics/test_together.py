@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 
 from madkernels.models.layers import LAYERS
+from madkernels.runs.engines import Diverged
 from madkernels.synthetics.protocol import Run, Training
 from madkernels.synthetics.tasks import Task
 from madkernels.synthetics.tasks.compression import Compression
 from madkernels.synthetics.tasks.recall import Recall
 from madkernels.synthetics.together import train_together
-from madkernels.synthetics.train import Diverged, train
+from madkernels.synthetics.train import train
 
 TASK = Recall(vocab_size=8, seqlen=10, train_examples=80)
 BASE = Training(lr=1e-3, epochs=3, batch=32, dim=32, held_out=40, seed=1, enough=2.0)  # so batches of 32, 32 and 16

@@ -24,22 +24,45 @@ from typing import Any, Protocol
 
 import torch
 
-from madkernels.synthetics.protocol import Run
-from madkernels.synthetics.together import train_together
-from madkernels.synthetics.train import Diverged, train
+Result = dict[str, Any] | str  # what was measured, or why there is nothing
+OnPoint = Callable[[Any, int, dict[str, float]], None]
+ATTEMPTS = 3
+
+
+class Run(Protocol):
+    """One training: frozen, hashable, and small enough to be sent to a worker."""
+
+    def __str__(self) -> str:
+        """A few words for who looks on."""
+
+    @property
+    def points(self) -> int:
+        """How many points its curve gets at most."""
+
+    def config(self) -> dict[str, Any]:
+        """All that the result depends on, as JSON; a changed option is another run."""
+
+    def key(self) -> str:
+        """A hash of `config`."""
+
+    @staticmethod
+    def do(job: Any, on_point: OnPoint, device: str) -> list[Result]:
+        """Trains runs of this kind, together where they are several; may raise."""
+
+
+class Diverged(Exception):
+    """The loss is no number any more."""
+
 
 Job = tuple[Run, ...]
-Result = dict[str, Any] | str  # what was measured, or why there is nothing
-OnEpoch = Callable[[Run, int, dict[str, float]], None]
-ATTEMPTS = 3
 
 
 class Listener(Protocol):
     """What an engine tells."""
 
-    def started(self, run: Run) -> None: ...
-    def epoch(self, run: Run, epoch: int, point: dict[str, float]) -> None: ...
-    def ended(self, run: Run, result: Result) -> None: ...
+    def started(self, run: Any) -> None: ...
+    def point(self, run: Any, number: int, point: dict[str, float]) -> None: ...
+    def ended(self, run: Any, result: Result) -> None: ...
 
 
 class Engine(Protocol):
@@ -48,15 +71,12 @@ class Engine(Protocol):
     def run(self, jobs: Sequence[Job], listener: Listener) -> None: ...
 
 
-def work(job: Job, on_epoch: OnEpoch, device: str) -> list[Result]:
+def work(job: Job, on_point: OnPoint, device: str) -> list[Result]:
     """Trains the runs of a job. An error is their result."""
     try:
-        if len(job) > 1:
-            return [str(r) if isinstance(r, Diverged) else r for r in train_together(job, on_epoch, device)]
-        run = next(iter(job))
-        return [train(run, lambda epoch, point: on_epoch(run, epoch, point), device)]
+        return job[0].do(job, on_point, device)
     except Diverged as error:
-        return [str(error)]
+        return [str(error)] * len(job)
     except Exception as error:  # whatever one trial meets, the others go on
         return [f"{type(error).__name__}: {error}"] * len(job)
 
@@ -88,7 +108,7 @@ class InProcess:
             for job in jobs:
                 for run in job:
                     listener.started(run)
-                for run, result in zip(job, work(job, listener.epoch, self.device), strict=True):
+                for run, result in zip(job, work(job, listener.point, self.device), strict=True):
                     listener.ended(run, result)
         finally:
             torch.set_num_threads(threads)
@@ -176,7 +196,7 @@ class _Worker:
                     for run, result in zip(self.attempt.job, message, strict=True):
                         listener.ended(run, result)
                     return True
-                listener.epoch(*message)
+                listener.point(*message)
         except (EOFError, OSError):
             self.process.join(timeout=10)  # it has closed its end, so it is ending
         return False
@@ -193,7 +213,7 @@ def _serve(pipe: Connection, device: str, plugins: Sequence[str]) -> None:
             job = pipe.recv()
         except EOFError:
             return
-        pipe.send(work(job, lambda run, epoch, point: pipe.send((run, epoch, point)), device))
+        pipe.send(work(job, lambda *point: pipe.send(point), device))
 
 
 def _end_with_parent() -> None:
@@ -260,8 +280,8 @@ class RayCluster:
         said.shutdown()
 
     def _pass_on(self, said: Any, listener: Listener) -> None:
-        for run, epoch, point in said.get_nowait_batch(said.qsize()):
-            listener.epoch(run, epoch, point) if epoch else listener.started(run)
+        for run, number, point in said.get_nowait_batch(said.qsize()):
+            listener.point(run, number, point) if number else listener.started(run)
 
     def _result(self, reference: Any, job: Job) -> list[Result]:
         try:
@@ -277,4 +297,4 @@ def _work_on_ray(job: Job, said: Any, device: str, plugins: Sequence[str]) -> li
         load_plugin(path)
     for run in job:
         said.put((run, 0, {}))
-    return work(job, lambda run, epoch, point: said.put((run, epoch, point)), device)
+    return work(job, lambda *point: said.put(point), device)

@@ -11,11 +11,11 @@ import fcntl
 import json
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from madkernels.synthetics.protocol import Run
+from madkernels.runs.engines import Run
 
 SCHEMA = 2  # PRAGMA user_version; a change of the table is another number
 FILE = "results.sqlite"
@@ -23,10 +23,10 @@ FILE = "results.sqlite"
 _TABLE = """
 CREATE TABLE runs (
     key TEXT PRIMARY KEY,  -- hash of config
-    config TEXT NOT NULL,  -- JSON: version, arch, task, training
+    config TEXT NOT NULL,  -- JSON: version, arch, and all else that the result depends on
     status TEXT NOT NULL CHECK (status IN ('planned', 'running', 'done', 'failed')),
     metrics TEXT,          -- JSON, of a run that is done
-    curve TEXT,            -- JSON, a point an epoch
+    curve TEXT,            -- JSON, its points
     error TEXT,            -- of a run that failed
     started REAL,          -- seconds since 1970
     ended REAL
@@ -77,12 +77,12 @@ class Results:
             row |= {k: json.loads(row[k]) for k in ("config", "metrics", "curve") if row[k] is not None}
         return found
 
-    def latest(self) -> list[dict[str, Any]]:
-        """The rows of the version of the code that the last run is of, each with its `run`."""
+    def latest(self, run_of: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
+        """The rows of the version of the code that the last run is of, each with its `run`, made from its configuration."""
         rows = self.rows()
         last = max(rows, key=lambda row: (row["ended"] or 0, row["started"] or 0), default=None)
         chosen = [row for row in rows if last and row["config"]["version"] == last["config"]["version"]]
-        return [row | {"run": Run.of(row["config"])} for row in chosen]
+        return [row | {"run": run_of(row["config"])} for row in chosen]
 
     def close(self) -> None:
         self.db.close()

@@ -1,0 +1,87 @@
+"""What the commands that do many runs share: where they are done, and how far they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from madkernels.runs.engines import Engine, Run
+
+
+def load_plugins(paths: list[Path] | None) -> list[str]:
+    from madkernels.runs.engines import load_plugin
+
+    found = [str(path.resolve()) for path in paths or []]
+    for path in found:
+        load_plugin(path)
+    return found
+
+
+def engine_of(name: str, workers: int | None, address: str, device: str, plugins: list[str]) -> Engine:
+    import torch
+
+    from madkernels.runs.engines import InProcess, Pool, RayCluster
+
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device: {device!r} is not known; expected cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU; see madkernels doctor")
+    if name == "process":
+        return InProcess(device)
+    if name == "ray":
+        return RayCluster(address, device, plugins)
+    if name != "pool":
+        raise ValueError(f"--engine: {name!r} is not known; expected pool, process or ray")
+    return Pool(workers or (torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1), device, plugins)
+
+
+def progress_bars(console: Console) -> Progress:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
+        speed_estimate_period=600,
+    )
+
+
+class Bars:
+    """A sweep's progress: a bar for all its work, one for each run under way. Where no terminal is: a line a
+    run."""
+
+    def __init__(self, bars: Progress, work: Mapping[Any, float], done: Collection[Any], name: str = "all runs") -> None:
+        self.bars, self.work, self.done = bars, work, len(done)
+        finished = sum(work[run] for run in done)
+        self.all = bars.add_task(name, total=sum(work.values()), completed=int(finished), note=self.count())
+        self.under_way: dict[Run, TaskID] = {}
+
+    def count(self) -> str:
+        return f"{self.done} of {len(self.work)}"
+
+    def run_starts(self, run: Run) -> None:
+        if run not in self.under_way:  # else it starts again
+            self.under_way[run] = self.bars.add_task(str(run), total=run.points, note="")
+
+    def point(self, run: Run, number: int, point: dict[str, float]) -> None:
+        note = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in point.items())
+        if run in self.under_way:
+            self.bars.update(self.under_way[run], completed=number, note=note)
+
+    def run_ends(self, run: Run, outcome: str) -> None:
+        self.done += 1
+        self.bars.update(self.all, advance=self.work[run], note=self.count())
+        if run in self.under_way:
+            self.bars.remove_task(self.under_way.pop(run))
+        self.bars.console.print(f"[{self.done}/{len(self.work)}] {run}: {outcome}", markup=False, soft_wrap=True)

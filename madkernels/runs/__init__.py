@@ -1,0 +1,1 @@
+"""Many runs: where they are done, and where their results are kept."""
