@@ -1,0 +1,154 @@
+"""What one training of a language model is: the model, the data, and how it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from madkernels._version import __version__
+from madkernels.models.layers import user_layers
+from madkernels.models.spec import parse
+from madkernels.runs.engines import Result
+
+SCHEDULES = ("cosine", "wsd")
+DECAY = 0.2  # share of the steps in which warm-up, stable, decay lets the rate fall
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW (betas 0.9, 0.95), a linear warm-up, then the schedule down to `final` times the highest rate.
+
+    Attributes:
+        steps: of the optimiser.
+        batch: rows of a step, over all processes.
+        seqlen: tokens of a row.
+        lr: highest learning rate.
+        warmup: share of the steps in which the rate rises.
+        schedule: cosine, or wsd: warm-up, stable, and a linear decay over the last fifth (Hu et al. 2024, arXiv 2404.06395).
+        weight_decay: of matrices; norms, biases and recurrence parameters have none.
+        clip: of the norm of the gradient.
+        dtype: float32, or bfloat16: autocast, parameters in float32.
+        documents: whether documents in one row are kept apart; otherwise a row is read as one text.
+        held_out: rows of the validation split, at most, that the held-out loss is measured on.
+        seed: of parameters and of the order of the data.
+    """
+
+    steps: int
+    batch: int
+    seqlen: int
+    lr: float
+    final: float = 0.1
+    warmup: float = 0.01
+    schedule: str = "cosine"
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    dtype: str = "float32"
+    documents: bool = False
+    held_out: int = 256
+    seed: int = 12345
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "seqlen", "held_out"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number from 1")
+        if not self.lr > 0:
+            raise ValueError(f"lr is {self.lr}; expected a number above 0")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}; it takes float32 or bfloat16")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}; it takes {' or '.join(SCHEDULES)}")
+
+    @property
+    def tokens(self) -> int:
+        """That are trained on."""
+        return self.steps * self.batch * self.seqlen
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        rising = max(1, round(self.warmup * self.steps))
+        if step < rising:
+            return self.lr * (step + 1) / rising
+        begin = rising if self.schedule == "cosine" else max(rising, round((1 - DECAY) * self.steps))
+        done = max(0.0, (step - begin) / max(1, self.steps - 1 - begin))
+        left = (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1 - done
+        return self.lr * (self.final + (1 - self.final) * left)
+
+
+@dataclass(frozen=True)
+class LMRun:
+    """One training of a language model.
+
+    Attributes:
+        arch: canonical architecture string.
+        dim: width.
+        vocab_size: as the data has it.
+        recipe: how it is trained.
+        data: hash of the prepared data.
+        tied: whether the unembedding is the embedding.
+        plan: what a plan says of the run (kind, label of the architecture, budget), as pairs.
+        corpus: folder of the data; no part of what the run is.
+        out: folder for checkpoints and logs; no part of it either.
+    """
+
+    arch: str
+    dim: int
+    vocab_size: int
+    recipe: Recipe
+    data: str
+    tied: bool = True
+    plan: tuple[tuple[str, str | float], ...] = ()
+    corpus: str = field(default="", compare=False)
+    out: str | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        labels = dict(self.plan)
+        if not labels:
+            return f"{self.arch}, width {self.dim}"
+        return f"{labels['kind']} {labels['budget']:.3g}: {labels['architecture']}, width {self.dim}"
+
+    @property
+    def points(self) -> int:
+        """Steps."""
+        return self.recipe.steps
+
+    def config(self) -> dict[str, Any]:
+        """All that the result depends on, the version of the code and that of layers from outside included."""
+        own = {name: digest for name, digest in user_layers().items() if name in {s.name for s in parse(self.arch).layers}}
+        return {
+            "version": __version__,
+            "arch": self.arch,
+            "dim": self.dim,
+            "vocab_size": self.vocab_size,
+            "tied": self.tied,
+            "data": self.data,
+            "recipe": dataclasses.asdict(self.recipe),
+            "plan": dict(self.plan),
+        } | ({"layers": own} if own else {})
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> LMRun:
+        """The run of a `config`; it does not say where its data lie."""
+        kept = {name: config[name] for name in ("arch", "dim", "vocab_size", "tied", "data")}
+        return cls(recipe=Recipe(**config["recipe"]), plan=tuple(config["plan"].items()), **kept)
+
+    @cached_property
+    def _key(self) -> str:
+        return hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode()).hexdigest()
+
+    def key(self) -> str:
+        """A hash of `config`: a changed option is another run."""
+        return self._key
+
+    @staticmethod
+    def do(job: Sequence[LMRun], on_point: Callable[[LMRun, int, dict[str, float]], None], device: str) -> list[Result]:
+        """Trains the run of a job; its checkpoints let it go on where a killed worker was."""
+        from madkernels.scaling.train import Execution, train
+
+        (run,) = job
+        return [train(run, Execution(device=device), lambda step, point: on_point(run, step, point))]

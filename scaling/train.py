@@ -1,0 +1,403 @@
+"""Training a language model: in one process, or sharded over several.
+
+    objective = cross-entropy(model(tokens), targets), in nats a token
+    step:  gradient of the mean over the batch, clipped; AdamW; the learning rate is a function of the step
+
+Under torchrun parameters, gradients and moments are sharded (FSDP2, layer by layer) and each process takes its part of the
+rows. What a step does depends on the step, the parameters and the moments alone, so a run that was killed goes on from its
+last checkpoint exactly as it would have.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective_contexts
+from torch.utils.checkpoint import noop_context_fn
+
+from madkernels.models import HybridLM, counting
+from madkernels.models.init import parameter_groups
+from madkernels.runs.engines import Diverged
+from madkernels.scaling import checkpoint
+from madkernels.scaling.data import Batch, Batches, Corpus, held_out
+from madkernels.scaling.recipe import LMRun
+
+BETAS = (0.9, 0.95)
+CHECKPOINTING = ("none", "selective", "full")
+SPIKE = 20.0  # times the usual norm of the gradient
+USUAL_AFTER = 50  # steps before a norm is usual
+PATIENCE = 20  # steps left out one after the other
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is done: nothing here changes what comes out, but for rounding.
+
+    Attributes:
+        device: cpu or cuda.
+        micro_batch: rows of one forward in one process; all of its rows if None.
+        checkpointing: what the backward computes again: none, full (everything inside a layer), or selective (all but
+            matrix products, attention and the project's ops).
+        compile: whether layers go through torch.compile.
+        save_every: seconds between checkpoints.
+        log_every: steps between points of the log; a hundredth of the run if None.
+        peak_flops: operations a second of one device at best, for the utilisation in the log.
+    """
+
+    device: str = "cpu"
+    micro_batch: int | None = None
+    checkpointing: str = "none"
+    compile: bool = False
+    save_every: float = 300.0
+    log_every: int | None = None
+    peak_flops: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.checkpointing not in CHECKPOINTING:
+            raise ValueError(f"checkpointing is {self.checkpointing!r}; it takes {', '.join(CHECKPOINTING)}")
+
+
+class Objective(nn.Module):
+    """The mean loss of a batch, in nats a token; a module, so that FSDP gathers what it needs."""
+
+    def __init__(self, model: HybridLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """tokens, targets (rows, seqlen) to ()."""
+        hidden = self.model.backbone(self.model.embedding(tokens), cu_seqlens=cu_seqlens).flatten(0, 1)
+        return F.cross_entropy(self.model.unembedding(hidden).float(), targets.flatten())
+
+
+def build(run: LMRun) -> HybridLM:
+    """The model of a run, initialised by its seed. ValueError where the architecture does not go with the width."""
+    torch.manual_seed(run.recipe.seed)
+    return HybridLM(run.arch, vocab_size=run.vocab_size, dim=run.dim, tied=run.tied)
+
+
+def train(
+    run: LMRun, how: Execution | None = None, on_point: Callable[[int, dict[str, float]], None] | None = None
+) -> dict[str, Any]:
+    """Trains and measures.
+
+    Args:
+        run: what to train, and where its data and its folder are. With a folder it is logged (`log.jsonl`; TensorBoard where
+            that is installed), and goes on from the last checkpoint there.
+        how: where and in what pieces.
+        on_point: called with the number of steps done and the point of the log.
+
+    Returns:
+        `loss` on the held-out rows and `train_loss`, the mean of the last tenth of the run, in nats a token; `params`
+        without embeddings, `flops` of the training, `tokens`, `seconds`, `left_out`, steps that the guard left out,
+        `warnings`, and `curve`, the points of the log.
+
+    Raises:
+        Diverged: many steps one after the other had to be left out.
+        ValueError: the data are not those of the run, the batch does not divide among the processes, or the folder holds
+            another run.
+    """
+    return _Trainer(run, how or Execution(), on_point).train()
+
+
+class _Trainer:
+    def __init__(self, run: LMRun, how: Execution, on_point: Callable[[int, dict[str, float]], None] | None) -> None:
+        self.run, self.how, self.recipe, self.on_point = run, how, run.recipe, on_point
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if how.device == "cuda" else how.device)
+        self.rows = self._rows()
+        corpus = _corpus_of(run)
+        options = {"batch": self.recipe.batch, "seqlen": self.recipe.seqlen, "seed": self.recipe.seed}
+        self.end, self.batches = corpus.end, Batches(corpus.split("train"), corpus.end, **options)
+        self.held_out = held_out(corpus.split("validation"), self.recipe.seqlen, self.recipe.held_out)
+        model = build(run)
+        self.params = counting.params(model) - sum(p.numel() for p in {model.embedding.weight, model.unembedding.weight})
+        self.flops_per_token = 3 * counting.flops_per_token(model, self.recipe.seqlen)
+        self.objective = _prepared(Objective(model), how, self.device, self.ranks)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.objective, self.recipe.weight_decay), lr=self.recipe.lr, betas=BETAS, fused=True
+        )
+        self.guard, self.step, self.seconds = _Guard(), 0, 0.0
+        self.log = _Log(Path(run.out) if run.out and self.rank == 0 else None)
+
+    def _rows(self) -> range:
+        """Of a batch, those of this process."""
+        rows, left = divmod(self.recipe.batch, self.ranks)
+        if left or rows % (self.how.micro_batch or 1):
+            parts = f"{self.ranks} processes" + (
+                f" of micro-batches of {self.how.micro_batch}" if self.how.micro_batch else ""
+            )
+            raise ValueError(f"a batch of {self.recipe.batch} rows does not divide among {parts}")
+        return range(self.rank * rows, (self.rank + 1) * rows)
+
+    def train(self) -> dict[str, Any]:
+        self.resume()
+        begun = saved = time.perf_counter()
+        before, total, since = self.seconds, torch.zeros((), device=self.device), self.step
+        every = self.how.log_every or max(1, self.recipe.steps // 100)
+        while self.step < self.recipe.steps:
+            loss, norm = self.update(self.batches[self.step])
+            self.step += 1
+            total += loss
+            now = time.perf_counter()
+            self.seconds = before + now - begun
+            if self.step % every == 0 or self.step == self.recipe.steps:
+                self.tell(total / (self.step - since), norm)
+                total, since = torch.zeros_like(total), self.step
+                if self.checkpoint_due(now - saved):  # with the log, so that no part of a mean is lost
+                    self.save()
+                    saved = time.perf_counter()
+        if self.run.out and self.seconds > before:
+            self.save()
+        self.log.close()
+        return self.result()
+
+    def update(self, batch: Batch) -> tuple[Tensor, float]:
+        """One step: the loss before it, over all processes, and the norm of the gradient."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate(self.step)
+        size = self.how.micro_batch or len(self.rows)
+        parts = [batch.part(row, row + size, self.end) for row in self.rows[::size]]
+        total = torch.zeros((), device=self.device)
+        self.objective.train()
+        for part in parts:
+            if isinstance(self.objective, FSDPModule):
+                self.objective.set_requires_gradient_sync(part is parts[-1])
+            loss = self.loss(part) / len(parts)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        norm = _full(nn.utils.clip_grad_norm_(self.objective.parameters(), self.recipe.clip))
+        total = self.mean(total)
+        if self.guard.allows(float(total), float(norm)):
+            self.optimizer.step()
+        elif self.guard.in_a_row >= PATIENCE:
+            raise Diverged(f"{PATIENCE} steps in a row left out; at step {self.step} the loss is {float(total)}")
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, float(norm)
+
+    def loss(self, batch: Batch) -> Tensor:
+        tokens, targets = (t.to(self.device, non_blocking=True) for t in batch[:2])
+        offsets = None
+        if self.recipe.documents:
+            tokens, targets, offsets = tokens.view(1, -1), targets.view(1, -1), batch.cu_seqlens.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
+            loss: Tensor = self.objective(tokens, targets, offsets)
+        return loss
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """The loss on the held-out rows; the processes take them in turn, and as often as each other."""
+        self.objective.eval()
+        size = self.how.micro_batch or len(self.rows)
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        turns = -(-len(self.held_out) // (size * self.ranks))
+        for turn in range(turns):
+            start = (turn * self.ranks + self.rank) * size
+            rows = self.held_out[start : start + size]
+            shown = rows if len(rows) else self.held_out[:1]  # the others need this one to take part
+            loss = self.loss(Batch(shown[:, :-1], shown[:, 1:], torch.empty(0)).part(0, len(shown), self.end))
+            total += loss * len(rows)
+        return float(self.mean(total)) * self.ranks / len(self.held_out)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Over processes."""
+        if self.ranks > 1:
+            dist.all_reduce(value)
+            value /= self.ranks
+        return value
+
+    def tell(self, loss: Tensor, norm: float) -> None:
+        tokens = self.recipe.batch * self.recipe.seqlen
+        pace = self.step * tokens / self.seconds
+        point = {"loss": float(loss), "norm": norm, "lr": self.recipe.rate(self.step - 1), "tokens_per_second": pace}
+        if self.how.peak_flops:
+            point["mfu"] = pace * self.flops_per_token / (self.how.peak_flops * self.ranks)
+        self.log.add(self.step, point)
+        if self.on_point and self.rank == 0:
+            self.on_point(self.step, point)
+
+    # ---- checkpoints
+
+    def resume(self) -> None:
+        """Goes on from the last checkpoint of the folder."""
+        if not self.run.out or (found := checkpoint.latest(Path(self.run.out) / "checkpoints")) is None:
+            self.log.begin(0)
+            return
+        meta = checkpoint.meta_of(found)
+        if changed := _differences(meta["config"], self.run.config()):
+            raise ValueError(f"{found} is of another run ({', '.join(changed)}); choose another --out")
+        checkpoint.load(found, self.objective, self.optimizer)
+        self.step, self.seconds, self.guard = meta["step"], meta["seconds"], _Guard(**meta["guard"])
+        self.log.begin(self.step)
+
+    def checkpoint_due(self, since: float) -> bool:
+        """The first process tells, so that all do the same."""
+        due = torch.tensor(float(self.run.out is not None and since >= self.how.save_every), device=self.device)
+        if self.ranks > 1:
+            dist.broadcast(due, 0)
+        return bool(due)
+
+    def save(self) -> None:
+        """A full disk costs the checkpoint, not the run."""
+        assert self.run.out
+        meta = {"config": self.run.config(), "seconds": self.seconds, "guard": vars(self.guard)}
+        try:
+            checkpoint.save(Path(self.run.out) / "checkpoints", self.step, self.objective, self.optimizer, meta)
+        except OSError as error:
+            self.log.warn(str(error))
+
+    def result(self) -> dict[str, Any]:
+        curve = self.log.points
+        last = [p["loss"] for p in curve if p["step"] > 0.9 * self.recipe.steps]
+        return {
+            "loss": self.measure(),
+            "train_loss": sum(last) / len(last) if last else math.nan,  # a process that is not the first has no log
+            "params": self.params,
+            "flops": self.flops_per_token * self.recipe.tokens,
+            "tokens": self.recipe.tokens,
+            "seconds": self.seconds,
+            "left_out": self.guard.left_out,
+            "warnings": self.log.warnings,
+            "curve": curve,
+        }
+
+
+@dataclass
+class _Guard:
+    """Leaves out a step whose loss or gradient is no number, or whose gradient is far larger than usual."""
+
+    usual: float = 0.0  # running mean of the norm
+    allowed: int = 0
+    left_out: int = 0
+    in_a_row: int = 0
+
+    def allows(self, loss: float, norm: float) -> bool:
+        spike = self.allowed >= USUAL_AFTER and norm > SPIKE * self.usual
+        if not math.isfinite(loss) or not math.isfinite(norm) or spike:
+            self.left_out += 1
+            self.in_a_row += 1
+            return False
+        self.allowed += 1
+        self.in_a_row = 0
+        self.usual += (norm - self.usual) / min(self.allowed, USUAL_AFTER)
+        return True
+
+
+class _Log:
+    """The points of a run, in memory, and in a folder as JSON lines and for TensorBoard where that is installed."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self.points, self.warnings = folder, list[dict[str, float]](), list[str]()
+        self.file: Any = None
+        self.board: Any = None
+
+    def begin(self, step: int) -> None:
+        """Opens it as it was after a step; what was written later is let go."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "log.jsonl"
+        self.points = [point for point in _lines(path) if point["step"] <= step]
+        whole = path.with_suffix(".unfinished")
+        whole.write_text("".join(json.dumps(point) + "\n" for point in self.points))
+        whole.rename(path)
+        self.file = path.open("a")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self.board = SummaryWriter(str(self.folder), purge_step=step + 1)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        self.points.append({"step": step} | values)
+        if self.file:
+            self.file.write(json.dumps(self.points[-1]) + "\n")
+            self.file.flush()
+        for name, value in values.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+        print(f"warning: {text}", flush=True)
+
+    def close(self) -> None:
+        for writer in (self.file, self.board):
+            if writer:
+                writer.close()
+
+
+def _lines(path: Path) -> Iterator[dict[str, float]]:
+    """Those that were written to their end."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def _corpus_of(run: LMRun) -> Corpus:
+    corpus = Corpus(Path(run.corpus))
+    if corpus.sha256 != run.data:
+        raise ValueError(f"{run.corpus} holds other data than those of the run: {corpus.sha256[:12]}, not {run.data[:12]}")
+    return corpus
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    flat = [config | config["recipe"] | {"recipe": None} for config in (ours, theirs)]
+    return sorted(name for name in flat[0].keys() | flat[1].keys() if flat[0].get(name) != flat[1].get(name))
+
+
+# ---- how a model is laid out
+
+
+def _prepared(objective: Objective, how: Execution, device: torch.device, ranks: int) -> Objective:
+    """Recomputation inside, compilation around it, shards around that."""
+    backbone = objective.model.backbone
+    if how.checkpointing != "none":
+        backbone.recompute = noop_context_fn if how.checkpointing == "full" else partial(selective_contexts, kept_results())
+    if how.compile:
+        for layer in backbone.layers:
+            layer.compile()
+    if ranks == 1:
+        return objective.to(device)
+    mesh = init_device_mesh(device.type, (ranks,))
+    for norm, layer in zip(backbone.norms, backbone.layers, strict=True):
+        fully_shard([norm, layer], mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+    return objective
+
+
+def kept_results() -> list[Any]:
+    """The operations whose results selective recomputation keeps: they cost more to do again than to remember."""
+    aten, own = torch.ops.aten, torch.ops.madkernels
+    return [
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        own.selective_scan.default,
+        own.causal_conv.default,
+        own.fft_conv.default,
+    ]
+
+
+def _full(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
