@@ -124,10 +124,10 @@ class Preset:
         return HybridLM(self.arch, vocab_size=self.vocab_size, dim=self.dim, tied=True)
 
 
-# Width, blocks, learning rate. Blocks are multiples of four, so that stripes come out even. The parameters that a token uses,
-# embedding included, are within 15 % of the name; only the MoE families have others. From 1b on the learning rates are those
-# of Savanna's configurations, by the group behind the MAD paper; the rise to 1e-3 below is from memory of the paper. None was
-# tuned here.
+# Width, blocks, learning rate. Blocks are multiples of four, so that stripes come out even. The parameters that a token
+# uses, embedding included, are within 15 % of the name; only the MoE families have others. From 1b on the learning rates are
+# those of Savanna's configurations, by the group behind the MAD paper; the rise to 1e-3 below is from memory of the paper.
+# None was tuned here.
 SIZES: dict[str, tuple[int, int, float]] = {
     "70m": (640, 8, 1e-3),
     "125m": (768, 12, 8e-4),

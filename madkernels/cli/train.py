@@ -2,6 +2,131 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
+if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
+    from madkernels.models import HybridLM
+    from madkernels.scaling.estimate import Gpu, Setup
+
 train = typer.Typer(help="Train language models, and say what that takes.", no_args_is_help=True)
+
+TOKENS_A_PARAMETER = 20  # about compute-optimal (Hoffmann et al. 2022, arXiv 2203.15556)
+
+
+@train.command()
+def plan(
+    preset: Annotated[str | None, typer.Option(help="Such as striped-hyena-7b.")] = None,
+    arch: Annotated[str | None, typer.Option(help='In place of a preset, such as "8*(hyena swiglu)".')] = None,
+    dim: Annotated[int | None, typer.Option(help="Width, with --arch.")] = None,
+    vocab: Annotated[int, typer.Option(help="Vocabulary, with --arch.")] = 50_304,
+    tokens: Annotated[float | None, typer.Option(help="20 for each parameter that a token uses if absent.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Of a step; rounded up to what the GPUs take at a time.")] = 2**19,
+    seqlen: Annotated[int | None, typer.Option(min=1, help="The preset's, or 2048.")] = None,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Rows that a GPU takes at a time.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1)] = 1,
+    gpu: Annotated[str, typer.Option(help="a100, h100 or h200.")] = "h100",
+    peak: Annotated[float | None, typer.Option(help="TFLOP/s of one GPU in bfloat16, in place of the datasheet's.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB of one GPU, in place of the table's.")] = None,
+    sharding: Annotated[str, typer.Option(help="full (FSDP) or none.")] = "full",
+    checkpointing: Annotated[str, typer.Option(help="none, selective or full.")] = "none",
+    mfu: Annotated[float, typer.Option(help="Share of the peak that is assumed to be reached.")] = 0.4,
+) -> None:
+    """Say what a training takes, without allocating it: parameters, state, operations, memory on each GPU, time."""
+    from madkernels.scaling.estimate import GPUS, Gpu, Setup
+
+    model, length = _meta_model(preset, arch, dim, vocab, seqlen)
+    if gpu not in GPUS:
+        raise ValueError(f"--gpu: {gpu!r} is not known; expected {', '.join(GPUS)}, or give --peak and --memory")
+    machine = Gpu(GPUS[gpu].flops if peak is None else peak * 1e12, GPUS[gpu].memory if memory is None else memory)
+    for option, value in (("--mfu", mfu), ("--peak", machine.flops), ("--memory", machine.memory), ("--tokens", tokens)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{option} is {value}; expected a number above 0")
+    setup = Setup(length, micro_batch, gpus, sharding, checkpointing)
+    _print(
+        f"Width {model.dim:,}, {len(model.arch.layers)} layers, vocabulary {model.vocab_size:,}", _size_rows(model, length)
+    )
+    work = _work_rows(model, setup, machine, tokens, batch_tokens, mfu)
+    _print(f"GPUs: {gpus}, {machine.flops / 1e12:,.0f} TFLOP/s each", work)
+    _print(f"Memory of each GPU, sharding {sharding}, checkpointing {checkpointing}", _memory_rows(model, setup, machine))
+
+
+def _meta_model(
+    preset: str | None, arch: str | None, dim: int | None, vocab: int, seqlen: int | None
+) -> tuple[HybridLM, int]:
+    """A model without data, and its sequence length."""
+    import torch
+
+    from madkernels.models import HybridLM
+    from madkernels.models.presets import preset as named
+
+    if (preset is None) == (arch is None) or (arch is None) != (dim is None):
+        raise ValueError("give --preset, or --arch and --dim")
+    with torch.device("meta"):
+        if preset is not None:
+            chosen = named(preset)
+            chosen = dataclasses.replace(chosen, seqlen=seqlen or chosen.seqlen)
+            return chosen.model(), chosen.seqlen
+        assert arch is not None
+        assert dim is not None
+        return HybridLM(arch, vocab_size=vocab, dim=dim, tied=True), seqlen or 2048
+
+
+def _size_rows(model: HybridLM, seqlen: int) -> dict[str, str]:
+    import torch
+
+    from madkernels.models import counting
+    from madkernels.models.normalise import fixed_state
+    from madkernels.scaling.estimate import embedding_params, training_flops
+
+    with torch.device("meta"):
+        fixed = fixed_state(model.arch, model.dim)
+    return {
+        "parameters": f"{counting.params(model):,}",
+        "of them used by a token": f"{counting.active_params(model):,}",
+        "of them embeddings": f"{embedding_params(model):,}",
+        "fixed state of a sequence": f"{fixed:,} elements",
+        f"state after {seqlen:,} tokens": f"{counting.state_size(model, seqlen):,} elements",
+        "operations a token, forward": f"{counting.flops_per_token(model, seqlen):.4g}",
+        "operations a token, training": f"{training_flops(model, seqlen):.4g}",
+    }
+
+
+def _work_rows(
+    model: HybridLM, setup: Setup, machine: Gpu, tokens: float | None, batch_tokens: int, mfu: float
+) -> dict[str, str]:
+    from madkernels.models import counting
+    from madkernels.scaling.estimate import training_flops
+
+    total = tokens or TOKENS_A_PARAMETER * counting.active_params(model)
+    at_a_time = setup.gpus * setup.tokens
+    accumulated = -(-batch_tokens // at_a_time)
+    flops = training_flops(model, setup.seqlen) * total
+    hours = flops / (setup.gpus * machine.flops * mfu) / 3600
+    return {
+        "tokens": f"{total:.4g}",
+        "tokens of a step": f"{accumulated * at_a_time:,} ({accumulated} times {at_a_time:,})",
+        "steps": f"{math.ceil(total / (accumulated * at_a_time)):,}",
+        "operations": f"{flops:.4g}",
+        f"time at an MFU of {mfu:.0%}": f"{hours:,.1f} h ({hours * setup.gpus:,.0f} GPU hours)",
+    }
+
+
+def _memory_rows(model: HybridLM, setup: Setup, machine: Gpu) -> dict[str, str]:
+    from madkernels.scaling.estimate import memory
+
+    parts = memory(model, setup)
+    total = sum(parts.values()) / 2**30
+    verdict = "fits" if total <= machine.memory else "does not fit"
+    return {name: f"{size / 2**30:,.2f} GiB" for name, size in parts.items()} | {
+        "together": f"{total:,.2f} GiB: {verdict} in {machine.memory:g} GiB"
+    }
+
+
+def _print(title: str, rows: dict[str, str]) -> None:
+    print(title)
+    for name, value in rows.items():
+        print(f"  {name:<28}  {value}")
