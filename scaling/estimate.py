@@ -26,19 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from madkernels.models import HybridLM, LayerSpec, counting
 from madkernels.models.layers.base import check_positive
+from madkernels.scaling.train import CHECKPOINTING, kept_results
 
 SHARDINGS = ("full", "none")
-CHECKPOINTINGS = ("none", "selective", "full")
-
-# What selective checkpointing keeps the results of, besides the project's ops.
-DEAR = {
-    torch.ops.aten.mm,
-    torch.ops.aten.addmm,
-    torch.ops.aten.bmm,
-    torch.ops.aten._grouped_mm,
-    torch.ops.aten._scaled_dot_product_flash_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
-}
 
 MASTER, HALF = 4, 2  # bytes of float32 and of bfloat16
 PASSES = 3  # a training step, in forward passes
@@ -81,7 +71,7 @@ class Setup:
         check_positive(seqlen=self.seqlen, rows=self.rows, gpus=self.gpus)
         for name, value, known in (
             ("sharding", self.sharding, SHARDINGS),
-            ("checkpointing", self.checkpointing, CHECKPOINTINGS),
+            ("checkpointing", self.checkpointing, CHECKPOINTING),
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it takes {', '.join(known)}")
@@ -181,15 +171,15 @@ class _Storages:
 
 
 class _DearResults(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the results of matrix products, attention and the project's ops."""
+    """Notes the results that selective checkpointing keeps."""
 
     def __init__(self, kept: _Storages) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kept = kept
+        self.kept, self.dear = kept, kept_results()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        if func.namespace == "madkernels" or func.overloadpacket in DEAR:
+        if func in self.dear:
             for t in tree_leaves(results):
                 if isinstance(t, Tensor):
                     self.kept.add(t)
