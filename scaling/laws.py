@@ -1,0 +1,322 @@
+"""Approach 3: one surface for the loss over size and data, fitted to all runs at once.
+
+    L(N, D) = E + A / N^alpha + B / D^beta
+    minimise over a = ln A, b = ln B, e = ln E, alpha, beta:
+        sum_i Huber_delta(ln(exp(a - alpha ln N_i) + exp(b - beta ln D_i) + exp(e)) - ln L_i)
+
+(Hoffmann et al. 2022, arXiv 2203.15556; Besiroglu et al. 2024, arXiv 2404.10102.) The minimum is what matters: fits that
+stopped before it have been published with intervals far too narrow. So every fit starts from several independent seeds, and
+says how many came to the same minimum, how flat the objective is there, and whether it curves up in all directions.
+
+Seeds come by variable projection: given both exponents, E, A and B are the answer of a linear least-squares problem. A grid
+of exponents is cut into blocks, and the best cell of each block is a seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import null_space
+
+from madkernels.scaling.newton import CHUNK, PARAMETERS, Array, Minimum, Problem, minimise
+
+HUBER = 1e-3  # delta of the published recipe
+LAD = 1e-8  # delta at which the fit is that of least absolute deviations: its residuals are all far larger, or zero
+FLOPS = 6.0  # for a parameter and a token, forward and backward
+NAMES = ("E", "A", "B", "alpha", "beta", "a", "b")
+
+EXPONENTS = np.geomspace(0.05, 1.5, 12)  # of the seeds
+SEEDS = 9
+FLOOR = 1e-3  # of the loss: the least that a term of a seed has
+SAME = 1e-6  # relative: minima that are one
+FLAT = 1e-6  # scaled gradient at a minimum
+NEAR = 1e-3  # relative: parameters that are one
+CURVED = 1e-11  # relative: eigenvalues above this are positive
+TIED = np.array([[0.0, 0.0, 0.0, 1.0, -1.0]])  # alpha - beta = 0
+
+
+@dataclass(frozen=True)
+class Points:
+    """Runs: parameters, tokens and loss in nats per token, each (n,), finite and positive. ValueError if they are not."""
+
+    params: Array
+    tokens: Array
+    loss: Array
+
+    def __post_init__(self) -> None:
+        for name in ("params", "tokens", "loss"):
+            values = np.asarray(getattr(self, name), dtype=np.float64)
+            object.__setattr__(self, name, values)
+            if values.shape != self.params.shape or values.ndim != 1:
+                raise ValueError(f"{name}: shape {values.shape}; expected ({np.size(self.params)},), as that of params")
+            if not (np.isfinite(values) & (values > 0)).all():
+                raise ValueError(f"{name}: values must be finite and positive")
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def where(self, chosen: NDArray[np.bool_] | NDArray[np.intp]) -> Points:
+        return Points(self.params[chosen], self.tokens[chosen], self.loss[chosen])
+
+    @cached_property
+    def centre(self) -> tuple[float, float]:
+        """Means of ln N and ln D."""
+        return float(np.log(self.params).mean()), float(np.log(self.tokens).mean())
+
+    @cached_property
+    def problem(self) -> Problem:
+        x, z = self.centre
+        return Problem(np.log(self.params) - x, np.log(self.tokens) - z, np.log(self.loss))
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The size and the tokens that make the best of a budget, and the loss they come to."""
+
+    flops: float
+    params: float
+    tokens: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Surface:
+    """L(N, D) = E + A / N^alpha + B / D^beta, in nats per token."""
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+
+    @property
+    def a(self) -> float:
+        """The exponent of the optimal size, N_opt ~ C^a."""
+        return self.beta / (self.alpha + self.beta)
+
+    @property
+    def b(self) -> float:
+        """The exponent of the optimal data, D_opt ~ C^b."""
+        return self.alpha / (self.alpha + self.beta)
+
+    def loss(self, params: ArrayLike, tokens: ArrayLike) -> Array:
+        size, data = np.asarray(params, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+        return np.asarray(self.E + self.A * size**-self.alpha + self.B * data**-self.beta)
+
+    def optimum(self, flops: float, factor: float = FLOPS) -> Allocation:
+        """The best split of a budget C = factor N D: there, alpha A / N^alpha = beta B / D^beta."""
+        balance = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        params = balance * (flops / factor) ** self.a
+        tokens = flops / factor / params
+        return Allocation(flops, params, tokens, float(self.loss(params, tokens)))
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What shows that a fit is at the minimum.
+
+    gradient_norm: its largest component, as a part of the sum of its terms' sizes (0 at a minimum, near 1 far from it).
+    seeds, agreeing: independent starts, and how many of them came to this minimum within 1e-6 of the objective.
+    spread: the largest relative difference of a parameter of the surface among those.
+    curvature: the least eigenvalue of the Hessian, as a part of the largest; not above 0 where the minimum is not strict.
+    """
+
+    gradient_norm: float
+    seeds: int
+    agreeing: int
+    spread: float
+    curvature: float
+
+    @property
+    def converged(self) -> bool:
+        """Flat, curved up in all directions, and one place that two independent seeds at least have found."""
+        return self.gradient_norm <= FLAT and self.curved and self.agreeing > 1 and self.spread <= NEAR
+
+    @property
+    def curved(self) -> bool:
+        """Above rounding."""
+        return self.curvature > CURVED
+
+    def __str__(self) -> str:
+        shape = "positive definite" if self.curved else "not positive definite"
+        return (
+            f"{'converged' if self.converged else 'NOT CONVERGED'}: gradient {self.gradient_norm:.1e}, {self.agreeing} of "
+            f"{self.seeds} seeds at this minimum (parameters within {self.spread:.1e}), Hessian {shape}"
+        )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The surface, and the proof that it is at the minimum.
+
+    objective: the sum over points of Huber_delta, or of absolute values where delta is LAD.
+    theta: (5,), the parameters in centred logarithms.
+    """
+
+    surface: Surface
+    objective: float
+    delta: float
+    tied: bool
+    count: int
+    proof: Proof
+    theta: Array
+
+    @property
+    def unit(self) -> float:
+        """The objective is this times the value that is minimised."""
+        return 1.0 if self.delta == LAD else self.delta
+
+    @property
+    def basis(self) -> Array:
+        """The directions in which the parameters may move, (5, k)."""
+        return np.asarray(null_space(TIED)) if self.tied else np.eye(PARAMETERS)
+
+
+def fit(points: Points, delta: float = HUBER, *, tied: bool = False) -> Fit:
+    """The minimum over all parameters, or with alpha = beta where `tied`. `delta=LAD` is least absolute deviations.
+
+    ValueError where there are fewer points than parameters, or all points have one size or one number of tokens.
+    """
+    _check(points, tied)
+    if not delta > 0:
+        raise ValueError(f"delta: {delta}; expected a positive number")
+    basis = np.asarray(null_space(TIED)) if tied else np.eye(PARAMETERS)
+    weights = np.ones((1, len(points)))
+    found = minimise(points.problem, _seeds(points.problem, weights, tied)[0], weights, delta, basis)
+    best = int(np.argmin(np.where(np.isfinite(found.value), found.value, np.inf)))
+    surface = _surface(found.theta[best], points.centre)
+    objective = float(found.value[best]) * (1 if delta == LAD else delta)
+    return Fit(surface, objective, delta, tied, len(points), _proof(points, found, best, basis), found.theta[best])
+
+
+def _check(points: Points, tied: bool) -> None:
+    needed = PARAMETERS - tied
+    if len(points) < needed:
+        raise ValueError(f"{len(points)} points cannot determine {needed} parameters")
+    for name, values in (("size", points.params), ("number of tokens", points.tokens)):
+        if len(np.unique(values)) < 2:
+            raise ValueError(f"all points have one {name}: the surface cannot be told from them")
+
+
+def _surface(theta: Array, centre: tuple[float, float]) -> Surface:
+    a, b, e, alpha, beta = (float(value) for value in theta)
+    x, z = centre
+    with np.errstate(over="ignore"):
+        return Surface(float(np.exp(e)), float(np.exp(a + alpha * x)), float(np.exp(b + beta * z)), alpha, beta)
+
+
+def _proof(points: Points, found: Minimum, best: int, basis: Array) -> Proof:
+    least = found.value[best]
+    same = found.value <= least * (1 + SAME) + len(points) * 1e-12
+    near = found.theta[same]
+    spread = float(np.abs(np.expm1(near - near[0])).max()) if len(near) else np.inf
+    curve = np.linalg.eigvalsh(basis.T @ found.hessian[best] @ basis)
+    return Proof(float(found.gradient_norm[best]), len(found.value), int(same.sum()), spread, float(curve[0] / curve[-1]))
+
+
+# ---- seeds
+
+
+def _cells(tied: bool) -> Array:
+    """Pairs of exponents (blocks, cells of a block, 2): the plane in 3 x 3 blocks, or its diagonal in 9."""
+    if tied:
+        along = np.geomspace(EXPONENTS[0], EXPONENTS[-1], 4 * SEEDS).reshape(SEEDS, 4)
+        return np.stack([along, along], 2)
+    thirds = EXPONENTS.reshape(3, -1)
+    return np.array([[(alpha, beta) for alpha in rows for beta in columns] for rows in thirds for columns in thirds])
+
+
+def _seeds(problem: Problem, weights: Array, tied: bool) -> Array:
+    """theta (rows, blocks, 5), the best cell of each block under each row of weights (rows, n)."""
+    cells = _cells(tied)
+    solved, errors = _project(problem, weights, cells.reshape(-1, 2))
+    shape = (len(weights), *cells.shape[:2])
+    best = errors.reshape(shape).argmin(2)[:, :, None, None]
+    return np.take_along_axis(solved.reshape(*shape, PARAMETERS), best, 2)[:, :, 0]
+
+
+def _project(problem: Problem, weights: Array, cells: Array) -> tuple[Array, Array]:
+    """theta (rows, cells, 5) and squared relative error (rows, cells), with E, A, B solved for and kept above a floor."""
+    loss = np.exp(problem.y)
+    terms = np.stack([np.exp(-np.outer(cells[:, 0], problem.x)), np.exp(-np.outer(cells[:, 1], problem.z))])
+    terms = np.concatenate([terms, np.ones_like(terms[:1])]) / loss  # (3, cells, n): shares of the loss by unit of A, B, E
+    products = np.einsum("icn,jcn->ncij", terms, terms).reshape(len(loss), -1)
+    normal = (weights @ products).reshape(len(weights), len(cells), 3, 3)
+    right = np.einsum("rn,icn->rci", weights, terms)
+    ridge = 1e-12 * np.trace(normal, axis1=2, axis2=3)[..., None, None] * np.eye(3)
+    solved = np.maximum(np.linalg.solve(normal + ridge, right[..., None])[..., 0], FLOOR * loss.mean())
+    errors = np.einsum("rci,rcij,rcj->rc", solved, normal, solved) - 2 * (solved * right).sum(2)
+    exponents = np.broadcast_to(cells, (len(weights), *cells.shape))
+    return np.concatenate([np.log(solved), exponents], 2), errors
+
+
+# ---- intervals
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Ends of an interval, and the standard deviation where there are draws."""
+
+    low: float
+    high: float
+    sd: float | None = None
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Surfaces fitted to resamples of the points.
+
+    unconverged: resamples whose gradient did not vanish. cold: those whose better minimum came from their own seed, not from
+    the minimum of all points.
+    """
+
+    surfaces: list[Surface]
+    unconverged: int
+    cold: int
+
+    def draws(self, name: str) -> Array:
+        """Of one of NAMES, (resamples,)."""
+        return np.array([getattr(surface, name) for surface in self.surfaces])
+
+    def interval(self, name: str, level: float = 0.95) -> Interval:
+        """Between percentiles."""
+        return interval(self.draws(name), level)
+
+    def losses(self, flops: float) -> Array:
+        """The least loss at a budget, (resamples,)."""
+        return np.array([surface.optimum(flops).loss for surface in self.surfaces])
+
+
+def interval(draws: Array, level: float = 0.95) -> Interval:
+    """Between percentiles, with the standard deviation (population form)."""
+    low, high = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
+    return Interval(float(low), float(high), float(draws.std()))
+
+
+def resamples(points: int, count: int, seed: int) -> Array:
+    """How often each point is drawn, (count, points): the draws of `numpy.random.seed(seed)` and `numpy.random.choice`."""
+    state = np.random.RandomState(seed)  # that of the published intervals
+    return np.array([np.bincount(state.choice(points, points), minlength=points) for _ in range(count)], dtype=np.float64)
+
+
+def bootstrap(points: Points, fitted: Fit, count: int = 4000, seed: int = 42) -> Bootstrap:
+    """Each resample is fitted from the minimum of all points and from its own best seed; the better one is kept."""
+    weights = resamples(len(points), count, seed)
+    warm = minimise(points.problem, np.repeat(fitted.theta[None], count, 0), weights, fitted.delta, fitted.basis)
+    starts = np.concatenate([_coldest(points.problem, weights[i : i + CHUNK], fitted.tied) for i in range(0, count, CHUNK)])
+    cold = minimise(points.problem, starts, weights, fitted.delta, fitted.basis)
+    better = cold.value < warm.value * (1 - SAME)
+    theta = np.where(better[:, None], cold.theta, warm.theta)
+    norm = np.where(better, cold.gradient_norm, warm.gradient_norm)
+    surfaces = [_surface(row, points.centre) for row in theta]
+    return Bootstrap(surfaces, int((norm > FLAT).sum()), int(better.sum()))
+
+
+def _coldest(problem: Problem, weights: Array, tied: bool) -> Array:
+    """The best cell of the whole grid, theta (rows, 5)."""
+    solved, errors = _project(problem, weights, _cells(tied).reshape(-1, 2))
+    best: Array = solved[np.arange(len(weights)), errors.argmin(1)]
+    return best

@@ -1,0 +1,175 @@
+"""The objective of approach 3 and its minimum, for many weightings of the same points at once.
+
+    sum_i w_i Huber_delta(r_i) / delta,    r_i = ln(exp(a - alpha x_i) + exp(b - beta z_i) + exp(e)) - ln L_i
+
+x and z are ln N and ln D less their means: uncentred, a goes almost along with alpha and a minimiser crawls in the valley.
+Divided by delta the objective is about the sum of |r|. At its own scale of 1e-3 the stopping rules of general minimisers
+hold at once, and they report success far from the minimum.
+
+A resample with replacement is a row of counts w, so thousands of bootstrap fits are one minimisation over an array of rows.
+Each Hessian is a few products of (rows, points) matrices with powers of x and z, so Newton's method costs no more than the
+gradient does. Where a Hessian is indefinite its eigenvalues count by their size (the step still goes down), and each row has
+its own damping. A small delta is reached from a large one: the minimum of the smoother objective starts the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+PARAMETERS = 5  # a, b, e, alpha, beta
+CHUNK = 128  # rows at a time, so that (rows, points) arrays stay in cache
+STEPS = 200  # at each delta
+TOLERANCE = 1e-8  # of the scaled gradient, where a row is done
+MILD = 3e-2  # the way begins below this, where most residuals of a log-loss are inside
+UNSEEN = 1e-17  # of the value: a change that is lost in rounding
+TINY = 1e-200  # instead of a curvature of zero
+ROUNDING = 1e-10  # residuals below this are those of an exact surface
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Points (n,) to fit: centred logarithms of size and data, logarithm of loss."""
+
+    x: Array
+    z: Array
+    y: Array
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """theta (rows, 5), value (rows,) of the objective over delta, scaled gradient norm (rows,), hessian (rows, 5, 5)."""
+
+    theta: Array
+    value: Array
+    gradient_norm: Array
+    hessian: Array
+
+
+@dataclass
+class Point:
+    """The objective at theta (rows, 5): value, gradient, Hessian, and the size of the gradient's terms to measure it by."""
+
+    theta: Array
+    value: Array
+    gradient: Array
+    hessian: Array
+    size: Array
+
+    def keep(self, rows: NDArray[np.intp], other: Point, of: NDArray[np.bool_]) -> None:
+        """Takes those of `other` that `of` marks into `rows`."""
+        for name in ("theta", "value", "gradient", "hessian", "size"):
+            getattr(self, name)[rows[of]] = getattr(other, name)[of]
+
+
+def shares(problem: Problem, theta: Array) -> tuple[Array, Array, Array, Array]:
+    """Residuals (rows, n), and what part of the loss is due to size, to data, and irreducible."""
+    a, b, e, alpha, beta = (column[:, None] for column in theta.T)
+    size, data = a - alpha * problem.x, b - beta * problem.z
+    top = np.maximum(np.maximum(size, data), e)
+    size, data, rest = np.exp(size - top), np.exp(data - top), np.exp(e - top)
+    total = size + data + rest
+    return top + np.log(total) - problem.y, size / total, data / total, rest / total
+
+
+def evaluate(problem: Problem, theta: Array, weights: Array, delta: float) -> Point:
+    """theta (rows, 5), weights (rows, n)."""
+    r, p, q, o = shares(problem, theta)
+    inside = np.abs(r) < delta
+    value = (weights * np.where(inside, r * r / (2 * delta), np.abs(r) - delta / 2)).sum(1)
+    pull = weights * np.clip(r / delta, -1, 1)
+    size = np.maximum(np.abs(pull), weights * min(ROUNDING / delta, 1)).sum(1)
+    x, z = problem.x, problem.z
+    gradient = np.stack([(pull * p).sum(1), (pull * q).sum(1), (pull * o).sum(1), -(pull * p) @ x, -(pull * q) @ z], 1)
+    return Point(theta, value, gradient, _hessian(x, z, p, q, o, pull, weights * inside / delta), size)
+
+
+def _hessian(x: Array, z: Array, p: Array, q: Array, o: Array, pull: Array, curve: Array) -> Array:
+    """Of r it is diag(p, q, o) - (p, q, o)(p, q, o)', in the three exponents; these are linear in theta."""
+    bend = curve - pull
+    bend_p, bend_q = bend * p, bend * q
+    ones = np.ones_like(x)
+    pp = (bend_p * p + pull * p) @ np.stack([ones, x, x * x], 1)
+    qq = (bend_q * q + pull * q) @ np.stack([ones, z, z * z], 1)
+    pq = (bend_p * q) @ np.stack([ones, x, z, x * z], 1)
+    po = (bend_p * o) @ np.stack([ones, x], 1)
+    qo = (bend_q * o) @ np.stack([ones, z], 1)
+    oo = (bend * o * o + pull * o).sum(1)
+    upper = {
+        (0, 0): pp[:, 0], (0, 1): pq[:, 0], (0, 2): po[:, 0], (0, 3): -pp[:, 1], (0, 4): -pq[:, 2],
+        (1, 1): qq[:, 0], (1, 2): qo[:, 0], (1, 3): -pq[:, 1], (1, 4): -qq[:, 1],
+        (2, 2): oo, (2, 3): -po[:, 1], (2, 4): -qo[:, 1],
+        (3, 3): pp[:, 2], (3, 4): pq[:, 3],
+        (4, 4): qq[:, 2],
+    }  # fmt: skip
+    hessian = np.empty((len(p), PARAMETERS, PARAMETERS))
+    for (i, j), values in upper.items():
+        hessian[:, i, j] = hessian[:, j, i] = values
+    return hessian
+
+
+def minimise(problem: Problem, start: Array, weights: Array, delta: float, basis: Array | None = None) -> Minimum:
+    """From each row of start (rows, 5), under its weights (rows or 1, n).
+
+    Steps stay in the span of `basis`, (5, k) or (rows, 5, k): the whole space if absent. What it excludes (tied exponents, a
+    value held fixed) holds at the start and so at the end.
+    """
+    rows = len(start)
+    weights = np.broadcast_to(weights, (rows, weights.shape[1]))
+    inside = np.eye(PARAMETERS) if basis is None else basis
+    inside = np.broadcast_to(inside, (rows, *inside.shape[-2:]))
+    parts = [slice(i, i + CHUNK) for i in range(0, rows, CHUNK)]
+    found = [_minimise(problem, start[part], weights[part], delta, inside[part]) for part in parts]
+    return Minimum(*(np.concatenate([getattr(m, name) for m in found]) for name in Minimum.__annotations__))
+
+
+def _minimise(problem: Problem, start: Array, weights: Array, delta: float, basis: Array) -> Minimum:
+    for mild in _milder(delta):
+        start = _descend(problem, start, weights, mild, basis).theta
+    point = _descend(problem, start, weights, delta, basis)
+    return Minimum(point.theta, point.value, _norm(point, basis), point.hessian)
+
+
+def _milder(delta: float) -> list[float]:
+    """Deltas on the way down, by tens."""
+    return [delta * 10.0**i for i in range(20, 0, -1) if delta * 10.0**i <= MILD]
+
+
+def _norm(point: Point, basis: Array) -> Array:
+    """The gradient's largest component, as a part of the sum of its terms' sizes: 0 at a minimum, about 1 far away."""
+    within: Array = np.abs(np.einsum("rik,ri->rk", basis, point.gradient)).max(1) / point.size
+    return within
+
+
+def _descend(problem: Problem, theta: Array, weights: Array, delta: float, basis: Array) -> Point:
+    """Until the gradient vanishes, or no shorter step could still be seen in the value."""
+    point = evaluate(problem, theta.copy(), weights, delta)
+    damping = 1e-3 * np.abs(np.trace(point.hessian, axis1=1, axis2=2))
+    stuck = np.zeros(len(theta), dtype=bool)
+    for _ in range(STEPS):
+        rows = np.flatnonzero((_norm(point, basis) > TOLERANCE) & ~stuck)
+        if not len(rows):
+            break
+        step = _step(point, basis, damping, rows)
+        trial = evaluate(problem, point.theta[rows] + step, weights[rows], delta)
+        better = trial.value < point.value[rows]
+        promised = -(point.gradient[rows] * step).sum(1)
+        stuck[rows] = ~better & (promised < UNSEEN * point.value[rows])
+        damping[rows] *= np.where(better, 1 / 8, 6)
+        point.keep(rows, trial, better)
+    return point
+
+
+def _step(point: Point, basis: Array, damping: Array, rows: NDArray[np.intp]) -> Array:
+    """Newton's, in the basis: eigenvalues by their size, and damped."""
+    inside = basis[rows]
+    across = inside.transpose(0, 2, 1)
+    curve, axes = np.linalg.eigh(across @ point.hessian[rows] @ inside)
+    along = axes.transpose(0, 2, 1) @ (across @ point.gradient[rows, :, None])
+    damped = np.abs(curve) + damping[rows, None] + TINY
+    step: Array = -(inside @ (axes @ (along / damped[:, :, None])))[:, :, 0]
+    return step

@@ -1,0 +1,115 @@
+"""Profile intervals: how far a parameter can be moved before the best fit with it held there is refuted.
+
+The errors of ln L are taken as independent, with the density whose most likely parameters are the fit:
+
+    exp(-Huber_delta(r) / s) / Z(s),    Z(s) = sqrt(2 pi s) erf(delta / sqrt(2 s)) + 2 s / delta exp(-delta^2 / (2 s))
+
+The scale s is estimated along with the parameters, so twice the drop of the log-likelihood is compared with chi-squared
+of one degree. The density is Laplace's where delta is far below the residuals, and normal where it is far above.
+
+To hold a parameter is a linear constraint on (a, b, e, alpha, beta), also for the exponent a = beta / (alpha + beta), so the
+same minimiser walks in the plane that is left. All ends are sought at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.linalg import null_space
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import erf
+from scipy.stats import chi2
+
+from madkernels.scaling.laws import LAD, NAMES, TIED, Fit, Interval, Points
+from madkernels.scaling.newton import Array, minimise
+
+LOGARITHMS = ("E", "A", "B")  # walked along in the logarithm
+STEP = 0.01  # the first one outwards
+EXACT = 1e-6  # to which an end is known
+FAR = 30.0  # beyond this a parameter is not bounded
+
+
+def profile(points: Points, fitted: Fit, level: float = 0.95) -> dict[str, Interval]:
+    """By parameter; 0 or infinity where the points do not bound it. A tied fit has no interval for a and b."""
+    names = [name for name in NAMES if not (fitted.tied and name in ("a", "b"))]
+    mean = fitted.objective / fitted.count
+    highest = _refuted_mean(mean, fitted.delta, float(chi2.ppf(level, 1)) / (2 * fitted.count)) * fitted.count
+    at = [getattr(fitted.surface, name) for name in names]
+    at = [float(np.log(value)) if name in LOGARITHMS else value for name, value in zip(names, at, strict=True)]
+    ends = _ends(points, fitted, names * 2, np.array(at * 2), np.repeat([-1.0, 1.0], len(names)), highest / fitted.unit)
+    found = {}
+    for name, low, high in zip(names, *ends.reshape(2, -1), strict=True):
+        low, high = (float(np.exp(low)), float(np.exp(high))) if name in LOGARITHMS else (float(low), float(high))
+        found[name] = Interval(low, high)
+    return found
+
+
+def _refuted_mean(mean: float, delta: float, drop: float) -> float:
+    """The mean of Huber's function at which a point's log-likelihood is lower by `drop`."""
+    if delta == LAD:  # Laplace's density in the limit
+        return mean * float(np.exp(drop))
+    top, high = _log_likelihood(mean, delta), 2 * mean
+    while top - _log_likelihood(high, delta) < drop:
+        high *= 2
+    end: Any = brentq(lambda value: top - _log_likelihood(value, delta) - drop, mean, high)
+    return float(end)
+
+
+def _log_likelihood(mean: float, delta: float) -> float:
+    """Of a point, at the most likely scale."""
+
+    def minus(log_scale: float) -> float:
+        s = np.exp(log_scale)
+        mass = np.sqrt(2 * np.pi * s) * erf(delta / np.sqrt(2 * s)) + 2 * s / delta * np.exp(-(delta**2) / (2 * s))
+        return float(mean / s + np.log(mass))
+
+    around = (np.log(mean) - 5, np.log(mean) + 5)
+    found: Any = minimize_scalar(minus, bounds=around, method="bounded", options={"xatol": 1e-9})
+    return -float(found.fun)
+
+
+def _ends(points: Points, fitted: Fit, names: list[str], at: Array, sides: Array, highest: float) -> Array:
+    """From `at` (rows,) outwards: steps double until the objective is too high, then halve towards the place where it is."""
+    start, theta = at, np.repeat(fitted.theta[None], len(at), 0)
+    steps, growing = np.full(len(at), STEP), np.ones(len(at), dtype=bool)
+    weights = np.ones((1, len(points)))
+    while True:
+        rows = np.flatnonzero((steps > EXACT) & (np.abs(at - start) < FAR))
+        if not len(rows):
+            return np.where(growing, sides * np.inf, at)
+        there = at[rows] + sides[rows] * steps[rows]
+        planes = [
+            _plane(names[row], value, points.centre, fitted.tied, theta[row]) for row, value in zip(rows, there, strict=True)
+        ]
+        begin, basis = (np.array(parts) for parts in zip(*planes, strict=True))
+        found = minimise(points.problem, begin, weights, fitted.delta, basis)
+        inside = found.value <= highest
+        at, theta = at.copy(), theta.copy()
+        at[rows[inside]], theta[rows[inside]] = there[inside], found.theta[inside]
+        growing[rows[~inside]] = False
+        steps[rows] = np.where(growing[rows], steps[rows] * 2, steps[rows] / 2)
+
+
+def _plane(name: str, value: float, centre: tuple[float, float], tied: bool, theta: Array) -> tuple[Array, Array]:
+    """Where the parameter has this value: its point nearest to theta (5,), and its directions (5, k)."""
+    normal, right = _constraint(name, value, centre)
+    normals = np.vstack([normal, TIED]) if tied else normal[None]
+    rights = np.array([right, 0.0])[: len(normals)]
+    return theta + np.linalg.pinv(normals) @ (rights - normals @ theta), null_space(normals)
+
+
+def _constraint(name: str, value: float, centre: tuple[float, float]) -> tuple[Array, float]:
+    """As coefficients of theta (5,) and a right side."""
+    x, z = centre
+    along: dict[str, tuple[list[float], float]] = {
+        "A": ([1, 0, 0, x, 0], value),
+        "B": ([0, 1, 0, 0, z], value),
+        "E": ([0, 0, 1, 0, 0], value),
+        "alpha": ([0, 0, 0, 1, 0], value),
+        "beta": ([0, 0, 0, 0, 1], value),
+        "a": ([0, 0, 0, -value, 1 - value], 0.0),
+        "b": ([0, 0, 0, 1 - value, -value], 0.0),
+    }
+    normal, right = along[name]
+    return np.array(normal, dtype=np.float64), right

@@ -1,0 +1,87 @@
+"""Points that do not belong to the surface, and what the fit would be without them.
+
+Runs that diverged have no sensible loss and are dropped before any fit. Runs that are only undertrained have one, and pull:
+at far fewer tokens than parameters the loss is that of the first steps, which the surface does not describe. The Chinchilla
+points have five such runs; with them the exponent a is 0.56, and without them 0.51.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from madkernels.scaling.laws import Fit, Points, fit
+from madkernels.scaling.newton import Array
+
+ABSURD = 20 * np.log(2)  # nats: worse than a guess among a million tokens
+UNDERTRAINED = 1.0  # tokens a parameter
+OUTLYING = 5.0  # robust standard deviations of ln L from the surface
+
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Screening:
+    """Flags of points (n,): too few tokens, and losses far above or far below the surface."""
+
+    undertrained: Flags
+    high: Flags
+    low: Flags
+
+
+@dataclass(frozen=True)
+class Without:
+    """The fit after dropping some points; None where too few are left."""
+
+    what: str
+    dropped: int
+    fit: Fit | None
+
+
+def why_not(loss: float) -> str | None:
+    """Why a loss in nats is no result of a training that went well; None where it may be one."""
+    if not np.isfinite(loss):
+        return f"the loss is {loss}: diverged"
+    if loss <= 0:
+        return f"the loss is {loss:g}: not positive"
+    if loss > ABSURD:
+        return f"the loss is {loss:g} nats, above a guess among a million tokens: diverged, or not in nats"
+    return None
+
+
+def highest(loss: Array, count: int) -> Flags:
+    """The `count` highest of (n,)."""
+    if not 0 <= count < len(loss):
+        raise ValueError(f"cannot drop the {count} highest of {len(loss)} losses")
+    flags = np.zeros(len(loss), dtype=bool)
+    flags[np.argsort(-loss, kind="stable")[:count]] = True
+    return flags
+
+
+def screen(points: Points, fitted: Fit) -> Screening:
+    """Against a fit that is robust (a small delta), else outliers hide themselves."""
+    residuals = np.log(points.loss) - np.log(fitted.surface.loss(points.params, points.tokens))
+    far = OUTLYING * 1.4826 * float(np.median(np.abs(residuals)))
+    far = max(far, 1e-9)  # an exact surface has no outliers in its rounding
+    return Screening(points.tokens < UNDERTRAINED * points.params, residuals > far, residuals < -far)
+
+
+def sensitivity(points: Points, fitted: Fit, most: int = 5) -> list[Without]:
+    """The fit without each kind of point that there is, and without the 1 .. `most` highest losses."""
+    found = screen(points, fitted)
+    kinds = {
+        f"fewer than {UNDERTRAINED:g} tokens a parameter": found.undertrained,
+        "losses far above the surface": found.high,
+        "losses far below the surface": found.low,
+        **{f"{count} highest losses": highest(points.loss, count) for count in range(1, min(most, len(points) - 1) + 1)},
+    }
+    return [_without(points, fitted, what, flags) for what, flags in kinds.items() if flags.any()]
+
+
+def _without(points: Points, fitted: Fit, what: str, flags: Flags) -> Without:
+    try:
+        return Without(what, int(flags.sum()), fit(points.where(~flags), fitted.delta, tied=fitted.tied))
+    except ValueError:  # too few are left
+        return Without(what, int(flags.sum()), None)
