@@ -25,14 +25,13 @@ from torch.optim import Optimizer
 from madkernels.models import HybridLM
 
 META = "run.json"
-KEPT = 2
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: dict[str, Any]) -> None:
-    """Writes the checkpoint of a step, and lets go of all but the last few. All processes call it.
+    """Writes the checkpoint of a step, and lets go of the one before. All processes call it.
 
     Raises:
-        OSError: it could not be written; those that were there are still there.
+        OSError: it could not be written; the one before is still there.
     """
     place, unfinished = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
     first = not dist.is_initialized() or dist.get_rank() == 0
@@ -53,7 +52,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: 
         problem = error
     if first:
         shutil.rmtree(unfinished, ignore_errors=True)
-        for old in _found(folder)[:-KEPT]:
+        for old in _found(folder)[:-1]:
             shutil.rmtree(old, ignore_errors=True)
     _wait()
     if problem is not None:

@@ -151,4 +151,4 @@ class LMRun:
         from madkernels.scaling.train import Execution, train
 
         (run,) = job
-        return [train(run, Execution(device=device), lambda step, point: on_point(run, step, point))]
+        return [train(run, Execution(device=device, save_every=60), lambda step, point: on_point(run, step, point))]

@@ -14,7 +14,9 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ from torch.utils.checkpoint import noop_context_fn
 from madkernels.models import HybridLM, counting
 from madkernels.models.init import parameter_groups
 from madkernels.runs.engines import Diverged
+from madkernels.runs.lock import lock
 from madkernels.scaling import checkpoint
 from madkernels.scaling.data import Batch, Batches, Corpus, held_out
 from madkernels.scaling.recipe import LMRun
@@ -112,7 +115,11 @@ def train(
         ValueError: the data are not those of the run, the batch does not divide among the processes, or the folder holds
             another run.
     """
-    return _Trainer(run, how or Execution(), on_point).train()
+    trainer = _Trainer(run, how or Execution(), on_point)
+    try:
+        return trainer.train()
+    finally:
+        trainer.log.close()
 
 
 class _Trainer:
@@ -140,7 +147,7 @@ class _Trainer:
         rows, left = divmod(self.recipe.batch, self.ranks)
         if left or rows % (self.how.micro_batch or 1):
             parts = f"{self.ranks} processes" + (
-                f" of micro-batches of {self.how.micro_batch}" if self.how.micro_batch else ""
+                f", in micro-batches of {self.how.micro_batch}" if self.how.micro_batch else ""
             )
             raise ValueError(f"a batch of {self.recipe.batch} rows does not divide among {parts}")
         return range(self.rank * rows, (self.rank + 1) * rows)
@@ -164,7 +171,6 @@ class _Trainer:
                     saved = time.perf_counter()
         if self.run.out and self.seconds > before:
             self.save()
-        self.log.close()
         return self.result()
 
     def update(self, batch: Batch) -> tuple[Tensor, float]:
@@ -305,12 +311,12 @@ class _Log:
         self.folder, self.points, self.warnings = folder, list[dict[str, float]](), list[str]()
         self.file: Any = None
         self.board: Any = None
+        self.lock = None if folder is None else lock(folder / "log.jsonl")
 
     def begin(self, step: int) -> None:
         """Opens it as it was after a step; what was written later is let go."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "log.jsonl"
         self.points = [point for point in _lines(path) if point["step"] <= step]
         whole = path.with_suffix(".unfinished")
@@ -336,7 +342,7 @@ class _Log:
         print(f"warning: {text}", flush=True)
 
     def close(self) -> None:
-        for writer in (self.file, self.board):
+        for writer in (self.file, self.board, self.lock):
             if writer:
                 writer.close()
 
@@ -365,6 +371,21 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 # ---- how a model is laid out
 
 
+@contextmanager
+def processes(device: str) -> Iterator[bool]:
+    """The process group, where torchrun has started several; whether this process is the first."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield True
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
 def _prepared(objective: Objective, how: Execution, device: torch.device, ranks: int) -> Objective:
     """Recomputation inside, compilation around it, shards around that."""
     backbone = objective.model.backbone
@@ -375,6 +396,7 @@ def _prepared(objective: Objective, how: Execution, device: torch.device, ranks:
             layer.compile()
     if ranks == 1:
         return objective.to(device)
+    warnings.filterwarnings("ignore", message=".*returned a view tensor. An in-place op")  # the residual stream has none
     mesh = init_device_mesh(device.type, (ranks,))
     for norm, layer in zip(backbone.norms, backbone.layers, strict=True):
         fully_shard([norm, layer], mesh=mesh)

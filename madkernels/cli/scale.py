@@ -2,6 +2,180 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
+from madkernels.cli.sweeps import Bars, engine_of, load_plugins, progress_bars
+
+if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
+    from madkernels.scaling.plan import Planned, Setting
+
 scale = typer.Typer(help="Plan, run, fit and compare scaling laws.", no_args_is_help=True)
+
+# ---- plans
+
+
+planning = typer.Typer(
+    help="Make tables of runs: CSV files to be read, edited, and done by scale run.", no_args_is_help=True
+)
+scale.add_typer(planning, name="plan")
+
+Archs = Annotated[
+    list[str],
+    typer.Option(
+        "--arch",
+        help="A family such as striped-hyena, or LABEL=TEMPLATE, as in 'mine=hyena swiglu attention:heads={dim/32} swiglu'; "
+        "give several.",
+    ),
+]
+Out = Annotated[Path, typer.Option(help="The plan, a CSV file.")]
+Blocks = Annotated[int, typer.Option(min=1, help="Depth, in pairs of a sequence mixer and a channel mixer.")]
+Data = Annotated[Path, typer.Option(help="Folder of madkernels train prepare.")]
+Seqlen = Annotated[int, typer.Option(min=1, help="Tokens of a row.")]
+Batch = Annotated[int, typer.Option(min=1, help="Rows of a step at the smallest budget; grows with the root of the budget.")]
+Rate = Annotated[float, typer.Option(help="Highest learning rate at width 64; falls with the root of the width.")]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Each run once with each; give several.")]
+
+
+@planning.command()
+def isoflop(
+    arch: Archs,
+    budget: Annotated[list[float], typer.Option(help="Operations of a training; give several.")],
+    dims: Annotated[str, typer.Option(help="Widths to choose from, with commas between.")],
+    data: Data,
+    out: Out,
+    sizes: Annotated[int, typer.Option(min=3, help="Sizes at each budget.")] = 5,
+    ratio: Annotated[float, typer.Option(help="Tokens a parameter of the size in the middle.")] = 20.0,
+    blocks: Blocks = 2,
+    seqlen: Seqlen = 256,
+    batch: Batch = 4,
+    lr: Rate = 6e-3,
+    seed: Seeds = None,
+) -> None:
+    """Several sizes at each of several budgets: where the compute-optimal size lies."""
+    from madkernels.scaling.plan import isoflop as plan
+
+    setting = _setting(data, seqlen, batch, lr, seed)
+    _write(plan(_labelled(arch), budget, _numbers(dims), setting, blocks=blocks, sizes=sizes, ratio=ratio), out)
+
+
+@planning.command()
+def overtrained(
+    arch: Archs,
+    dim: Annotated[int, typer.Option(min=1, help="Width.")],
+    ratio: Annotated[list[float], typer.Option(help="Tokens a parameter; give several.")],
+    data: Data,
+    out: Out,
+    blocks: Blocks = 2,
+    seqlen: Seqlen = 256,
+    batch: Batch = 4,
+    lr: Rate = 6e-3,
+    seed: Seeds = None,
+) -> None:
+    """One size with more and more tokens: what training beyond the compute-optimal point brings."""
+    from madkernels.scaling.plan import overtrained as plan
+
+    _write(plan(_labelled(arch), dim, ratio, _setting(data, seqlen, batch, lr, seed), blocks=blocks), out)
+
+
+@planning.command()
+def state(
+    arch: Archs,
+    dim: Annotated[int, typer.Option(min=1, help="Width.")],
+    budget: Annotated[float, typer.Option(help="Operations of a training.")],
+    size: Annotated[list[int], typer.Option(help="Fixed state over the model, in elements; give several.")],
+    data: Data,
+    out: Out,
+    blocks: Blocks = 2,
+    seqlen: Seqlen = 256,
+    batch: Batch = 4,
+    lr: Rate = 6e-3,
+    seed: Seeds = None,
+) -> None:
+    """One width and budget with more and more fixed state: what state brings."""
+    from madkernels.scaling.plan import states as plan
+
+    _write(plan(_labelled(arch), dim, budget, size, _setting(data, seqlen, batch, lr, seed), blocks=blocks), out)
+
+
+def _labelled(archs: list[str]) -> dict[str, str]:
+    found = {}
+    for text in archs:
+        label, equals, template = text.partition("=")
+        family = not equals or any(c in label for c in " :")  # an option's equals sign is no label's
+        found[text if family else label] = text if family else template
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text!r}: expected whole numbers with commas between") from None
+
+
+def _setting(data: Path, seqlen: int, batch: int, lr: float, seeds: list[int] | None) -> Setting:
+    from madkernels.scaling.data import Corpus
+    from madkernels.scaling.plan import Setting
+
+    return Setting(Corpus(data).vocab_size, seqlen, batch, lr, seeds=tuple(seeds or Setting.seeds))
+
+
+def _write(rows: list[Planned], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from madkernels.scaling.plan import write_plan
+
+    write_plan(rows, out)
+    table = Table(caption=f"{len(rows)} runs, {sum(row.flops for row in rows):.3g} operations")
+    names = ("kind", "architecture", "width", "budget", "parameters", "tokens", "tokens a parameter", "steps")
+    for name in names:
+        table.add_column(name, justify="left" if name in names[:2] else "right")
+    for row in rows:
+        counted = f"{row.params:,}", f"{row.tokens:,}", f"{row.tokens_per_param:.1f}", f"{row.steps:,}"
+        table.add_row(row.kind, row.architecture, str(row.dim), f"{row.budget:.3g}", *counted)
+    console = Console()
+    console.print(table)
+    console.print(f"Plan: {out}", soft_wrap=True)
+
+
+# ---- runs
+
+
+@scale.command()
+def run(
+    plan: Annotated[list[Path], typer.Argument(help="CSV files of scale plan.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of the results; a run found there is not done again.")],
+    engine: Annotated[str, typer.Option(help="pool (processes here), process (this one) or ray (a cluster).")] = "pool",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes of the pool; as many as cores, or GPUs.")] = None,
+    address: Annotated[str, typer.Option(help="Of the Ray cluster.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    plugin: Annotated[list[Path] | None, typer.Option(help="A Python file that adds layers; give several.")] = None,
+) -> None:
+    """Train the runs of plans. What is killed goes on from where it was when asked for again."""
+    from rich.console import Console
+
+    from madkernels.runs.store import Store
+    from madkernels.scaling.plan import read_plan
+    from madkernels.scaling.sweep import CSV, runs_of, sweep, write_csv
+
+    plugins = load_plugins(plugin)
+    rows = [row for path in plan for row in read_plan(path)]
+    runs = runs_of(rows, data, out)
+    work = {run: row.flops for run, row in zip(runs, rows, strict=True)}
+    place = engine_of(engine, workers, address, device, plugins)
+    console, store = Console(), Store(out)
+    with progress_bars(console) as bars:
+        known = store.metrics()
+        outcome = sweep(runs, work, store, Bars(bars, work, {run for run in runs if run.key() in known}), place)
+    write_csv(rows, runs, store, out / CSV)
+    store.close()
+    console.print(f"{outcome.trained} runs trained, {outcome.already_done} found done, {outcome.failed} failed.")
+    console.print(f"Results: {store.path}, {out / CSV}", soft_wrap=True)
+
+
+# ---- fits

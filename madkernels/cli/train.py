@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -130,3 +131,116 @@ def _print(title: str, rows: dict[str, str]) -> None:
     print(title)
     for name, value in rows.items():
         print(f"  {name:<28}  {value}")
+
+
+@train.command()
+def prepare(
+    files: Annotated[list[str] | None, typer.Argument(help="Files, or glob patterns with ** for any depth.")] = None,
+    out: Annotated[Path, typer.Option(help="A folder that is not there yet.")] = Path("out/data"),
+    tokenizer: Annotated[str, typer.Option(help="bytes, or a tokenizer.json of Hugging Face.")] = "bytes",
+    dataset: Annotated[
+        str | None, typer.Option(help="In place of files: a Hugging Face dataset, by name or folder.")
+    ] = None,
+    validation: Annotated[float, typer.Option(help="Share of the documents that is held out.")] = 0.05,
+) -> None:
+    """Turn text into shards of tokens. Without files: the source of Python's standard library.
+
+    A file is a document; of a .jsonl file each line is one, its text under "text".
+    """
+    from rich.console import Console
+
+    from madkernels.scaling import data
+
+    if files and dataset:
+        raise ValueError("give files or --dataset, not both")
+    found = data.files_of(files) if files else data.standard_library()
+    documents = data.dataset_documents(dataset) if dataset else data.documents_of(found)
+    manifest = data.prepare(documents, out, data.tokenizer_of(tokenizer), validation=validation)
+    console = Console()
+    for name, shards in manifest["splits"].items():
+        tokens, count = (sum(shard[what] for shard in shards) for what in ("tokens", "documents"))
+        console.print(f"{name}: {tokens:,} tokens, {count:,} documents")
+    console.print(f"Data: {out}, sha256 {manifest['sha256']}", soft_wrap=True)
+
+
+@train.command()
+def run(
+    data: Annotated[Path, typer.Option(help="Folder of madkernels train prepare.")],
+    out: Annotated[Path, typer.Option(help="Folder of log and checkpoints; a run that is there goes on.")],
+    steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")],
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a step, over all processes.")],
+    preset: Annotated[str | None, typer.Option(help="Such as striped-hyena-70m.")] = None,
+    arch: Annotated[str | None, typer.Option(help='In place of a preset, such as "8*(hyena swiglu)".')] = None,
+    dim: Annotated[int | None, typer.Option(help="Width, with --arch.")] = None,
+    seqlen: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; the preset's, or 2048.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate; the preset's if absent.")] = None,
+    schedule: Annotated[str, typer.Option(help="cosine, or wsd: warm-up, stable, decay.")] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.01,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.1,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).")] = "float32",
+    documents: Annotated[bool, typer.Option(help="Keep the documents of a row apart.")] = False,
+    seed: Annotated[int, typer.Option(help="Of parameters and of the order of the data.")] = 12345,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows of one forward in one process.")] = None,
+    checkpointing: Annotated[str, typer.Option(help="What is computed again: none, selective or full.")] = "none",
+    compile: Annotated[bool, typer.Option(help="Layers go through torch.compile.")] = False,
+    save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 300.0,
+    log_every: Annotated[int | None, typer.Option(min=1, help="Steps; a hundredth of the run if absent.")] = None,
+    plugin: Annotated[list[Path] | None, typer.Option(help="A Python file that adds layers; give several.")] = None,
+) -> None:
+    """Train one model, alone or, under torchrun, sharded over processes.
+
+    For example: torchrun --nproc-per-node 8 -m madkernels.cli train run --preset striped-hyena-70m --data D --out O
+    --steps 5000 --batch 64 --device cuda --dtype bfloat16
+    """
+    from rich.console import Console
+
+    from madkernels.cli.sweeps import load_plugins, progress_bars
+    from madkernels.scaling import train as training
+    from madkernels.scaling.data import Corpus
+    from madkernels.scaling.recipe import LMRun, Recipe
+
+    load_plugins(plugin)
+    model, length = _meta_model(preset, arch, dim, 1, seqlen)
+    if (rate := lr or _rate(preset)) is None:
+        raise ValueError("--arch has no learning rate of its own: give --lr")
+    corpus = Corpus(data)
+    recipe = Recipe(
+        steps, batch, length, rate, warmup=warmup, schedule=schedule, weight_decay=weight_decay,
+        dtype=dtype, documents=documents, seed=seed,
+    )  # fmt: skip
+    how = training.Execution(device, micro_batch, checkpointing, compile, save_every, log_every, _peak(device))
+    wanted = LMRun(str(model.arch), model.dim, corpus.vocab_size, recipe, corpus.sha256, corpus=str(data), out=str(out))
+    console = Console()
+    with training.processes(device) as first, progress_bars(console) as bars:
+        bar = bars.add_task(str(wanted), total=steps, note="", visible=first)
+
+        def show(step: int, point: dict[str, float]) -> None:
+            told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in point.items())
+            bars.update(bar, completed=step, note=told)
+            if not console.is_terminal:
+                print(f"step {step}: {told}", flush=True)
+
+        result = training.train(wanted, how, show)
+        if first:
+            pace = result["tokens"] / result["seconds"]
+            console.print(f"held-out loss {result['loss']:.4f} nats a token; {pace:,.0f} tokens a second")
+            console.print(f"Log and checkpoint: {out}", soft_wrap=True)
+
+
+def _rate(preset_name: str | None) -> float | None:
+    from madkernels.models.presets import preset as named
+
+    return None if preset_name is None else named(preset_name).lr
+
+
+def _peak(device: str) -> float | None:
+    """Of the GPU here, where its datasheet is known."""
+    import torch
+
+    from madkernels.scaling.estimate import GPUS
+
+    if device != "cuda":
+        return None
+    name = torch.cuda.get_device_name().lower()
+    return next((gpu.flops for key, gpu in GPUS.items() if key in name), None)

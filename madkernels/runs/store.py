@@ -7,7 +7,6 @@ too.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sqlite3
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from madkernels.runs.engines import Run
+from madkernels.runs.lock import lock
 
 SCHEMA = 2  # PRAGMA user_version; a change of the table is another number
 FILE = "results.sqlite"
@@ -98,15 +98,7 @@ class Store(Results):
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(folder / f"{FILE}.lock", "w")  # noqa: SIM115  (held until close)
-        except OSError as error:
-            raise OSError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing to {self.path}; wait for it or choose another --out") from None
+        self.lock = lock(self.path)
         self.connect()
 
     def open(self) -> None:

@@ -1,0 +1,61 @@
+"""The runs of a plan on an engine, into a folder: results as SQLite and CSV, a log and a checkpoint a run."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from madkernels.runs.engines import Engine
+from madkernels.runs.execute import Outcome, Progress, execute, left
+from madkernels.runs.store import Results, Store
+from madkernels.scaling.data import Corpus
+from madkernels.scaling.plan import Planned
+from madkernels.scaling.recipe import LMRun
+
+CSV = "runs.csv"
+MEASURED = ("loss", "train_loss", "seconds", "left_out")
+
+
+def runs_of(rows: Sequence[Planned], data: Path, out: Path) -> list[LMRun]:
+    """The trainings of a plan. ValueError where its vocabulary is not that of the data."""
+    corpus = Corpus(data)
+    if other := {row.vocab_size for row in rows} - {corpus.vocab_size}:
+        raise ValueError(f"the plan is for a vocabulary of {', '.join(map(str, other))}; {data} has {corpus.vocab_size}")
+    runs = [row.run(corpus.sha256, str(data.resolve()), None) for row in rows]
+    return [
+        row.run(run.data, run.corpus, str((out / "runs" / run.key()[:16]).resolve()))
+        for row, run in zip(rows, runs, strict=True)
+    ]
+
+
+def sweep(runs: Sequence[LMRun], work: dict[LMRun, float], store: Store, progress: Progress, engine: Engine) -> Outcome:
+    """Trains what is not done yet, the longest first. A run that fails is kept as failed, and the sweep goes on.
+
+    Args:
+        runs: of a plan.
+        work: operations that each takes.
+
+    Raises:
+        OSError: results could not be written to the end; those that could are kept.
+    """
+    todo = sorted(left(runs, store), key=lambda run: -work[run])
+    return execute(runs, [(run,) for run in todo], store, progress, engine, _told)
+
+
+def _told(result: dict[str, Any]) -> str:
+    return f"loss {result['loss']:.3f} in {result['seconds']:.0f} s"
+
+
+def write_csv(rows: Sequence[Planned], runs: Sequence[LMRun], results: Results, path: Path) -> None:
+    """A line a run of the plan: the plan's columns, what was measured, and the status."""
+    found = {row["key"]: row for row in results.rows()}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*(f.name for f in fields(Planned)), *MEASURED, "status"])
+        writer.writeheader()
+        for row, run in zip(rows, runs, strict=True):
+            result = found[run.key()]
+            measured = {name: (result["metrics"] or {}).get(name) for name in MEASURED}
+            writer.writerow(asdict(row) | measured | {"status": result["status"]})

@@ -1,0 +1,280 @@
+"""Training a language model: the same in pieces, over processes and after a kill; and what happens when things break."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from madkernels.runs.engines import Diverged
+from madkernels.scaling import checkpoint
+from madkernels.scaling import train as training
+from madkernels.scaling.data import Batch, Bytes, Corpus, held_out, prepare
+from madkernels.scaling.recipe import LMRun, Recipe
+from madkernels.scaling.train import Execution, train
+
+RECIPE = Recipe(steps=8, batch=4, seqlen=32, lr=3e-3, held_out=6, seed=3)
+ARCH = "mamba:dstate=4 hyena swiglu attention:heads=2 moe:experts=4,hidden=8"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus") / "data"
+    texts = (
+        Path(module.__file__).read_bytes() for module in (argparse, subprocess, json.decoder, dataclasses) if module.__file__
+    )
+    parts = (text[i : i + 4000] for text in texts for i in range(0, len(text), 4000))
+    prepare(parts, folder, Bytes(), validation=0.2)
+    return folder
+
+
+def run_of(data: Path, out: Path | None = None, arch: str = ARCH, **changes: Any) -> LMRun:
+    recipe = dataclasses.replace(RECIPE, **changes)
+    return LMRun(arch, 16, 257, recipe, Corpus(data).sha256, corpus=str(data), out=None if out is None else str(out))
+
+
+def losses(result: dict[str, Any]) -> list[float]:
+    return [point["loss"] for point in result["curve"]]
+
+
+def log(out: Path) -> list[dict[str, float]]:
+    """Without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def test_it_learns_and_measures(data: Path) -> None:
+    run = run_of(data, arch="hyena swiglu", steps=60)
+    result = train(run)
+    assert result["loss"] < losses(result)[0] - 1
+    assert result["tokens"] == 60 * 4 * 32
+    model = training.build(run)
+    assert result["params"] == sum(p.numel() for p in model.backbone.parameters())
+    torch.testing.assert_close(losses(train(run_of(data, steps=1)))[0], 5.55, atol=0.1, rtol=0)  # log 257, before any step
+
+
+@pytest.mark.parametrize("how", [{"micro_batch": 1}, {"checkpointing": "full"}, {"checkpointing": "selective"}], ids=str)
+def test_how_it_is_done_changes_nothing(data: Path, how: dict[str, Any]) -> None:
+    whole, parts = train(run_of(data)), train(run_of(data), Execution(**how))
+    torch.testing.assert_close(losses(parts), losses(whole), atol=2e-5, rtol=0)
+    torch.testing.assert_close(parts["loss"], whole["loss"], atol=2e-5, rtol=0)
+
+
+def test_recomputing_remembers_less(data: Path) -> None:
+    kept = {}
+    for name in training.CHECKPOINTING:
+        run, sizes = run_of(data, arch="mamba swiglu"), list[int]()
+        trainer = training._Trainer(run, Execution(checkpointing=name), None)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):  # noqa: B023
+            trainer.objective.model.backbone(torch.randn(2, 32, 16))
+        kept[name] = sum(sizes)
+    assert kept["full"] < 0.5 * kept["none"]
+
+
+def test_documents_are_kept_apart_when_asked(data: Path) -> None:
+    trainer = training._Trainer(run_of(data, documents=True), Execution(), None)
+    tokens = torch.randint(0, 256, (2, 32))
+    tokens[0, 10] = 256
+    changed = tokens.clone()
+    changed[0, 3] += 1 if tokens[0, 3] < 255 else -1
+    seen = []
+    trainer.objective.model.unembedding.register_forward_hook(
+        lambda module, args, output: seen.append(output.view(2, 32, -1))
+    )
+    for t in (tokens, changed):
+        trainer.loss(Batch(t, t, torch.empty(0)).part(0, 2, 256))
+    same = (seen[0] == seen[1]).all(-1)
+    assert same[1].all()
+    assert same[0, 11:].all()
+    assert not same[0, 3:11].any()
+
+
+def test_the_rate_rises_and_falls() -> None:
+    cosine = Recipe(steps=100, batch=1, seqlen=1, lr=1.0, warmup=0.1)
+    assert [cosine.rate(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1, 1])
+    assert cosine.rate(99) == pytest.approx(0.1)
+    assert cosine.rate(54) + cosine.rate(55) == pytest.approx(1.1, abs=1e-3)  # halfway
+    wsd = dataclasses.replace(cosine, schedule="wsd")
+    assert [wsd.rate(step) for step in (9, 40, 80, 99)] == pytest.approx([1, 1, 1, 0.1])
+    assert 0.1 < wsd.rate(90) < 1
+
+
+# ---- over processes
+
+
+def command(data: Path, out: Path, *options: str, processes: int = 1, steps: int = 8) -> list[str]:
+    starter = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"
+    ]  # fmt: skip
+    return [
+        *starter, "-m", "madkernels.cli", "train", "run", "--data", str(data), "--out", str(out), "--arch", ARCH,
+        "--dim", "16", "--lr", "3e-3", "--steps", str(steps), "--batch", "4", "--seqlen", "32", "--log-every", "1", *options,
+    ]  # fmt: skip
+
+
+def call(arguments: list[str]) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    found = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=environment)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout
+
+
+def killed(arguments: list[str], out: Path, after: int) -> None:
+    """Starts it, and kills all of it without warning once a checkpoint says that so many steps are done."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    deadline = time.monotonic() + 240
+    while (found := checkpoint.latest(out / "checkpoints")) is None or int(found.name[5:]) < after:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = [p for p in Path("/proc").iterdir() if p.name.isdigit() and str(out).encode() in _command_line(p)]
+    for worker in workers:
+        os.kill(int(worker.name), signal.SIGKILL)
+    process.wait()
+    while any(str(out).encode() in _command_line(worker) for worker in workers):
+        time.sleep(0.01)
+
+
+def _command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 60 steps in one process that nothing befell."""
+    out = tmp_path_factory.mktemp("whole")
+    call(command(data, out, steps=60))
+    return out
+
+
+def test_two_processes_equal_one(data: Path, whole: Path, tmp_path: Path) -> None:
+    call(command(data, tmp_path, processes=2, steps=60))
+    one, two = log(whole), log(tmp_path)
+    assert [point["step"] for point in two] == list(range(1, 61))
+    torch.testing.assert_close([p["loss"] for p in two], [p["loss"] for p in one], atol=1e-3, rtol=0)
+    torch.testing.assert_close([p["norm"] for p in two][:10], [p["norm"] for p in one][:10], atol=1e-3, rtol=1e-3)
+
+
+def test_a_killed_run_goes_on_exactly(data: Path, whole: Path, tmp_path: Path) -> None:
+    arguments = command(data, tmp_path, "--save-every", "0.05", steps=60)
+    killed(arguments, tmp_path, after=10)
+    assert len(log(tmp_path)) < 60, "the test wants a run that was killed in its middle"
+    call(arguments)
+    assert log(tmp_path) == log(whole)
+
+
+def test_two_processes_are_resumed_by_one(data: Path, whole: Path, tmp_path: Path) -> None:
+    killed(command(data, tmp_path, "--save-every", "0.05", processes=2, steps=60), tmp_path, after=10)
+    at = int(checkpoint.latest(tmp_path / "checkpoints").name[5:])  # type: ignore[union-attr]
+    assert at < 60
+    call(command(data, tmp_path, steps=60))
+    torch.testing.assert_close([p["loss"] for p in log(tmp_path)], [p["loss"] for p in log(whole)], atol=1e-3, rtol=0)
+
+
+def test_a_batch_that_does_not_divide_is_told(data: Path) -> None:
+    with pytest.raises(ValueError, match="a batch of 4 rows does not divide among 1 processes, in micro-batches of 3"):
+        train(run_of(data), Execution(micro_batch=3))
+
+
+# ---- checkpoints
+
+
+def test_a_checkpoint_gives_the_model_back(data: Path, tmp_path: Path) -> None:
+    result = train(run_of(data, tmp_path))
+    model = checkpoint.load_model(checkpoint.latest(tmp_path / "checkpoints"))  # type: ignore[arg-type]
+    rows = held_out(Corpus(data).split("validation"), 32, 6)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    assert float(loss) == pytest.approx(result["loss"], abs=1e-5)
+    with pytest.raises(ValueError, match=r"is no checkpoint: run\.json is missing"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_a_half_written_checkpoint_is_never_found(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / ".step-00000006").mkdir(parents=True)
+    (folder / "step-00000007").mkdir()
+    assert checkpoint.latest(folder) is None
+    assert train(run_of(data, tmp_path))["curve"][0]["step"] == 1
+
+
+def test_a_full_disk_costs_the_checkpoint_only(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        (tmp_path / "checkpoints" / ".step-00000008" / "half").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    result = train(run_of(data, tmp_path))
+    (warning,) = result["warnings"]
+    assert "cannot save the checkpoint" in warning
+    assert "No space left on device" in warning
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert result["loss"] == train(run_of(data))["loss"]
+
+
+def test_another_run_in_the_folder_is_refused(data: Path, tmp_path: Path) -> None:
+    train(run_of(data, tmp_path))
+    with pytest.raises(ValueError, match=r"step-00000008 is of another run \(arch, lr\); choose another --out"):
+        train(run_of(data, tmp_path, arch="swiglu", lr=1e-3))
+
+
+def test_other_data_are_refused(data: Path) -> None:
+    with pytest.raises(ValueError, match="holds other data than those of the run"):
+        train(dataclasses.replace(run_of(data), data="0" * 64))
+
+
+def test_two_writers_in_one_folder_are_refused(data: Path, tmp_path: Path) -> None:
+    held = training._Trainer(run_of(data, tmp_path), Execution(), None)
+    with pytest.raises(ValueError, match=r"another process is writing to .*log\.jsonl"):
+        train(run_of(data, tmp_path))
+    held.log.close()
+    train(run_of(data, tmp_path))
+
+
+# ---- the guard
+
+
+def test_a_loss_that_is_no_number_is_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = training._Trainer.loss
+    calls = 0
+
+    def sometimes(self: Any, batch: Batch) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return honest(self, batch) * (float("nan") if calls in (3, 4) else 1)
+
+    monkeypatch.setattr(training._Trainer, "loss", sometimes)
+    result = train(run_of(data, arch="swiglu"))
+    assert result["left_out"] == 2
+    assert result["loss"] < 6
+
+
+def test_a_run_that_diverges_says_so(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        training._Trainer, "loss", lambda self, batch: self.objective.model.embedding.weight.sum() * float("nan")
+    )
+    with pytest.raises(Diverged, match="20 steps in a row left out; at step 19 the loss is nan"):
+        train(run_of(data, steps=30))
+
+
+def test_a_spike_is_left_out() -> None:
+    guard = training._Guard()
+    assert all(guard.allows(2.0, 1.0 + 0.1 * (i % 3)) for i in range(60))
+    assert not guard.allows(2.0, 50.0)
+    assert guard.allows(2.0, 10.0)
+    assert (guard.left_out, guard.in_a_row) == (1, 0)
