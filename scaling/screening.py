@@ -72,10 +72,10 @@ def sensitivity(points: Points, fitted: Fit, most: int = 5) -> list[Without]:
     """The fit without each kind of point that there is, and without the 1 .. `most` highest losses."""
     found = screen(points, fitted)
     kinds = {
-        f"fewer than {UNDERTRAINED:g} tokens a parameter": found.undertrained,
-        "losses far above the surface": found.high,
-        "losses far below the surface": found.low,
-        **{f"{count} highest losses": highest(points.loss, count) for count in range(1, min(most, len(points) - 1) + 1)},
+        f"under {UNDERTRAINED:g} token a parameter": found.undertrained,
+        "far above the surface": found.high,
+        "far below the surface": found.low,
+        **{f"{count} highest": highest(points.loss, count) for count in range(1, min(most, len(points) - 1) + 1)},
     }
     return [_without(points, fitted, what, flags) for what, flags in kinds.items() if flags.any()]
 

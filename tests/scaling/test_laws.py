@@ -199,14 +199,14 @@ def test_screening_finds_planted_points() -> None:
     assert np.flatnonzero(found.low).tolist() == [10]
     assert found.undertrained.sum() == (points.tokens < points.params).sum() > 0
     named = {without.what: without for without in screening.sensitivity(points, laws.fit(points))}
-    assert named["losses far above the surface"].dropped == 1
-    assert "5 highest losses" in named
+    assert named["far above the surface"].dropped == 1
+    assert "5 highest" in named
 
 
 def test_sensitivity_of_the_chinchilla_points() -> None:
     points = chinchilla(drop_highest=0)
     named = {w.what: w.fit for w in screening.sensitivity(points, laws.fit(points))}
-    without = named["5 highest losses"]
+    without = named["5 highest"]
     assert without is not None
     assert without.surface.beta == pytest.approx(0.36717, abs=5e-6)
 

@@ -1,0 +1,97 @@
+"""`madkernels scale fit`, `compare`, `correlate` and `report`: laws from the results of runs, in any CSV file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:  # numpy and scipy are loaded when a command runs, not to print its help
+    from rich.console import Console
+
+    from madkernels.scaling.table import Selection
+
+File = Annotated[Path, typer.Argument(help="A CSV file, one run a row.")]
+Params = Annotated[str, typer.Option(help="Column of parameters.")]
+Tokens = Annotated[str | None, typer.Option(help="Column of tokens trained on.")]
+Flops = Annotated[str | None, typer.Option(help="Column of operations, in place of tokens: D = C / (6 N).")]
+Loss = Annotated[str, typer.Option(help="Column of the loss, in nats a token.")]
+Group = Annotated[str | None, typer.Option(help="Column; one fit for each of its values.")]
+DropHighest = Annotated[int, typer.Option(min=0, help="Leave out so many of the highest losses.")]
+Resamples = Annotated[int, typer.Option("--bootstrap", min=0, help="Resamples for intervals.")]
+Seed = Annotated[int, typer.Option(help="Of the resamples.")]
+Json = Annotated[str | None, typer.Option("--json", help="Write JSON to this file, or to standard output: -.")]
+
+
+def fit(
+    file: File,
+    params: Params,
+    loss: Loss,
+    tokens: Tokens = None,
+    flops: Flops = None,
+    group: Group = None,
+    drop_highest: DropHighest = 0,
+    delta: Annotated[float, typer.Option(help="Where Huber's loss turns from squares to absolute values.")] = 1e-3,
+    lad: Annotated[bool, typer.Option("--lad", help="Least absolute deviations: delta towards 0.")] = False,
+    tied: Annotated[bool, typer.Option("--tied", help="alpha = beta.")] = False,
+    bootstrap: Resamples = 1000,
+    seed: Seed = 42,
+    at: Annotated[list[float] | None, typer.Option(help="A budget to find the optimal size for; give several.")] = None,
+    to_json: Json = None,
+) -> None:
+    """Fit L(N, D) = E + A / N^alpha + B / D^beta, and show how sure it is."""
+    from madkernels.scaling import summary
+    from madkernels.scaling.laws import LAD
+    from madkernels.scaling.table import Columns, by_group, read_table, select
+
+    columns = Columns(params, loss, tokens, flops)
+    parts = {name: select(part, columns, drop_highest) for name, part in by_group(read_table(file), group)}
+    console = _console(to_json)
+    found: dict[str, Any] = {}
+    for name, selection in parts.items():
+        _warn(selection)
+        with _named(name):
+            told = summary.summarise(selection, LAD if lad else delta, tied, bootstrap, seed)
+        found[name] = summary.as_json(told, at or [])
+        console.print(summary.parameter_table(told, f"L(N, D) = E + A / N^alpha + B / D^beta{': ' if name else ''}{name}"))
+        console.print(summary.sensitivity_table(told))
+        if at:
+            console.print(summary.optimum_table(told, at))
+    _write(found[""] if group is None else {"groups": found}, to_json)
+
+
+def _console(to_json: str | None) -> Console:
+    """Tables make way for JSON on standard output."""
+    from rich.console import Console
+
+    return Console(quiet=to_json == "-")
+
+
+def _warn(selection: Selection) -> None:
+    for dropped in selection.dropped:
+        typer.echo(f"warning: {dropped.place}: dropped: {dropped.why}", err=True)
+    for line in selection.warnings:
+        typer.echo(f"warning: {line}", err=True)
+
+
+@contextmanager
+def _named(group: str) -> Iterator[None]:
+    """Says of which group an error is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{group}: {error}" if group else str(error)) from error
+
+
+def _write(found: dict[str, Any], to_json: str | None) -> None:
+    if to_json is None:
+        return
+    text = json.dumps(found, indent=1)
+    if to_json == "-":
+        print(text)
+    else:
+        Path(to_json).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,135 @@
+"""A fitted surface with all that is known of it: intervals, proof, points that pull; as JSON and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table as Shown
+
+from madkernels.scaling import laws
+from madkernels.scaling.laws import LAD, NAMES, Bootstrap, Fit, Interval
+from madkernels.scaling.profile import profile
+from madkernels.scaling.screening import Screening, Without, screen, sensitivity
+from madkernels.scaling.table import Selection
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Summary:
+    """bootstrap is None where no resamples were asked for."""
+
+    selection: Selection
+    fit: Fit
+    profile: dict[str, Interval]
+    bootstrap: Bootstrap | None
+    screening: Screening
+    without: list[Without]
+
+
+def summarise(selection: Selection, delta: float, tied: bool, resamples: int, seed: int) -> Summary:
+    points = selection.points
+    fitted = laws.fit(points, delta, tied=tied)
+    drawn = laws.bootstrap(points, fitted, resamples, seed) if resamples else None
+    return Summary(
+        selection, fitted, profile(points, fitted, LEVEL), drawn, screen(points, fitted), sensitivity(points, fitted)
+    )
+
+
+def as_json(summary: Summary, budgets: Sequence[float]) -> dict[str, Any]:
+    """Of plain values; loss in nats per token, sizes in parameters, budgets in operations."""
+    found, proof = summary.fit, summary.fit.proof
+    return {
+        **{name: getattr(found.surface, name) for name in NAMES},
+        "points": found.count,
+        "dropped": [asdict(dropped) for dropped in summary.selection.dropped],
+        "warnings": summary.selection.warnings,
+        "objective": found.objective,
+        "delta": None if found.delta == LAD else found.delta,
+        "loss_function": "least absolute deviations" if found.delta == LAD else "Huber",
+        "tied": found.tied,
+        "convergence": {"converged": proof.converged, "positive_definite": proof.curved, **asdict(proof)},
+        "intervals": _intervals(summary),
+        "sensitivity": [_without(without) for without in summary.without],
+        "outlying": {name: _places(summary, name) for name in ("undertrained", "high", "low")},
+        "optimum": [asdict(found.surface.optimum(flops)) for flops in budgets],
+    }
+
+
+def _intervals(summary: Summary) -> dict[str, Any]:
+    intervals: dict[str, Any] = {"level": LEVEL, "profile": {name: _ends(i) for name, i in summary.profile.items()}}
+    if drawn := summary.bootstrap:
+        counts = {"resamples": len(drawn.surfaces), "unconverged": drawn.unconverged, "better_from_own_seed": drawn.cold}
+        intervals["bootstrap"] = counts | {name: asdict(drawn.interval(name, LEVEL)) for name in NAMES}
+    return intervals
+
+
+def _ends(interval: Interval) -> dict[str, float | None]:
+    """JSON has no infinity: null where an end is not bounded."""
+    return {
+        end: value if abs(value) < float("inf") else None for end, value in (("low", interval.low), ("high", interval.high))
+    }
+
+
+def _without(without: Without) -> dict[str, Any]:
+    row: dict[str, Any] = {"without": without.what, "dropped": without.dropped}
+    if without.fit:
+        row |= {name: getattr(without.fit.surface, name) for name in NAMES} | {"converged": without.fit.proof.converged}
+    return row
+
+
+def _places(summary: Summary, name: str) -> list[str]:
+    flags = getattr(summary.screening, name)
+    return [place for place, flag in zip(summary.selection.table.places, flags, strict=True) if flag]
+
+
+def parameter_table(summary: Summary, title: str) -> Shown:
+    """Parameters and their intervals; the proof is the caption."""
+    drawn, found = summary.bootstrap, summary.fit
+    out = Shown(title=title, caption=f"{found.count} points. {found.proof}")
+    out.add_column("")
+    for head in ("fit", "profile, 95 %", *(("bootstrap, 95 %", "sd") if drawn else ())):
+        out.add_column(head, justify="right")
+    for name in NAMES:
+        cells = [_figure(getattr(found.surface, name)), _span(summary.profile.get(name))]
+        if drawn:
+            resampled = drawn.interval(name, LEVEL)
+            cells += [_span(resampled), _figure(resampled.sd or 0.0)]
+        out.add_row(name, *cells)
+    return out
+
+
+def _figure(value: float) -> str:
+    return f"{value:.5g}"
+
+
+def _span(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{_figure(interval.low)} to {_figure(interval.high)}"
+
+
+def sensitivity_table(summary: Summary) -> Shown:
+    out = Shown(title="What the fit would be without some points")
+    out.add_column("without", no_wrap=True)
+    for name in ("dropped", *NAMES[:-1]):
+        out.add_column(name, justify="right")
+    for row in summary.without:
+        figures = [f"{getattr(row.fit.surface, name):.4g}" if row.fit else "-" for name in NAMES[:-1]]
+        note = "" if row.fit is None or row.fit.proof.converged else " (not converged)"
+        out.add_row(row.what + note, str(row.dropped), *figures)
+    return out
+
+
+def optimum_table(summary: Summary, budgets: Sequence[float]) -> Shown:
+    out = Shown(title="Compute-optimal, C = 6 N D")
+    for name in ("budget", "parameters", "tokens", "tokens a parameter", "loss", *(("95 %",) if summary.bootstrap else ())):
+        out.add_column(name, justify="right")
+    for flops in budgets:
+        best = summary.fit.surface.optimum(flops)
+        cells = [f"{v:.3g}" for v in (flops, best.params, best.tokens, best.tokens / best.params)] + [f"{best.loss:.4f}"]
+        if summary.bootstrap:
+            drawn = laws.interval(summary.bootstrap.losses(flops), LEVEL)
+            cells.append(f"{drawn.low:.4f} to {drawn.high:.4f}")
+        out.add_row(*cells)
+    return out
