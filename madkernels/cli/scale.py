@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from madkernels.cli.fits import fit
 from madkernels.cli.sweeps import Bars, engine_of, load_plugins, progress_bars
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
@@ -179,3 +180,6 @@ def run(
 
 
 # ---- fits
+
+
+scale.command()(fit)
