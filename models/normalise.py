@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
 
 from madkernels.models import counting
 from madkernels.models.lm import HybridLM
@@ -121,7 +124,8 @@ def with_parameters(arch: Architecture | str, total: int, dim: int) -> Architect
 
 def parameters(arch: Architecture | str, dim: int) -> int:
     """Parameters of the layers; embeddings and norms are not counted."""
-    model = HybridLM(arch, vocab_size=2, dim=dim)
+    with torch.device("meta"):
+        model = HybridLM(arch, vocab_size=2, dim=dim)
     return sum(p.numel() for layer in counting.layers(model) for p in layer.parameters())
 
 
@@ -136,9 +140,17 @@ def _with_option(spec: LayerSpec, option: str, value: int) -> LayerSpec:
 
 
 def _state(spec: LayerSpec, dim: int) -> int:
-    return spec.build(dim).state_size(1)
+    return _states(spec, dim)[0]
 
 
 def _grows(spec: LayerSpec, dim: int) -> bool:
-    layer = spec.build(dim)
-    return layer.state_size(2) != layer.state_size(1)
+    one, two = _states(spec, dim)
+    return one != two
+
+
+@lru_cache(maxsize=4096)
+def _states(spec: LayerSpec, dim: int) -> tuple[int, int]:
+    """After one token, and after two."""
+    with torch.device("meta"):
+        layer = spec.build(dim)
+    return layer.state_size(1), layer.state_size(2)

@@ -77,14 +77,11 @@ def _meta_model(
 
 
 def _size_rows(model: HybridLM, seqlen: int) -> dict[str, str]:
-    import torch
-
     from madkernels.models import counting
     from madkernels.models.normalise import fixed_state
     from madkernels.scaling.estimate import embedding_params, training_flops
 
-    with torch.device("meta"):
-        fixed = fixed_state(model.arch, model.dim)
+    fixed = fixed_state(model.arch, model.dim)
     return {
         "parameters": f"{counting.params(model):,}",
         "of them used by a token": f"{counting.active_params(model):,}",
