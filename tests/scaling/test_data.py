@@ -13,6 +13,7 @@ from madkernels.scaling.data import (
     Batches,
     Bytes,
     Corpus,
+    dataset_documents,
     documents_of,
     files_of,
     held_out,
@@ -113,6 +114,14 @@ def test_what_is_no_tokenizer_is_told(tmp_path: Path) -> None:
     for name in ("bad.json", "absent.json"):
         with pytest.raises(ValueError, match=rf"tokenizer .*{name}: "):
             tokenizer_of(str(tmp_path / name))
+
+
+def test_a_dataset_of_hugging_face(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert list(dataset_documents(str(tmp_path))) == [b"one", b"two"]
+    with pytest.raises(ValueError, match="has no column 'words'; it has text"):
+        list(dataset_documents(str(tmp_path), "words"))
 
 
 # ---- batches

@@ -71,6 +71,27 @@ def test_how_it_is_done_changes_nothing(data: Path, how: dict[str, Any]) -> None
     torch.testing.assert_close(parts["loss"], whole["loss"], atol=2e-5, rtol=0)
 
 
+def test_compiled_layers_do_the_same(data: Path) -> None:
+    run = run_of(data, arch="swiglu", steps=3)
+    torch.testing.assert_close(losses(train(run, Execution(compile=True))), losses(train(run)), atol=1e-5, rtol=0)
+
+
+def test_half_precision_is_near(data: Path) -> None:
+    single, half = train(run_of(data)), train(run_of(data, dtype="bfloat16"))
+    assert losses(half) != losses(single)
+    torch.testing.assert_close(losses(half), losses(single), atol=0.02, rtol=0)
+
+
+def test_a_log_for_tensorboard(data: Path, tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = train(run_of(data, tmp_path))
+    events = reader.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (point["step"], pytest.approx(point["loss"])) for point in result["curve"]
+    ]
+
+
 def test_recomputing_remembers_less(data: Path) -> None:
     kept = {}
     for name in training.CHECKPOINTING:
