@@ -8,6 +8,9 @@
 #                    the folder OUT; WHEELS: a folder of wheels of pytest and hypothesis, where they are not installed
 #   make sanitize  the op tests over kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 #
+#   make gpu-training  on a machine with a GPU, offline: training steps of presets of 70M and 1B and of a slice of 7B, against plain
+#                    torch ops, compiled; results in the folder OUT
+#
 # TORCH chooses the torch to install where .venv has none, e.g. make test TORCH=torch==2.11.0.
 
 PYTHON ?= python3
@@ -15,7 +18,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: install demo test lint format sanitize cuda-check gpu-check wheel clean
+.PHONY: install demo test lint format sanitize cuda-check gpu-check gpu-training wheel clean
 
 install: .venv/installed
 
@@ -69,6 +72,10 @@ cuda-check:
 # With the packages that PYTHON has, and no network.
 gpu-check:
 	$(PYTHON) tests/gpu_check.py --out $(or $(OUT),out/gpu-check) $(if $(WHEELS),--wheels $(WHEELS))
+
+# After gpu-check, whose build it uses.
+gpu-training:
+	PYTHONPATH=. $(PYTHON) tests/gpu_training.py --json $(or $(OUT),out)/training.json
 
 wheel: install
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
