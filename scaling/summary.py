@@ -9,7 +9,9 @@ from typing import Any
 from rich.table import Table as Shown
 
 from madkernels.scaling import laws
+from madkernels.scaling.isoflop import Optimum, envelope, isoflop, nearest_budgets
 from madkernels.scaling.laws import LAD, NAMES, Bootstrap, Fit, Interval
+from madkernels.scaling.newton import Array
 from madkernels.scaling.profile import profile
 from madkernels.scaling.screening import Screening, Without, screen, sensitivity
 from madkernels.scaling.table import Selection
@@ -83,6 +85,62 @@ def _without(without: Without) -> dict[str, Any]:
 def _places(summary: Summary, name: str) -> list[str]:
     flags = getattr(summary.screening, name)
     return [place for place, flag in zip(summary.selection.table.places, flags, strict=True) if flag]
+
+
+def best_sizes(selection: Selection, approach: int, budget: str | None, shape: str, resamples: int, seed: int) -> Optimum:
+    """Approach 1 or 2. budget: a column, or numbers with commas between, to which runs that lie near belong."""
+    if approach == 1:
+        return envelope(selection.points, selection.flops)
+    if budget is None:
+        raise ValueError("approach 2 compares sizes at equal budget: give --budget")
+    return isoflop(selection.points, selection.flops, _budgets(selection, budget), shape, resamples, seed)
+
+
+def _budgets(selection: Selection, budget: str) -> Array:
+    if budget not in selection.table.columns:
+        try:
+            return nearest_budgets(selection.flops, [float(part) for part in budget.split(",")])
+        except ValueError:
+            pass  # a column that is not there
+    return selection.table.numbers(budget)
+
+
+def best_as_json(best: Optimum, selection: Selection, approach: int, shape: str) -> dict[str, Any]:
+    return {
+        "approach": approach,
+        **({"shape": shape} if approach == 2 else {}),
+        "a": best.size.exponent,
+        "b": best.data.exponent,
+        "N_opt": asdict(best.size),
+        "D_opt": asdict(best.data),
+        "intervals": {name: asdict(found) for name, found in best.intervals.items()} | {"unusable": best.unusable},
+        "minima": [asdict(b) for b in best.best] if approach == 2 else [],
+        "left_out": best.left_out,
+        "points": len(selection.points),
+        "dropped": [asdict(dropped) for dropped in selection.dropped],
+        "warnings": selection.warnings,
+    }
+
+
+def best_table(best: Optimum, approach: int, group: str) -> Shown:
+    """Minima by budget; the power laws are the caption."""
+    laws_found = [f"{name} ~ C^{law.exponent:.4f}" for name, law in (("N_opt", best.size), ("D_opt", best.data))]
+    spans = [f"{name} {_span(found)} (95 %)" for name, found in best.intervals.items()]
+    void = [f"{best.unusable} resamples without two minima"] if best.unusable else []
+    caption = "; ".join([*laws_found, *spans, *void, *(f"left out: {why}" for why in best.left_out)])
+    out = Shown(title=f"Approach {approach}{': ' if group else ''}{group}", caption=caption)
+    for name in ("budget", "operations", "parameters", "tokens", "tokens a parameter", "loss"):
+        out.add_column(name, justify="right")
+    for b in best.best if approach == 2 else best.best[:: max(len(best.best) // 10, 1)]:
+        figures = (b.budget, b.flops, b.params, b.tokens, b.tokens / b.params)
+        out.add_row(*(f"{value:.3g}" for value in figures), f"{b.loss:.4f}")
+    return out
+
+
+def tables(summary: Summary, group: str, budgets: Sequence[float]) -> list[Shown]:
+    title = f"L(N, D) = E + A / N^alpha + B / D^beta{': ' if group else ''}{group}"
+    found = [parameter_table(summary, title), sensitivity_table(summary)]
+    return [*found, optimum_table(summary, budgets)] if budgets else found
 
 
 def parameter_table(summary: Summary, title: str) -> Shown:

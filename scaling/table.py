@@ -88,9 +88,10 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows to fit, as points and as they stand in the file; those dropped; and what is odd about those kept."""
+    """The rows to fit, as points with operations (n,) and as they stand in the file; those dropped; and what is odd."""
 
     points: Points
+    flops: Array
     table: Table
     dropped: list[Dropped]
     warnings: list[str]
@@ -98,7 +99,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns: tokens or flops, not both. From flops, D = C / (6 N)."""
+    """Names of columns. Without tokens D = C / (6 N), without flops C = 6 N D: one of them must be there."""
 
     params: str
     loss: str
@@ -106,9 +107,8 @@ class Columns:
     flops: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.tokens is None) == (self.flops is None):
-            both = "both are given" if self.tokens else "none is given"
-            raise ValueError(f"the data of a run comes from --tokens or from --flops: {both}")
+        if self.tokens is None and self.flops is None:
+            raise ValueError("the data of a run comes from --tokens or from --flops: none is given")
 
 
 def select(table: Table, columns: Columns, drop_highest: int = 0) -> Selection:
@@ -130,9 +130,10 @@ def select(table: Table, columns: Columns, drop_highest: int = 0) -> Selection:
         )
     table = table.where(kept)
     params = _positive(table, columns.params)
-    data = _positive(table, columns.tokens or columns.flops or "")
-    tokens = data if columns.tokens else data / (FLOPS * params)
-    return Selection(Points(params, tokens, loss[kept]), table, dropped, _far_off(table, columns, params, tokens))
+    tokens = _positive(table, columns.tokens) if columns.tokens else None
+    flops = _positive(table, columns.flops) if columns.flops else FLOPS * params * (0 if tokens is None else tokens)
+    points = Points(params, flops / (FLOPS * params) if tokens is None else tokens, loss[kept])
+    return Selection(points, flops, table, dropped, _far_off(table, columns, points))
 
 
 def by_group(table: Table, group: str | None) -> Iterator[tuple[str, Table]]:
@@ -163,15 +164,16 @@ def _positive(table: Table, name: str) -> Array:
     return values
 
 
-def _far_off(table: Table, columns: Columns, params: Array, tokens: Array) -> list[str]:
-    """Rows whose columns `flops` and `tokens` do not go together, where the file has the one that was not asked for."""
-    other = "flops" if columns.tokens else "tokens"
-    if other not in table.columns:
+def _far_off(table: Table, columns: Columns, points: Points) -> list[str]:
+    """Rows where C = 6 N D does not hold by far, as far as the file has both; a column of the usual name is enough."""
+    if columns.tokens:
+        name, expected = columns.flops or "flops", FLOPS * points.params * points.tokens
+    else:
+        name, expected = "tokens", points.tokens
+    if name not in table.columns:
         return []
-    stated = table.numbers(other)
-    expected = FLOPS * params * tokens if columns.tokens else tokens
     return [
-        f"{place}: {other} is {value:.3g}, but parameters and {columns.tokens or columns.flops} make it about {about:.3g}"
-        for value, about, place in zip(stated, expected, table.places, strict=True)
+        f"{place}: {name} is {value:.3g}, far from the {about:.3g} of C = 6 N D"
+        for value, about, place in zip(table.numbers(name), expected, table.places, strict=True)
         if value > 0 and not 1 / FAR_OFF < value / about < FAR_OFF
     ]

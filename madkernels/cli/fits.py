@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # numpy and scipy are loaded when a command runs, not to prin
 File = Annotated[Path, typer.Argument(help="A CSV file, one run a row.")]
 Params = Annotated[str, typer.Option(help="Column of parameters.")]
 Tokens = Annotated[str | None, typer.Option(help="Column of tokens trained on.")]
-Flops = Annotated[str | None, typer.Option(help="Column of operations, in place of tokens: D = C / (6 N).")]
+Flops = Annotated[str | None, typer.Option(help="Column of operations; without tokens D = C / (6 N).")]
 Loss = Annotated[str, typer.Option(help="Column of the loss, in nats a token.")]
 Group = Annotated[str | None, typer.Option(help="Column; one fit for each of its values.")]
 DropHighest = Annotated[int, typer.Option(min=0, help="Leave out so many of the highest losses.")]
@@ -35,6 +35,11 @@ def fit(
     flops: Flops = None,
     group: Group = None,
     drop_highest: DropHighest = 0,
+    approach: Annotated[int, typer.Option(min=1, max=3, help="1: envelope, 2: a curve a budget, 3: surface.")] = 3,
+    budget: Annotated[
+        str | None, typer.Option(help="Approach 2: column of budgets, or budgets with commas between.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="Approach 2: parabola, cubic or akima.")] = "parabola",
     delta: Annotated[float, typer.Option(help="Where Huber's loss turns from squares to absolute values.")] = 1e-3,
     lad: Annotated[bool, typer.Option("--lad", help="Least absolute deviations: delta towards 0.")] = False,
     tied: Annotated[bool, typer.Option("--tied", help="alpha = beta.")] = False,
@@ -43,11 +48,13 @@ def fit(
     at: Annotated[list[float] | None, typer.Option(help="A budget to find the optimal size for; give several.")] = None,
     to_json: Json = None,
 ) -> None:
-    """Fit L(N, D) = E + A / N^alpha + B / D^beta, and show how sure it is."""
+    """Fit L(N, D) = E + A / N^alpha + B / D^beta, or find the best sizes, and show how sure that is."""
     from madkernels.scaling import summary
     from madkernels.scaling.laws import LAD
     from madkernels.scaling.table import Columns, by_group, read_table, select
 
+    if approach == 3 and tokens and flops:
+        raise ValueError("approach 3 takes the data of a run from --tokens or from --flops: both are given")
     columns = Columns(params, loss, tokens, flops)
     parts = {name: select(part, columns, drop_highest) for name, part in by_group(read_table(file), group)}
     console = _console(to_json)
@@ -55,12 +62,16 @@ def fit(
     for name, selection in parts.items():
         _warn(selection)
         with _named(name):
-            told = summary.summarise(selection, LAD if lad else delta, tied, bootstrap, seed)
-        found[name] = summary.as_json(told, at or [])
-        console.print(summary.parameter_table(told, f"L(N, D) = E + A / N^alpha + B / D^beta{': ' if name else ''}{name}"))
-        console.print(summary.sensitivity_table(told))
-        if at:
-            console.print(summary.optimum_table(told, at))
+            if approach == 3:
+                told = summary.summarise(selection, LAD if lad else delta, tied, bootstrap, seed)
+                found[name] = summary.as_json(told, at or [])
+                tables = summary.tables(told, name, at or [])
+            else:
+                best = summary.best_sizes(selection, approach, budget, shape, bootstrap, seed)
+                found[name] = summary.best_as_json(best, selection, approach, shape)
+                tables = [summary.best_table(best, approach, name)]
+        for table in tables:
+            console.print(table)
     _write(found[""] if group is None else {"groups": found}, to_json)
 
 

@@ -1,0 +1,248 @@
+"""Approaches 1 and 2: the best size at each of several budgets, and the power laws through them.
+
+    N_opt = k C^a,    D_opt = m C^b
+
+Approach 2 lays a curve through loss against ln N at each budget and takes its minimum; a minimum at the edge of the sizes
+is only a bound, so that budget is left out, and said. A parabola is biased wherever alpha and beta differ, the more so the
+wider the sizes spread (its D_opt is 5 % low over a factor of 16 each way); a cubic takes up the skew. Akima's spline goes
+through every point, noise too. Approach 1 takes, at each compute, the training curve that is lowest (Hoffmann et al. 2022,
+arXiv 2203.15556; the parabola's bias: arXiv 2603.22339).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.interpolate import Akima1DInterpolator
+
+from madkernels.scaling.laws import Interval, Points, interval
+from madkernels.scaling.newton import Array
+
+NEEDED = {"parabola": 3, "cubic": 4, "akima": 5}  # sizes at a budget
+NOWHERE = 2.0  # outside of the sizes, which are scaled to -1 .. 1
+FINE = 2001  # places along an Akima spline
+SHORT, OVER = 0.12, 0.03  # decades by which a run may fall short of its budget, or exceed it
+COMPUTES = 1500  # of approach 1, as published
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """y = exp(offset) x^exponent."""
+
+    offset: float
+    exponent: float
+
+    def at(self, x: float) -> float:
+        return float(np.exp(self.offset + self.exponent * np.log(x)))
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best size at a compute, its tokens and loss; edge where it is only the smallest or the largest size.
+
+    budget is the nominal compute, flops what its runs took in the geometric mean: the laws go through the latter.
+    """
+
+    budget: float
+    flops: float
+    params: float
+    tokens: float
+    loss: float
+    edge: bool = False
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Best sizes that the laws go through, budgets that are left out and why, and 95 % intervals of a and b if drawn."""
+
+    best: list[Best]
+    left_out: list[str]
+    size: PowerLaw
+    data: PowerLaw
+    intervals: dict[str, Interval]
+    unusable: int = 0  # resamples in which fewer than two budgets had a minimum
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss y against ln N x at a budget, each (n,); the mean ln C of the runs. cost: ln C/D over ln N, coefficients."""
+
+    budget: float
+    compute: float
+    x: Array
+    y: Array
+    cost: Array
+
+    def tokens(self, x: Array) -> Array:
+        """ln D at ln N."""
+        return np.asarray(self.compute - np.polynomial.polynomial.polyval(x - self.x.mean(), self.cost))
+
+
+def isoflop(
+    points: Points, flops: Array, budgets: Array, shape: str = "parabola", resamples: int = 0, seed: int = 42
+) -> Optimum:
+    """Approach 2. flops, budgets: (n,), what each point took, and its nominal budget (NaN: none).
+
+    Intervals come from refits to the curves with noise added, drawn from the residuals about parabolas of all budgets.
+    ValueError where fewer than two budgets have a minimum inside their sizes.
+    """
+    if shape not in NEEDED:
+        raise ValueError(f"shape: {shape!r} is not known; expected {', '.join(NEEDED)}")
+    known = np.isfinite(budgets)
+    curves = [_curve(points, flops, budgets, budget) for budget in np.unique(budgets[known])]
+    left_out = [] if known.all() else [f"{(~known).sum()} runs are near no budget"]
+    left_out += [why for c in curves if (why := _too_few(c, shape))]
+    curves = [c for c in curves if not _too_few(c, shape)]
+    found = [_best(c, shape) for c in curves]
+    left_out += [_edge(b) for b in found if b.edge]
+    best = [b for b in found if not b.edge]
+    if len(best) < 2:
+        raise ValueError("; ".join(["fewer than two budgets have a minimum inside their sizes", *left_out]))
+    size, data = _laws(best)
+    drawn = _resample(curves, shape, resamples, np.random.default_rng(seed)) if resamples else np.empty((0, 2))
+    usable = drawn[np.isfinite(drawn).all(1)]
+    intervals = {name: interval(usable[:, i]) for i, name in enumerate("ab")} if len(usable) else {}
+    return Optimum(best, left_out, size, data, intervals, len(drawn) - len(usable))
+
+
+def nearest_budgets(flops: Array, budgets: Sequence[float]) -> Array:
+    """The nominal budget (n,) that each run was meant for; NaN where it is near none."""
+    nominal = np.asarray(budgets, dtype=np.float64)
+    off = np.log10(flops)[:, None] - np.log10(nominal)
+    nearest = np.abs(off).argmin(1)
+    distance = off[np.arange(len(flops)), nearest]
+    return np.where((distance > -SHORT) & (distance < OVER), nominal[nearest], np.nan)
+
+
+def _curve(points: Points, flops: Array, budgets: Array, budget: float) -> Curve:
+    chosen = np.flatnonzero(budgets == budget)
+    chosen = chosen[np.argsort(points.params[chosen], kind="stable")]
+    x, compute = np.log(points.params[chosen]), np.log(flops[chosen])
+    degree = min(2, len(np.unique(x)) - 1)  # a straight line where C = 6 N D holds exactly
+    cost = np.polynomial.polynomial.polyfit(x - x.mean(), compute - np.log(points.tokens[chosen]), degree)
+    return Curve(float(budget), float(compute.mean()), x, points.loss[chosen], cost)
+
+
+def _too_few(curve: Curve, shape: str) -> str | None:
+    sizes = len(np.unique(curve.x))
+    few = f"budget {curve.budget:.3g}: {sizes} sizes; the {shape} takes {NEEDED[shape]}"
+    return few if sizes < NEEDED[shape] else None
+
+
+def _edge(best: Best) -> str:
+    return f"budget {best.budget:.3g}: the least loss is at the edge of the sizes, {best.params:.3g} parameters"
+
+
+def _best(curve: Curve, shape: str) -> Best:
+    at, loss = (float(values[0]) for values in minima(curve.x, curve.y[:, None], shape))
+    edge = not np.isfinite(at)
+    if edge:
+        at, loss = float(curve.x[curve.y.argmin()]), float(curve.y.min())
+    tokens = float(np.exp(curve.tokens(np.array(at))))
+    return Best(curve.budget, float(np.exp(curve.compute)), float(np.exp(at)), tokens, loss, edge)
+
+
+def minima(x: Array, y: Array, shape: str) -> tuple[Array, Array]:
+    """Where each curve (n, draws) over x (n,) is least, and its value, (draws,); NaN where that is not inside of x."""
+    middle, spread = (x[0] + x[-1]) / 2, (x[-1] - x[0]) / 2
+    t = (x - middle) / spread
+    at, value = _spline_minima(t, y) if shape == "akima" else _polynomial_minima(t, y, 2 if shape == "parabola" else 3)
+    inside = np.abs(at) < 1
+    return np.where(inside, middle + spread * at, np.nan), np.where(inside, value, np.nan)
+
+
+def _polynomial_minima(t: Array, y: Array, degree: int) -> tuple[Array, Array]:
+    c0, c1, c2, *rest = np.polynomial.polynomial.polyfit(t, y, degree)
+    c3 = rest[0] if rest else np.zeros_like(c0)
+    discriminant = c2**2 - 3 * c3 * c1  # of the derivative, whose upper root bends up
+    below = c2 + np.sqrt(np.maximum(discriminant, 0))
+    minimum = (discriminant > 0) & (below > 0)
+    at = np.where(minimum, -c1 / np.where(minimum, below, 1), NOWHERE)
+    return at, c0 + at * (c1 + at * (c2 + at * c3))
+
+
+def _spline_minima(t: Array, y: Array) -> tuple[Array, Array]:
+    places, which = np.unique(t, return_inverse=True)
+    means = np.zeros((len(places), y.shape[1]))
+    np.add.at(means, which, y / np.bincount(which)[which][:, None])
+    fine = np.linspace(places[0], places[-1], FINE)
+    values = Akima1DInterpolator(places, means)(fine)
+    least = values.argmin(0)
+    return fine[least], values.min(0)
+
+
+def _laws(best: Sequence[Best]) -> tuple[PowerLaw, PowerLaw]:
+    compute = np.log([b.flops for b in best])
+    return _line(compute, np.log([b.params for b in best])), _line(compute, np.log([b.tokens for b in best]))
+
+
+def _line(x: Array, y: Array) -> PowerLaw:
+    offset, exponent = np.polynomial.polynomial.polyfit(x, y, 1)
+    return PowerLaw(float(offset), float(exponent))
+
+
+def _resample(curves: Sequence[Curve], shape: str, count: int, rng: np.random.Generator) -> Array:
+    """Exponents a and b, (count, 2), NaN where a resample leaves fewer than two minima."""
+    smooth = [np.polynomial.Polynomial.fit(c.x, c.y, 2)(c.x) for c in curves]
+    spare = [max(len(c.x) - 3, 1) for c in curves]
+    noise = np.concatenate([(c.y - s) * np.sqrt(len(s) / k) for c, s, k in zip(curves, smooth, spare, strict=True)])
+    found = np.full((count, len(curves), 2), np.nan)
+    for i, curve in enumerate(curves):
+        base = curve.y if shape == "akima" else np.polynomial.Polynomial.fit(curve.x, curve.y, NEEDED[shape] - 1)(curve.x)
+        at, _ = minima(curve.x, base[:, None] + rng.choice(noise, (len(base), count)), shape)
+        found[:, i] = np.stack([at, curve.tokens(at)], 1)
+    compute = np.array([c.compute for c in curves])
+    return np.array([_slopes(compute, row) for row in found])
+
+
+def _slopes(compute: Array, rows: Array) -> Array:
+    there = np.isfinite(rows[:, 0])
+    if there.sum() < 2:
+        return np.full(2, np.nan)
+    slopes: Array = np.polynomial.polynomial.polyfit(compute[there], rows[there], 1)[1]
+    return slopes
+
+
+# ---- approach 1
+
+
+def envelope(points: Points, flops: Array) -> Optimum:
+    """Approach 1. flops: (n,), at which the loss of each point was reached. Points of one size are one training curve.
+
+    At each of 1500 computes the curve of least loss gives size and tokens; computes where that is the smallest or the
+    largest size whose curve reaches there are left out, for the best may lie beyond it. ValueError where none is left.
+    """
+    sizes = np.unique(points.params)
+    computes = np.geomspace(flops.min(), flops.max(), COMPUTES)
+    curves = [_training_curve(points, flops, size, computes) for size in sizes]
+    losses, tokens = (np.array(parts) for parts in zip(*curves, strict=True))  # (sizes, computes)
+    lowest = [_lowest(column) for column in losses.T]
+    best = [
+        Best(float(compute), float(compute), float(sizes[row]), float(tokens[row, i]), float(losses[row, i]))
+        for i, (compute, row) in enumerate(zip(computes, lowest, strict=True))
+        if row is not None
+    ]
+    if len({b.params for b in best}) < 2:
+        raise ValueError("the envelope of the training curves has fewer than two sizes inside the range of sizes")
+    size, data = _laws(best)
+    return Optimum(best, [], size, data, {})
+
+
+def _training_curve(points: Points, flops: Array, size: float, computes: Array) -> tuple[Array, Array]:
+    """Loss and tokens of a size at each compute; NaN where it did not get."""
+    chosen = np.flatnonzero(points.params == size)
+    chosen = chosen[np.argsort(flops[chosen], kind="stable")]
+    known, wanted = np.log(flops[chosen]), np.log(computes)
+    loss = np.interp(wanted, known, points.loss[chosen], np.nan, np.nan)
+    return loss, np.exp(np.interp(wanted, known, np.log(points.tokens[chosen])))
+
+
+def _lowest(losses: Array) -> int | None:
+    """Of (sizes,), NaN where a size has none; None where it is at the edge."""
+    reach = np.flatnonzero(np.isfinite(losses))
+    if len(reach) < 3:
+        return None
+    lowest = reach[losses[reach].argmin()]
+    return None if lowest in (reach[0], reach[-1]) else int(lowest)

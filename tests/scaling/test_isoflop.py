@@ -1,0 +1,139 @@
+"""Best sizes by budget: known biases, published figures, minima that are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scaling_points import CHINCHILLA, SURFACE, chinchilla
+from typer.testing import CliRunner
+
+from madkernels.cli.main import app
+from madkernels.scaling import isoflop
+from madkernels.scaling.laws import Points
+
+NOMINAL = np.array([6, 10, 30, 60, 100, 300, 600, 1000, 3000]) * 1e18
+
+
+def around_the_best(factor: float, shift: float = 1.0, noise: float = 0.0) -> tuple[Points, np.ndarray]:
+    """15 sizes within a factor of the best one, at 5 budgets; `shift` moves them all."""
+    budgets = np.repeat(np.geomspace(1e17, 1e21, 5), 15)
+    best = np.array([SURFACE.optimum(budget).params for budget in budgets])
+    params = shift * best * np.tile(np.geomspace(1 / factor, factor, 15), 5)
+    tokens = budgets / 6 / params
+    factors = np.exp(noise * np.random.default_rng(0).standard_normal(75))
+    return Points(params, tokens, SURFACE.loss(params, tokens) * factors), budgets
+
+
+@pytest.mark.parametrize(
+    ("shape", "errors"),
+    [("parabola", (-0.327, -1.301, -2.903, -5.100)), ("cubic", (0.001, 0.010, 0.052, 0.164))],
+)
+def test_published_bias_without_noise(shape: str, errors: tuple[float, ...]) -> None:
+    """Of the best tokens extrapolated to 1e24, in percent; the exponent is exact."""
+    for factor, error in zip((2, 4, 8, 16), errors, strict=True):
+        points, budgets = around_the_best(factor)
+        found = isoflop.isoflop(points, budgets, budgets, shape)
+        assert 100 * (found.data.at(1e24) / SURFACE.optimum(1e24).tokens - 1) == pytest.approx(error, abs=5.1e-4)
+        assert (found.size.exponent, found.data.exponent) == pytest.approx((SURFACE.a, SURFACE.b), abs=1e-9)
+
+
+def test_akima_finds_the_minimum_between_points() -> None:
+    points, budgets = around_the_best(4)
+    found = isoflop.isoflop(points, budgets, budgets, "akima")
+    assert found.data.at(1e24) / SURFACE.optimum(1e24).tokens == pytest.approx(1, abs=5e-3)
+
+
+def test_chinchilla_points() -> None:
+    """Published by approach 2: a = 0.49 (0.462, 0.534); from these digitised points 0.496."""
+    points = chinchilla()
+    flops = 6 * points.params * points.tokens
+    budgets = isoflop.nearest_budgets(flops, list(NOMINAL))
+    assert [int((budgets == nominal).sum()) for nominal in NOMINAL] == [15, 24, 23, 18, 20, 16, 15, 18, 11]
+    found = isoflop.isoflop(points, flops, budgets, resamples=500)
+    assert (found.size.exponent, found.data.exponent) == pytest.approx((0.4959, 0.5041), abs=2e-4)
+    assert found.size.at(5.76e23) == pytest.approx(66.5e9, rel=2e-3)
+    assert found.data.at(5.76e23) / found.size.at(5.76e23) == pytest.approx(21.7, rel=5e-3)
+    assert found.intervals["a"].low < 0.49 < found.intervals["a"].high
+    assert found.left_out == ["80 runs are near no budget"]
+
+
+def test_minima_at_the_edge_are_left_out_and_told() -> None:
+    points, budgets = around_the_best(3)
+    moved = np.where(budgets > 5e20, points.params * 20, points.params)
+    tokens = budgets / 6 / moved
+    found = isoflop.isoflop(Points(moved, tokens, SURFACE.loss(moved, tokens)), budgets, budgets)
+    assert [b.budget for b in found.best] == pytest.approx(list(np.geomspace(1e17, 1e20, 4)))
+    assert found.left_out[0].startswith("budget 1e+21: the least loss is at the edge of the sizes")
+    assert found.size.exponent == pytest.approx(SURFACE.a)
+    points, budgets = around_the_best(3, shift=20)
+    with pytest.raises(ValueError, match=r"fewer than two budgets have a minimum.*edge of the sizes"):
+        isoflop.isoflop(points, budgets, budgets)
+
+
+def test_a_curve_that_bends_down_has_no_minimum() -> None:
+    x = np.linspace(0, 1, 7)
+    for shape in ("parabola", "cubic"):
+        at, _ = isoflop.minima(x, -((x - 0.5) ** 2)[:, None], shape)
+        assert np.isnan(at).all()
+
+
+def test_intervals_hold_the_truth() -> None:
+    points, budgets = around_the_best(4, noise=0.002)
+    found = isoflop.isoflop(points, budgets, budgets, "cubic", resamples=400)
+    assert found.intervals["a"].low < SURFACE.a < found.intervals["a"].high
+    assert found.intervals["a"].high - found.intervals["a"].low < 0.1
+    assert found.unusable == 0
+
+
+def test_too_few_sizes() -> None:
+    points, budgets = around_the_best(4)
+    few = np.flatnonzero((budgets > 5e20) | (np.arange(75) % 5 == 0))
+    found = isoflop.isoflop(points.where(few), budgets[few], budgets[few])
+    assert not found.left_out
+    with pytest.raises(ValueError, match="3 sizes; the cubic takes 4"):
+        isoflop.isoflop(points.where(few), budgets[few], budgets[few], "cubic")
+    with pytest.raises(ValueError, match="shape: 'line' is not known"):
+        isoflop.isoflop(points, budgets, budgets, "line")
+
+
+def test_envelope_of_training_curves() -> None:
+    """On the surface itself: every size trained from 1e17 to 1e21 operations."""
+    params, flops = (v.ravel() for v in np.meshgrid(np.geomspace(1e6, 1e11, 60), np.geomspace(1e17, 1e21, 60)))
+    tokens = flops / 6 / params
+    found = isoflop.envelope(Points(params, tokens, SURFACE.loss(params, tokens)), flops)
+    assert (found.size.exponent, found.data.exponent) == pytest.approx((SURFACE.a, SURFACE.b), abs=2e-3)
+    one = params == params[0]
+    with pytest.raises(ValueError, match="fewer than two sizes"):
+        isoflop.envelope(Points(params[one], tokens[one], SURFACE.loss(params[one], tokens[one])), flops[one])
+
+
+def test_command(tmp_path: Path) -> None:
+    points, budgets = around_the_best(4)
+    lines = [f"{n},{d},{c},{y}" for n, d, c, y in zip(points.params, points.tokens, budgets, points.loss, strict=True)]
+    path = tmp_path / "runs.csv"
+    path.write_text("\n".join(["N,D,budget,L", *lines]))
+    common = ["scale", "fit", str(path), "--params", "N", "--tokens", "D", "--loss", "L", "--approach"]
+    result = CliRunner().invoke(
+        app, [*common, "2", "--budget", "budget", "--shape", "cubic", "--bootstrap", "50", "--json", "-"]
+    )
+    found = json.loads(result.stdout)
+    assert found["a"] == pytest.approx(SURFACE.a)
+    assert len(found["minima"]) == 5
+    result = CliRunner().invoke(app, [*common, "2", "--budget", "1e17,1e18,1e19,1e20,1e21"], env={"COLUMNS": "150"})
+    assert "N_opt ~ C^0.4516" in result.output
+    assert "give --budget" in str(CliRunner().invoke(app, [*common, "2"]).exception)
+    assert "no column 'nominal'" in str(CliRunner().invoke(app, [*common, "2", "--budget", "nominal"]).exception)
+    curves = CliRunner().invoke(app, [*common, "1", "--json", "-"])
+    assert json.loads(curves.stdout)["approach"] == 1
+
+
+def test_command_on_the_chinchilla_points() -> None:
+    if not CHINCHILLA.exists():
+        pytest.skip(f"no {CHINCHILLA}")
+    columns = ["--params", "Model Size", "--flops", "Training FLOP", "--loss", "loss", "--drop-highest", "5"]
+    budgets = ["--approach", "2", "--budget", ",".join(map(str, NOMINAL)), "--json", "-"]
+    found = json.loads(CliRunner().invoke(app, ["scale", "fit", str(CHINCHILLA), *columns, *budgets]).stdout)
+    assert found["a"] == pytest.approx(0.4959, abs=2e-4)
