@@ -24,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from madkernels.fused.cross_entropy import CHUNK_TOKENS
 from madkernels.models import HybridLM, LayerSpec, counting
 from madkernels.models.layers.base import check_positive
 from madkernels.scaling.train import CHECKPOINTING, kept_results
@@ -32,7 +33,6 @@ SHARDINGS = ("full", "none")
 
 MASTER, HALF = 4, 2  # bytes of float32 and of bfloat16
 PASSES = 3  # a training step, in forward passes
-LOSS_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _copies(model: HybridLM, setup: Setup) -> int:
 
 def _loss(model: HybridLM, setup: Setup) -> int:
     """A chunk of logits, the unembedding's gradient and a chunk's part of it, and the input and its gradient."""
-    logits = HALF * min(setup.tokens, LOSS_CHUNK) * model.vocab_size
+    logits = HALF * min(setup.tokens, CHUNK_TOKENS) * model.vocab_size
     return logits + 2 * MASTER * model.vocab_size * model.dim + 2 * HALF * setup.tokens * model.dim
 
 

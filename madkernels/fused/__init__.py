@@ -1,0 +1,5 @@
+"""Small fused operations, in Triton on a GPU and in plain torch elsewhere."""
+
+from madkernels.fused.cross_entropy import linear_cross_entropy
+
+__all__ = ["linear_cross_entropy"]
