@@ -102,3 +102,8 @@ def document_of(cu_seqlens: Tensor, seqlen: int) -> Tensor:
     """The number of the document that each position lies in, (seqlen,) int64."""
     positions = torch.arange(seqlen, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: rates are exponentiated and summed over the sequence."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

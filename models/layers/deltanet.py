@@ -6,23 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels.models.layers.base import State, check_positive
-from madkernels.models.layers.linear_attention import MatrixStateLayer, documents, wide
+from madkernels.models.layers.base import State, check_positive, wide
 from madkernels.models.layers.mamba import initial_step_bias
 from madkernels.models.layers.mamba2 import A_RANGE
+from madkernels.models.layers.matrix_state import MatrixStateLayer, recur
 from madkernels.models.layers.recurrence import delta_rule
 from madkernels.models.layers.short_conv import ShortConv
 
 
-class DeltaNet(MatrixStateLayer):
-    """Writes what the state gets wrong at a key, at a rate of a sigmoid. q, k and v go through a short convolution of
-    `width` taps and SiLU, q and k to norm 1; heads are normed."""
+class DeltaMixer(MatrixStateLayer):
+    """What both share: the state is written what it gets wrong at a key, at a rate of a sigmoid. q, k and v go through a
+    short convolution of `width` taps and SiLU, q and k to norm 1; heads are normed."""
 
-    def __init__(self, dim: int, *, heads: int = 8, width: int = 4) -> None:
-        super().__init__(dim, heads)
-        self.start(dim, width)
-
-    def start(self, dim: int, width: int) -> None:
+    def __init__(self, dim: int, heads: int, width: int, *, expand: int = 1) -> None:
+        super().__init__(dim, heads, expand=expand)
         check_positive(width=width)
         values = self.heads * self.value_dim
         self.qkv = nn.Linear(dim, 2 * dim + values, bias=False)
@@ -37,20 +34,17 @@ class DeltaNet(MatrixStateLayer):
         q, k, v = (self.split_heads(t) for t in mixed.split([self.dim, self.dim, self.heads * self.value_dim], -1))
         q, k = F.normalize(wide(q), dim=-1) * self.key_dim**-0.5, F.normalize(wide(k), dim=-1)
         rate = self.rate(x).sigmoid().unsqueeze(-1)
-        past = None if state is None else state["matrix"]
-        y, past = delta_rule(q, k, v, rate, self.log_decay(x), past, document=documents(x, cu_seqlens))
-        if state is not None:
-            state["matrix"] = past
+        y = recur(delta_rule, q, k, v, rate, self.log_decay(x), cu_seqlens=cu_seqlens, state=state)
         out: Tensor = self.out(self.read_out(self.norm(y.to(self.norm.weight.dtype)), x).flatten(2))
         return out
 
     def log_decay(self, x: Tensor) -> Tensor:
         """(batch or 1, seqlen, heads or 1, 1)."""
-        return wide(x.new_zeros(1, x.shape[1], 1, 1))
+        raise NotImplementedError
 
     def read_out(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (batch, seqlen, heads, value_dim) after its norm."""
-        return y
+        """What becomes of y (batch, seqlen, heads, value_dim) after its norm."""
+        raise NotImplementedError
 
     def init_state(self, batch: int) -> State:
         return super().init_state(batch) | {"conv": self.conv.init_state(batch)}
@@ -61,13 +55,24 @@ class DeltaNet(MatrixStateLayer):
         return super().flops(seqlen) + 2 * seqlen * self.state_size(seqlen)
 
 
-class GatedDeltaNet(DeltaNet):
-    """A :class:`DeltaNet` whose heads also decay, as in Mamba-2, and whose output is gated by a SiLU; values are `expand`
-    times as wide as keys."""
+class DeltaNet(DeltaMixer):
+    """The delta rule, without decay or gate."""
+
+    def __init__(self, dim: int, *, heads: int = 8, width: int = 4) -> None:
+        super().__init__(dim, heads, width)
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        return wide(x.new_zeros(1, x.shape[1], 1, 1))
+
+    def read_out(self, y: Tensor, x: Tensor) -> Tensor:
+        return y
+
+
+class GatedDeltaNet(DeltaMixer):
+    """Heads also decay, as in Mamba-2, and the output is gated by a SiLU; values are `expand` times as wide as keys."""
 
     def __init__(self, dim: int, *, heads: int = 8, expand: int = 2, width: int = 4) -> None:
-        MatrixStateLayer.__init__(self, dim, heads, expand=expand)
-        self.start(dim, width)
+        super().__init__(dim, heads, width, expand=expand)
         self.delta = nn.Linear(dim, heads, bias=False)
         self.delta_bias = nn.Parameter(initial_step_bias(heads))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(*A_RANGE).log())

@@ -3,51 +3,14 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels.models.layers.base import Layer, State, check_positive, document_of
+from madkernels.models.layers.base import State, check_positive, wide
+from madkernels.models.layers.matrix_state import MatrixStateLayer, recur
 from madkernels.models.layers.recurrence import linear_recurrence
 
 GATE_DIVISOR = 16  # of the logarithm of the forget gate, so that it starts near 1
-
-
-class MatrixStateLayer(Layer):
-    """A layer whose state is, in each head, a matrix of `key_dim` by `value_dim`.
-
-    Raises:
-        ValueError: dim does not divide into the heads.
-    """
-
-    def __init__(self, dim: int, heads: int, *, expand: int = 1) -> None:
-        super().__init__(dim)
-        check_positive(heads=heads, expand=expand)
-        if dim % heads:
-            raise ValueError(f"dim {dim} does not divide into {heads} heads; take another dim or heads=")
-        self.heads, self.key_dim, self.value_dim = heads, dim // heads, expand * dim // heads
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(batch, seqlen, channels) to (batch, seqlen, heads, channels of a head)."""
-        return x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
-
-    def init_state(self, batch: int) -> State:
-        wide = torch.promote_types(next(self.parameters()).dtype, torch.float32)
-        return {"matrix": self.zeros(batch, self.heads, self.key_dim, self.value_dim, dtype=wide)}
-
-    def state_size(self, seqlen: int) -> int:
-        return self.heads * self.key_dim * self.value_dim
-
-    def flops(self, seqlen: int) -> int:
-        """Twice each matrix parameter, and for each element of the state a multiply-add to write and one to read: as the
-        recurrence is stated; its chunked form does more."""
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() > 1)
-        return seqlen * (2 * matrices + 4 * self.state_size(seqlen))
-
-
-def documents(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
-    """The number of each position's document, where there are documents."""
-    return None if cu_seqlens is None else document_of(cu_seqlens, x.shape[1])
 
 
 class FeatureMap(nn.Module):
@@ -84,10 +47,7 @@ class LinearAttention(MatrixStateLayer):
         q, k = self.q_features(q), self.k_features(k)
         if self.normalise:  # the sum of keys is what a value of 1 gathers
             v = F.pad(v, (0, 1), value=1.0)
-        past = None if state is None else state["matrix"]
-        y, past = linear_recurrence(q, k, v, q.new_zeros(1, q.shape[1], 1, 1), past, document=documents(x, cu_seqlens))
-        if state is not None:
-            state["matrix"] = past
+        y = recur(linear_recurrence, q, k, v, q.new_zeros(1, q.shape[1], 1, 1), cu_seqlens=cu_seqlens, state=state)
         if self.normalise:
             y = y[..., :-1] / (y[..., -1:] + 1e-12)
         mixed: Tensor = self.out(y.flatten(2))
@@ -119,14 +79,6 @@ class GatedLinearAttention(MatrixStateLayer):
         self.check(x, cu_seqlens, state)
         q, k, v, gate = (self.split_heads(t) for t in self.qkvg(x).chunk(4, -1))
         log_decay = F.logsigmoid(self.split_heads(wide(self.forget(x)))) / GATE_DIVISOR
-        past = None if state is None else state["matrix"]
-        y, past = linear_recurrence(q * self.key_dim**-0.5, k, v, log_decay, past, document=documents(x, cu_seqlens))
-        if state is not None:
-            state["matrix"] = past
+        y = recur(linear_recurrence, q * self.key_dim**-0.5, k, v, log_decay, cu_seqlens=cu_seqlens, state=state)
         mixed: Tensor = self.out((self.norm(y.to(self.norm.weight.dtype)) * F.silu(gate)).flatten(2))
         return mixed
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32 at least: rates are exponentiated and summed over the sequence."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

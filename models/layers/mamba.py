@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madkernels import causal_conv, causal_conv_step, selective_scan, selective_scan_step
-from madkernels.models.layers.base import Layer, State, check_positive
+from madkernels.models.layers.base import Layer, State, check_positive, wide
 
 STEP_RANGE = (1e-3, 1e-1)  # of delta at the start, log-uniform
 
@@ -44,7 +44,7 @@ class Mamba(Layer):
         )  # fmt: skip
         delta, B, C = self.project(u)
         y, scan_state = selective_scan(
-            u, delta, self.A(), B, C, self.widened(self.D), z, self.widened(self.delta_bias), True,
+            u, delta, self.A(), B, C, wide(self.D), z, wide(self.delta_bias), True,
             initial_state=scan_state, cu_seqlens=cu_seqlens, return_final_state=True,
         )  # fmt: skip
         if state is not None:
@@ -57,7 +57,7 @@ class Mamba(Layer):
         state["conv"] = state["conv"].to(u.dtype)
         u = causal_conv_step(state["conv"], u, self.conv_weight, self.conv_bias, activation="silu")
         delta, B, C = self.project(u)
-        parameters = self.A(), B, C, self.widened(self.D), z, self.widened(self.delta_bias)
+        parameters = self.A(), B, C, wide(self.D), z, wide(self.delta_bias)
         y = selective_scan_step(state["scan"], u, delta, *parameters, True)
         out: Tensor = self.out_proj(y)
         return out
@@ -68,16 +68,12 @@ class Mamba(Layer):
         return F.linear(low, self.delta_weight), B, C
 
     def A(self) -> Tensor:
-        return -torch.exp(self.widened(self.A_log))
-
-    def widened(self, parameter: Tensor) -> Tensor:
-        """In the dtype that the scan takes of its parameters, and keeps its state in: at least float32."""
-        return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+        return -torch.exp(wide(self.A_log))
 
     def init_state(self, batch: int) -> State:
         return {
             "conv": self.zeros(batch, self.width - 1, self.inner),
-            "scan": self.zeros(batch, self.inner, self.dstate, dtype=self.widened(self.A_log).dtype),
+            "scan": self.zeros(batch, self.inner, self.dstate, dtype=wide(self.A_log).dtype),
         }
 
     def state_size(self, seqlen: int) -> int:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels.models.layers.base import Layer, State, check_positive
-from madkernels.models.layers.linear_attention import documents, wide
+from madkernels.models.layers.base import Layer, State, check_positive, wide
 from madkernels.models.layers.mamba import initial_step_bias
+from madkernels.models.layers.matrix_state import recur
 from madkernels.models.layers.recurrence import linear_recurrence
 from madkernels.models.layers.short_conv import ShortConv
 
@@ -41,12 +41,9 @@ class Mamba2(Layer):
         u, B, C = mixed.split([self.inner, self.dstate, self.dstate], -1)
         u = u.unflatten(-1, (self.heads, self.head_dim))
         delta = F.softplus(wide(delta) + wide(self.delta_bias)).unsqueeze(-1)  # (batch, seqlen, heads, 1)
-        y, past = linear_recurrence(
-            C.unsqueeze(2), B.unsqueeze(2), delta * u, -wide(self.A_log).exp()[:, None] * delta,
-            None if state is None else state["matrix"], document=documents(x, cu_seqlens),
-        )  # fmt: skip
-        if state is not None:
-            state["matrix"] = past
+        log_decay = -wide(self.A_log).exp()[:, None] * delta
+        q, k = C.unsqueeze(2), B.unsqueeze(2)
+        y = recur(linear_recurrence, q, k, delta * u, log_decay, cu_seqlens=cu_seqlens, state=state)
         y = (y.to(u.dtype) + self.D.to(u.dtype)[:, None] * u).flatten(2)
         out: Tensor = self.out_proj(self.norm((y * F.silu(z)).to(self.norm.weight.dtype)))
         return out

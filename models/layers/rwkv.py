@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels.models.layers.base import Layer, State, check_positive
-from madkernels.models.layers.linear_attention import MatrixStateLayer, documents, wide
+from madkernels.models.layers.base import Layer, State, check_positive, wide
+from madkernels.models.layers.matrix_state import MatrixStateLayer, recur
 from madkernels.models.layers.recurrence import linear_recurrence
 from madkernels.models.layers.short_conv import token_before
 
@@ -39,10 +39,7 @@ class TimeMixer(MatrixStateLayer):
         r, k, v = (self.split_heads(t) for t in (self.r(for_r), self.k(for_k), self.v(for_v)))
         log_decay = self.split_heads(self.log_decay(for_decay))
         bonus = self.bonus.view(self.heads, self.key_dim)
-        past = None if state is None else state["matrix"]
-        y, past = linear_recurrence(r, k, v, log_decay, past, document=documents(x, cu_seqlens), bonus=bonus)
-        if state is not None:
-            state["matrix"] = past
+        y = recur(linear_recurrence, r, k, v, log_decay, cu_seqlens=cu_seqlens, state=state, bonus=bonus)
         normed = self.norm(y.flatten(2).flatten(0, 1).to(self.norm.weight.dtype) / HEAD_DIVISOR).view(x.shape)
         mixed: Tensor = self.out(normed * F.silu(self.g(for_g)))
         return mixed
