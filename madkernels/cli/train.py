@@ -19,6 +19,27 @@ TOKENS_A_PARAMETER = 20  # about compute-optimal (Hoffmann et al. 2022, arXiv 22
 
 
 @train.command()
+def presets() -> None:
+    """List the presets as a table in Markdown."""
+    import torch
+
+    from madkernels.models import counting
+    from madkernels.models.normalise import fixed_state
+    from madkernels.models.presets import PRESETS
+    from madkernels.scaling.estimate import training_flops
+
+    print("| preset | width | blocks | parameters | used by a token | fixed state | operations a token |")
+    print("|---|---|---|---|---|---|---|")
+    for preset in PRESETS.values():
+        with torch.device("meta"):
+            model, state = preset.model(), fixed_state(preset.arch, preset.dim)
+        print(
+            f"| {preset.name} | {preset.dim:,} | {preset.blocks} | {counting.params(model) / 1e6:,.1f} M | "
+            f"{counting.active_params(model) / 1e6:,.1f} M | {state:,} | {training_flops(model, preset.seqlen):.2e} |"
+        )
+
+
+@train.command()
 def plan(
     preset: Annotated[str | None, typer.Option(help="Such as striped-hyena-7b.")] = None,
     arch: Annotated[str | None, typer.Option(help='In place of a preset, such as "8*(hyena swiglu)".')] = None,

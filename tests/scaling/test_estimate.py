@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from madkernels.cli.main import app
 from madkernels.models import HybridLM
-from madkernels.models.presets import preset
+from madkernels.models.presets import PRESETS, preset
 from madkernels.scaling.estimate import Setup, activations, embedding_params, memory, training_flops
 
 SMALL = "hyena:expand=1,groups=1,horizon=64 swiglu mamba attention:heads=4 moe:hidden=64 mh-hyena:heads=8 mlp"
@@ -140,6 +141,12 @@ def test_plan_of_an_architecture() -> None:
     text = plan("--arch", "2*(mamba swiglu)", "--dim", "256", "--vocab", "256", "--seqlen", "512", "--peak", "1")
     assert " state after 512 tokens 16,384 elements\n" in text
     assert "GPUs: 1, 1 TFLOP/s each\n" in text
+
+
+def test_the_page_of_presets_holds_what_the_command_prints() -> None:
+    table = CliRunner().invoke(app, ["train", "presets"]).stdout
+    assert len(table.splitlines()) == 2 + len(PRESETS)
+    assert table in (Path(__file__).parents[2] / "docs" / "presets.md").read_text()
 
 
 @pytest.mark.parametrize(
