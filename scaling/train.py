@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -32,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective_contexts
 from torch.utils.checkpoint import noop_context_fn
 
+from madkernels.fused import linear_cross_entropy
 from madkernels.models import HybridLM, counting
 from madkernels.models.init import parameter_groups
 from madkernels.runs.engines import Diverged
@@ -85,7 +85,8 @@ class Objective(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """tokens, targets (rows, seqlen) to ()."""
         hidden = self.model.backbone(self.model.embedding(tokens), cu_seqlens=cu_seqlens).flatten(0, 1)
-        return F.cross_entropy(self.model.unembedding(hidden).float(), targets.flatten())
+        head = self.model.unembedding
+        return linear_cross_entropy(hidden, head.weight, targets.flatten(), head.bias)
 
 
 def build(run: LMRun) -> HybridLM:

@@ -110,9 +110,7 @@ def test_documents_are_kept_apart_when_asked(data: Path) -> None:
     changed = tokens.clone()
     changed[0, 3] += 1 if tokens[0, 3] < 255 else -1
     seen = []
-    trainer.objective.model.unembedding.register_forward_hook(
-        lambda module, args, output: seen.append(output.view(2, 32, -1))
-    )
+    trainer.objective.model.backbone.register_forward_hook(lambda module, args, output: seen.append(output.view(2, 32, -1)))
     for t in (tokens, changed):
         trainer.loss(Batch(t, t, torch.empty(0)).part(0, 2, 256))
     same = (seen[0] == seen[1]).all(-1)
