@@ -88,21 +88,15 @@ def isoflop(
     Intervals come from refits to the curves with noise added, drawn from the residuals about parabolas of all budgets.
     ValueError where fewer than two budgets have a minimum inside their sizes.
     """
-    if shape not in NEEDED:
-        raise ValueError(f"shape: {shape!r} is not known; expected {', '.join(NEEDED)}")
-    known = np.isfinite(budgets)
-    curves = [_curve(points, flops, budgets, budget) for budget in np.unique(budgets[known])]
-    left_out = [] if known.all() else [f"{(~known).sum()} runs are near no budget"]
-    left_out += [why for c in curves if (why := _too_few(c, shape))]
-    curves = [c for c in curves if not _too_few(c, shape)]
-    found = [_best(c, shape) for c in curves]
+    curves, left_out = curves_of(points, flops, budgets, shape)
+    found = [lowest(c, shape) for c in curves]
     left_out += [_edge(b) for b in found if b.edge]
     best = [b for b in found if not b.edge]
     if len(best) < 2:
         raise ValueError("; ".join(["fewer than two budgets have a minimum inside their sizes", *left_out]))
     size, data = _laws(best)
-    drawn = _resample(curves, shape, resamples, np.random.default_rng(seed)) if resamples else np.empty((0, 2))
-    usable = drawn[np.isfinite(drawn).all(1)]
+    drawn = exponents(curves, draw_minima(curves, shape, resamples, np.random.default_rng(seed)))
+    usable = drawn[np.isfinite(drawn).all(1)] if resamples else drawn
     intervals = {name: interval(usable[:, i]) for i, name in enumerate("ab")} if len(usable) else {}
     return Optimum(best, left_out, size, data, intervals, len(drawn) - len(usable))
 
@@ -114,6 +108,17 @@ def nearest_budgets(flops: Array, budgets: Sequence[float]) -> Array:
     nearest = np.abs(off).argmin(1)
     distance = off[np.arange(len(flops)), nearest]
     return np.where((distance > -SHORT) & (distance < OVER), nominal[nearest], np.nan)
+
+
+def curves_of(points: Points, flops: Array, budgets: Array, shape: str) -> tuple[list[Curve], list[str]]:
+    """By budget; and what is left out for want of a budget or of sizes."""
+    if shape not in NEEDED:
+        raise ValueError(f"shape: {shape!r} is not known; expected {', '.join(NEEDED)}")
+    known = np.isfinite(budgets)
+    curves = [_curve(points, flops, budgets, budget) for budget in np.unique(budgets[known])]
+    left_out = [] if known.all() else [f"{(~known).sum()} runs are near no budget"]
+    left_out += [why for c in curves if (why := _too_few(c, shape))]
+    return [c for c in curves if not _too_few(c, shape)], left_out
 
 
 def _curve(points: Points, flops: Array, budgets: Array, budget: float) -> Curve:
@@ -135,7 +140,8 @@ def _edge(best: Best) -> str:
     return f"budget {best.budget:.3g}: the least loss is at the edge of the sizes, {best.params:.3g} parameters"
 
 
-def _best(curve: Curve, shape: str) -> Best:
+def lowest(curve: Curve, shape: str) -> Best:
+    """The curve's minimum, or the lowest run where that is at the edge."""
     at, loss = (float(values[0]) for values in minima(curve.x, curve.y[:, None], shape))
     edge = not np.isfinite(at)
     if edge:
@@ -175,26 +181,36 @@ def _spline_minima(t: Array, y: Array) -> tuple[Array, Array]:
 
 def _laws(best: Sequence[Best]) -> tuple[PowerLaw, PowerLaw]:
     compute = np.log([b.flops for b in best])
-    return _line(compute, np.log([b.params for b in best])), _line(compute, np.log([b.tokens for b in best]))
+    return line(compute, np.log([b.params for b in best])), line(compute, np.log([b.tokens for b in best]))
 
 
-def _line(x: Array, y: Array) -> PowerLaw:
+def line(x: Array, y: Array) -> PowerLaw:
+    """Through logarithms (n,), by least squares."""
     offset, exponent = np.polynomial.polynomial.polyfit(x, y, 1)
     return PowerLaw(float(offset), float(exponent))
 
 
-def _resample(curves: Sequence[Curve], shape: str, count: int, rng: np.random.Generator) -> Array:
-    """Exponents a and b, (count, 2), NaN where a resample leaves fewer than two minima."""
+def draw_minima(curves: Sequence[Curve], shape: str, count: int, rng: np.random.Generator) -> Array:
+    """ln N, ln D and the loss of the minima with noise added, (count, curves, 3).
+
+    At an edge ln N and ln D are NaN, and the loss is the least one.
+    """
     smooth = [np.polynomial.Polynomial.fit(c.x, c.y, 2)(c.x) for c in curves]
     spare = [max(len(c.x) - 3, 1) for c in curves]
     noise = np.concatenate([(c.y - s) * np.sqrt(len(s) / k) for c, s, k in zip(curves, smooth, spare, strict=True)])
-    found = np.full((count, len(curves), 2), np.nan)
+    found = np.empty((count, len(curves), 3))
     for i, curve in enumerate(curves):
         base = curve.y if shape == "akima" else np.polynomial.Polynomial.fit(curve.x, curve.y, NEEDED[shape] - 1)(curve.x)
-        at, _ = minima(curve.x, base[:, None] + rng.choice(noise, (len(base), count)), shape)
-        found[:, i] = np.stack([at, curve.tokens(at)], 1)
+        drawn = base[:, None] + rng.choice(noise, (len(base), count))
+        at, loss = minima(curve.x, drawn, shape)
+        found[:, i] = np.stack([at, curve.tokens(at), np.where(np.isfinite(at), loss, drawn.min(0))], 1)
+    return found
+
+
+def exponents(curves: Sequence[Curve], drawn: Array) -> Array:
+    """a and b of each draw of :func:`draw_minima`, (count, 2); NaN where fewer than two minima are inside."""
     compute = np.array([c.compute for c in curves])
-    return np.array([_slopes(compute, row) for row in found])
+    return np.array([_slopes(compute, row[:, :2]) for row in drawn])
 
 
 def _slopes(compute: Array, rows: Array) -> Array:
@@ -218,10 +234,10 @@ def envelope(points: Points, flops: Array) -> Optimum:
     computes = np.geomspace(flops.min(), flops.max(), COMPUTES)
     curves = [_training_curve(points, flops, size, computes) for size in sizes]
     losses, tokens = (np.array(parts) for parts in zip(*curves, strict=True))  # (sizes, computes)
-    lowest = [_lowest(column) for column in losses.T]
+    rows = [_lowest(column) for column in losses.T]
     best = [
         Best(float(compute), float(compute), float(sizes[row]), float(tokens[row, i]), float(losses[row, i]))
-        for i, (compute, row) in enumerate(zip(computes, lowest, strict=True))
+        for i, (compute, row) in enumerate(zip(computes, rows, strict=True))
         if row is not None
     ]
     if len({b.params for b in best}) < 2:

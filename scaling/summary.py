@@ -61,18 +61,11 @@ def as_json(summary: Summary, budgets: Sequence[float]) -> dict[str, Any]:
 
 
 def _intervals(summary: Summary) -> dict[str, Any]:
-    intervals: dict[str, Any] = {"level": LEVEL, "profile": {name: _ends(i) for name, i in summary.profile.items()}}
+    intervals: dict[str, Any] = {"level": LEVEL, "profile": {name: asdict(found) for name, found in summary.profile.items()}}
     if drawn := summary.bootstrap:
         counts = {"resamples": len(drawn.surfaces), "unconverged": drawn.unconverged, "better_from_own_seed": drawn.cold}
         intervals["bootstrap"] = counts | {name: asdict(drawn.interval(name, LEVEL)) for name in NAMES}
     return intervals
-
-
-def _ends(interval: Interval) -> dict[str, float | None]:
-    """JSON has no infinity: null where an end is not bounded."""
-    return {
-        end: value if abs(value) < float("inf") else None for end, value in (("low", interval.low), ("high", interval.high))
-    }
 
 
 def _without(without: Without) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,7 @@ import typer
 if TYPE_CHECKING:  # numpy and scipy are loaded when a command runs, not to print its help
     from rich.console import Console
 
-    from madkernels.scaling.table import Selection
+    from madkernels.scaling.table import Dropped
 
 File = Annotated[Path, typer.Argument(help="A CSV file, one run a row.")]
 Params = Annotated[str, typer.Option(help="Column of parameters.")]
@@ -60,7 +62,7 @@ def fit(
     console = _console(to_json)
     found: dict[str, Any] = {}
     for name, selection in parts.items():
-        _warn(selection)
+        _tell(selection.dropped, selection.warnings)
         with _named(name):
             if approach == 3:
                 told = summary.summarise(selection, LAD if lad else delta, tied, bootstrap, seed)
@@ -75,6 +77,68 @@ def fit(
     _write(found[""] if group is None else {"groups": found}, to_json)
 
 
+Files = Annotated[list[Path], typer.Argument(help="CSV files of runs, such as runs.csv of scale run.")]
+By = Annotated[str, typer.Option(help="Column that tells architectures apart.")]
+Budget = Annotated[str, typer.Option(help="Column of nominal budgets.")]
+Shape = Annotated[str, typer.Option(help="Of the curves over sizes: parabola, cubic or akima.")]
+
+
+def compare(
+    files: Files,
+    group: By = "architecture",
+    params: Params = "params",
+    tokens: Tokens = "tokens",
+    flops: Flops = "flops",
+    loss: Loss = "loss",
+    budget: Budget = "budget",
+    shape: Shape = "parabola",
+    bootstrap: Resamples = 1000,
+    seed: Seed = 42,
+    to_json: Json = None,
+) -> None:
+    """Compare architectures with the first: exponent of the best size, least loss at each budget, where they cross."""
+    from madkernels.scaling.compare import Sampling, difference_table, frontiers
+    from madkernels.scaling.compare import compare as differences
+    from madkernels.scaling.table import Columns, read_table
+
+    columns = Columns(params, loss, tokens, flops)
+    by_name, dropped = frontiers(read_table(*files), columns, group, budget, Sampling(shape, bootstrap, seed))
+    _tell(dropped, [f"{name}: {why}" for name, found in by_name.items() for why in found.left_out])
+    found = differences(by_name)
+    _console(to_json).print(difference_table(found))
+    rows = {name: {"a": f.a, "best": [asdict(b) for b in f.best], "left_out": f.left_out} for name, f in by_name.items()}
+    _write({"architectures": rows, "differences": [asdict(difference) for difference in found]}, to_json)
+
+
+def correlate(
+    scores: Annotated[Path, typer.Argument(help="results.csv of madkernels mad run.")],
+    runs: Files,
+    at: Annotated[float | None, typer.Option(help="Budget; the largest that all architectures have if absent.")] = None,
+    group: By = "architecture",
+    params: Params = "params",
+    tokens: Tokens = "tokens",
+    flops: Flops = "flops",
+    loss: Loss = "loss",
+    budget: Budget = "budget",
+    shape: Shape = "parabola",
+    seed: Seed = 42,
+    to_json: Json = None,
+) -> None:
+    """Relate MAD scores to the least loss at a budget, for each task and their mean."""
+    from madkernels.scaling.compare import Sampling, frontiers
+    from madkernels.scaling.correlate import correlate as relate
+    from madkernels.scaling.correlate import correlation_table, labels_of, losses_at, read_scores
+    from madkernels.scaling.table import Columns, read_table
+
+    table = read_table(*runs)
+    by_name, dropped = frontiers(table, Columns(params, loss, tokens, flops), group, budget, Sampling(shape, 0, seed))
+    _tell(dropped, [f"{name}: {why}" for name, found in by_name.items() for why in found.left_out])
+    chosen, losses = losses_at(by_name, at)
+    rows = relate(read_scores(read_table(scores), labels_of(table, group)), losses, seed)
+    _console(to_json).print(correlation_table(rows, chosen))
+    _write({"budget": chosen, "losses": losses, "tasks": [asdict(row) for row in rows]}, to_json)
+
+
 def _console(to_json: str | None) -> Console:
     """Tables make way for JSON on standard output."""
     from rich.console import Console
@@ -82,10 +146,8 @@ def _console(to_json: str | None) -> Console:
     return Console(quiet=to_json == "-")
 
 
-def _warn(selection: Selection) -> None:
-    for dropped in selection.dropped:
-        typer.echo(f"warning: {dropped.place}: dropped: {dropped.why}", err=True)
-    for line in selection.warnings:
+def _tell(dropped: list[Dropped], warnings: list[str]) -> None:
+    for line in [*(f"{row.place}: dropped: {row.why}" for row in dropped), *warnings]:
         typer.echo(f"warning: {line}", err=True)
 
 
@@ -101,8 +163,17 @@ def _named(group: str) -> Iterator[None]:
 def _write(found: dict[str, Any], to_json: str | None) -> None:
     if to_json is None:
         return
-    text = json.dumps(found, indent=1)
+    text = json.dumps(_plain(found), indent=1, allow_nan=False)
     if to_json == "-":
         print(text)
     else:
         Path(to_json).write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity and no NaN: null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
