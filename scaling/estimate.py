@@ -100,19 +100,18 @@ def memory(model: HybridLM, setup: Setup) -> dict[str, int]:
         "weights, float32": MASTER * share,
         "gradients, float32": MASTER * share,
         "AdamW moments, float32": 2 * MASTER * share,
-        "weights, bfloat16": _copies(model, setup),
+        "weights, gathered and in bfloat16": _copies(model, setup),
         "activations": activations(model, setup),
         "loss": _loss(model, setup),
     }
 
 
 def _copies(model: HybridLM, setup: Setup) -> int:
-    """All weights in bfloat16; or, sharded, embeddings and two layers, one at work and one on its way, and the gradients of
-    one, summed in float32."""
-    if setup.sharding == "none":
-        return HALF * counting.params(model)
-    largest = max(sum(p.numel() for p in layer.parameters()) for layer in counting.layers(model))
-    return HALF * (embedding_params(model) + 2 * largest) + (HALF + MASTER) * largest
+    """What autocast makes for the backward pass: all layers in bfloat16, or with checkpointing one. Sharded, also embeddings
+    and two layers in float32, one at work and one on its way, and the gradients of one."""
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in counting.layers(model)]
+    cast = HALF * (embedding_params(model) + (sum(sizes) if setup.checkpointing == "none" else max(sizes)))
+    return cast if setup.sharding == "none" else cast + MASTER * (embedding_params(model) + 3 * max(sizes))
 
 
 def _loss(model: HybridLM, setup: Setup) -> int:

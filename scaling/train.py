@@ -412,6 +412,7 @@ def kept_results() -> list[Any]:
         aten.mm.default,
         aten.addmm.default,
         aten.bmm.default,
+        aten._grouped_mm.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,

@@ -1,8 +1,9 @@
 """The runs of one setting as one model: weights of all on a leading axis, one launch for what would be one for each.
 
 MAD's models are so small that a GPU waits for launches; the grid points and seeds of a setting differ in numbers only, so
-torch.func maps one forward pass over them. Each keeps its own initialisation, data, order, rate and decay, and leaves when
-it is good enough or its loss is no number. On a CPU nothing is gained: six models do not fit where one did.
+torch.func maps one forward pass over them, and a CUDA graph makes one launch of a step's forward and backward. Each keeps
+its own initialisation, data, order, rate and decay, and leaves when it is good enough or its loss is no number. On a CPU
+nothing is gained: six models do not fit where one did.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,9 @@ from madkernels.synthetics.tasks import IGNORE
 from madkernels.synthetics.train import BETAS, EVALUATION_BATCH, Tally, build, check_finite, data
 
 ADAM_EPS = 1e-8
+GRAPHS_ON = "cuda"
+
+T = TypeVar("T")
 
 
 def alike(run: Run) -> Run:
@@ -139,6 +143,7 @@ class Stack:
         decayed = {id(p) for p in parameter_groups(self.one, 1.0)[0]["params"]}
         self.decayed = {name for name, p in self.one.named_parameters() if id(p) in decayed}
         self.runs, self.alive, self.steps = list(runs), list(range(len(runs))), 0
+        self.recorded: dict[torch.Size, _Recorded | None] = {}  # by the shape of a batch; None: it cannot be recorded
 
     def part(self, places: Sequence[int]) -> Stack:
         """Some of the models; they are numbered as before."""
@@ -148,6 +153,7 @@ class Stack:
         kept.buffers = {k: b[index] for k, b in self.buffers.items()}
         kept.moments = {k: _Moments(m.first[index], m.second[index]) for k, m in self.moments.items()}
         kept.alive = [self.alive[place] for place in places]
+        kept.recorded = {}
         return kept
 
     def logits(self, inputs: Tensor) -> Tensor:
@@ -164,33 +170,39 @@ class Stack:
     def step(self, inputs: Tensor, targets: Tensor, progress: float) -> Tensor:
         """One step of AdamW at a share of the schedule; the loss of each model, (models,)."""
         self.one.train()
+        if inputs.device.type == GRAPHS_ON and inputs.shape not in self.recorded:
+            self.recorded[inputs.shape] = _recorded(self, inputs, targets)
+        found = self.recorded.get(inputs.shape)
+        losses, gradients = self.gradients(inputs, targets) if found is None else found.again(inputs, targets)
+        self.update(gradients, progress)
+        return losses.clone()  # what a graph gives is written again by the next step
+
+    def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The loss of each model, and the gradients of `params`, in their order."""
         logits = self.logits(inputs).float()
         by_token = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORE, reduction="none")
         scored = (targets != IGNORE).flatten(1).sum(1)
         losses = by_token.view(len(inputs), -1).sum(1) / scored
-        losses.sum().backward()  # type: ignore[no-untyped-call]  # models share nothing: each gets its own gradient
-        self.update(progress)
-        return losses.detach()
+        # Models share nothing, so each gets its own gradient.
+        return losses.detach(), list(torch.autograd.grad(losses.sum(), list(self.params.values())))
 
     @torch.no_grad()
-    def update(self, progress: float) -> None:
+    def update(self, gradients: Sequence[Tensor], progress: float) -> None:
         self.steps += 1
         trainings = [self.runs[i].training for i in self.alive]
         cosine = (1 + math.cos(math.pi * progress)) / 2
         rates = [t.min_lr + (t.lr - t.min_lr) * cosine for t in trainings]
         shrinks = [1 - rate * t.weight_decay for rate, t in zip(rates, trainings, strict=True)]
         first_share, second_share = (1 - beta**self.steps for beta in BETAS)
-        for name, p in self.params.items():
-            assert p.grad is not None
+        for (name, p), gradient in zip(self.params.items(), gradients, strict=True):
             shape = (-1, *[1] * (p.dim() - 1))
             m = self.moments[name]
-            m.first.lerp_(p.grad, 1 - BETAS[0])
-            m.second.mul_(BETAS[1]).addcmul_(p.grad, p.grad, value=1 - BETAS[1])
+            m.first.lerp_(gradient, 1 - BETAS[0])
+            m.second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
             if name in self.decayed:
                 p.mul_(p.new_tensor(shrinks).view(shape))
             direction = (m.first / first_share) / ((m.second / second_share).sqrt() + ADAM_EPS)
             p.sub_(p.new_tensor(rates).view(shape) * direction)
-            p.grad = None
 
     @torch.no_grad()
     def measure(self, splits: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
@@ -205,6 +217,43 @@ class Stack:
             for tally, logits, wanted in zip(tallies, self.logits(x), y, strict=True):
                 tally.add(logits, wanted)
         return [tally.measures() for tally in tallies]
+
+
+class _Recorded:
+    """The forward and backward of a stack, at one shape of batch, as a CUDA graph."""
+
+    def __init__(self, stack: Stack, inputs: Tensor, targets: Tensor) -> None:
+        self.inputs, self.targets = inputs.clone(), targets.clone()
+        self.replay, self.made = record(lambda: stack.gradients(self.inputs, self.targets))
+
+    def again(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """On another batch, into the same tensors."""
+        self.inputs.copy_(inputs)
+        self.targets.copy_(targets)
+        self.replay()
+        return self.made
+
+
+def _recorded(stack: Stack, inputs: Tensor, targets: Tensor) -> _Recorded | None:
+    """None where a layer waits for the GPU, as one from outside may: then steps are launched one kernel at a time."""
+    try:
+        return _Recorded(stack, inputs, targets)
+    except RuntimeError:
+        return None
+
+
+def record(work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+    """Work on the GPU as a graph: what does it again, and the tensors that it is done into. It is not yet done."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what libraries set up at their first calls is not to be recorded
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = work()
+    return graph.replay, made
 
 
 class _Mappable(TorchFunctionMode):

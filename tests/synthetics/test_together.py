@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
+import torch
+from torch import Tensor
 
 from madkernels.models.layers import LAYERS
 from madkernels.runs.engines import Diverged
+from madkernels.synthetics import together
 from madkernels.synthetics.protocol import Run, Training
 from madkernels.synthetics.tasks import Task
 from madkernels.synthetics.tasks.compression import Compression
@@ -30,15 +34,15 @@ def grid(arch: str, task: Task = TASK, **options: float) -> list[Run]:
 
 
 def compare(runs: list[Run]) -> None:
-    together, apart = train_together(runs), [train(run) for run in runs]
-    for a, b in zip(together, apart, strict=True):
+    at_once, apart = train_together(runs), [train(run) for run in runs]
+    for a, b in zip(at_once, apart, strict=True):
         assert isinstance(a, dict)
         assert a["epochs"] == b["epochs"]
         for measure in ("loss", "accuracy", "macro_accuracy", "held_out_accuracy"):
             assert a[measure] == pytest.approx(b[measure], rel=2e-3, abs=1e-3), measure
         losses = [[point["loss"] for point in result["curve"]] for result in (a, b)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert len({a["loss"] for a in together if isinstance(a, dict)}) == len(runs), "each has a training of its own"
+    assert len({a["loss"] for a in at_once if isinstance(a, dict)}) == len(runs), "each has a training of its own"
 
 
 @pytest.mark.parametrize("name", list(LAYERS))
@@ -53,8 +57,8 @@ def test_the_auto_encoder() -> None:
 
 def test_each_leaves_when_it_is_good_enough() -> None:
     runs = grid("attention:heads=2 mlp", epochs=12, enough=0.58)
-    together, apart = train_together(runs), [train(run) for run in runs]
-    assert [r["epochs"] for r in together if isinstance(r, dict)] == [r["epochs"] for r in apart]
+    at_once, apart = train_together(runs), [train(run) for run in runs]
+    assert [r["epochs"] for r in at_once if isinstance(r, dict)] == [r["epochs"] for r in apart]
     assert len({r["epochs"] for r in apart}) > 1
 
 
@@ -74,3 +78,43 @@ def test_refuses_runs_that_differ_in_more() -> None:
     runs = [*grid("mlp"), *grid("swiglu")]
     with pytest.raises(ValueError, match="differ in their rates, decays and seeds only"):
         train_together(runs)
+
+
+Made = tuple[Tensor, list[Tensor]]
+
+
+def test_steps_that_are_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU would: recording does nothing yet, and every replay goes into the same tensors."""
+    recorded = 0
+
+    def record(work: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
+        nonlocal recorded
+        recorded += 1
+        losses, gradients = work()
+        into = [losses, *gradients]
+        for tensor in into:
+            tensor.fill_(torch.nan)
+
+        def replay() -> None:
+            again, others = work()
+            for tensor, made in zip(into, [again, *others], strict=True):
+                tensor.copy_(made)
+
+        return replay, (losses, gradients)
+
+    monkeypatch.setattr(together, "GRAPHS_ON", "cpu")
+    monkeypatch.setattr(together, "record", record)
+    compare(grid("attention:heads=2 mlp"))
+    assert recorded == 2, "once for each shape of batch"
+    runs = grid("attention:heads=2 mlp", epochs=12, enough=0.58)
+    found = train_together(runs)
+    assert [r["epochs"] for r in found if isinstance(r, dict)] == [train(run)["epochs"] for run in runs]
+
+
+def test_steps_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(work: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(together, "GRAPHS_ON", "cpu")
+    monkeypatch.setattr(together, "record", record)
+    compare(grid("attention:heads=2 mlp"))
