@@ -120,7 +120,8 @@ def test_sharding_divides_what_is_kept_for_each_parameter() -> None:
     params, layer = sum(p.numel() for p in lm.parameters()), 3 * 64 * 176
     assert one["AdamW moments, float32"] == 8 * params
     assert eight["AdamW moments, float32"] == 8 * -(-params // 8)
-    assert one["weights, bfloat16"] == eight["weights, bfloat16"] == 2 * (16 * 64 + 2 * layer) + 6 * layer
+    gathered = 2 * (16 * 64 + 2 * layer) + 4 * (16 * 64 + 3 * layer)
+    assert one["weights, gathered and in bfloat16"] == eight["weights, gathered and in bfloat16"] == gathered
     assert memory(lm, Setup(16, gpus=8, sharding="none"))["gradients, float32"] == 4 * params
 
 
