@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import html
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("svg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from madkernels import pages
 from madkernels.models.spec import SpecError, parse
 from madkernels.synthetics import published
 from madkernels.synthetics.protocol import MEASURES, Results, best_runs, mad_score, margin, mean, scores
 from madkernels.synthetics.report import costs_of, label, percent, unfair
 from madkernels.synthetics.tasks import TASKS, Task
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#555555")  # told apart by all eyes
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #e5e5e5; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; } figcaption, .note { color: #555; font-size: .9rem; }
-.stack { display: flex; flex-wrap: wrap; gap: .3rem; align-items: center; margin: .4rem 0 1rem; }
-.stack span { border: 2px solid; border-radius: .4rem; padding: .15rem .6rem; background: #fff; }
-.swatch { display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; margin-right: .5rem; }
-.gap { background: #fff4e5; padding: .6rem 1rem; border-left: 4px solid #e69f00; }
-"""
 
 
 def write_page(rows: Sequence[dict[str, Any]], path: Path, title: str = "MAD scores") -> None:
@@ -47,43 +28,19 @@ def page(rows: Sequence[dict[str, Any]], title: str) -> str:
     results = [(row["run"], row["metrics"]) for row in rows]
     if not results:
         raise ValueError("there are no runs to report")
-    colours = dict(zip(scores(results), cycle(COLOURS), strict=False))
+    colours = dict(zip(scores(results), cycle(pages.COLOURS), strict=False))
     sections = [
         _heading(title, rows),
         _gaps(rows),
         "<h2>Scores</h2>"
         + _score_table(results, colours)
-        + _figure(_draw_scores(results, colours), "Test accuracy by task."),
+        + pages.figure(_draw_scores(results, colours), "Test accuracy by task."),
         "<h2>Difficulty</h2>" + _difficulty(results, colours),
         "<h2>Training</h2>" + _training(rows, colours),
         "<h2>Architectures and cost</h2>" + _cost_table(results) + _diagrams(colours),
         "<h2>Beside what is published</h2>" + _published(results),
     ]
-    body = "\n".join(sections)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
-    )
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _figure(figure: Figure, caption: str) -> str:
-    drawn = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "madkernels", "svg.fonttype": "path"}):
-        figure.savefig(drawn, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    svg = drawn.getvalue()
-    named = f'<svg role="img" aria-label="{_text(caption)}"'
-    return f"<figure>{named}{svg[svg.index('<svg') + 4 :]}<figcaption>{_text(caption)}</figcaption></figure>"
+    return pages.document(title, sections)
 
 
 # ---- sections
@@ -97,9 +54,9 @@ def _heading(title: str, rows: Sequence[dict[str, Any]]) -> str:
     facts = (
         f"{len(runs)} runs: {settings} settings of {len({r.task.name for r in runs})} tasks, {len(seeds)} seed"
         f"{'s' if len(seeds) > 1 else ''}, width {', '.join(map(str, widths))}. Runs were chosen on the {select} set. "
-        f"madkernels {_text(rows[0]['config']['version'])}."
+        f"madkernels {pages.text(rows[0]['config']['version'])}."
     )
-    return f'<h1>{_text(title)}</h1><p class="note">{facts}</p>'
+    return f'<h1>{pages.text(title)}</h1><p class="note">{facts}</p>'
 
 
 def _gaps(rows: Sequence[dict[str, Any]]) -> str:
@@ -110,13 +67,11 @@ def _gaps(rows: Sequence[dict[str, Any]]) -> str:
     failed = [row for row in rows if row["status"] == "failed"]
     lines += [f"Failed: {row['run'].task}: {label(row['run'].arch)}: {row['error']}" for row in failed]
     lines += [f"Not a fair comparison: {line}." for line in unfair(costs_of([(r["run"], r["metrics"]) for r in rows]))]
-    if not lines:
-        return ""
-    return '<div class="gap">' + "".join(f"<div>{_text(line)}</div>" for line in lines) + "</div>"
+    return pages.gaps(lines)
 
 
 def _named(arch: str, colours: dict[str, str]) -> str:
-    return f'<span class="swatch" style="background:{colours[arch]}"></span>{_text(label(arch))}'
+    return pages.swatch(label(arch), colours[arch])
 
 
 def _score_table(results: Results, colours: dict[str, str]) -> str:
@@ -129,7 +84,9 @@ def _score_table(results: Results, colours: dict[str, str]) -> str:
             [_named(arch, colours), *(percent(by_arch[arch].get(task)) for task in tasks), percent(mad_score(by_arch[arch]))]
             for arch in ranked
         ]
-        found += f"<h3>{measure.replace('_', ' ').capitalize()}, percent</h3>" + _table(["", *tasks, "MAD score"], lines)
+        found += f"<h3>{measure.replace('_', ' ').capitalize()}, percent</h3>" + pages.table(
+            ["", *tasks, "MAD score"], lines
+        )
     known = len({run.training.seed for run, _ in results}) > 1
     return found + f'<p class="note">{"± 95 % intervals over seeds (Student)." if known else "One seed: no intervals."}</p>'
 
@@ -149,15 +106,10 @@ def _draw_scores(results: Results, colours: dict[str, str]) -> Figure:
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_ylim(0, 100)
     axes.set_ylabel("accuracy, percent")
-    _finish(axes)
+    pages.finish(axes)
     handles = [Patch(color=colour, label=label(arch)) for arch, colour in colours.items()]
     axes.legend(handles=handles, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
-
-
-def _finish(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
 
 
 def _difficulty(results: Results, colours: dict[str, str]) -> str:
@@ -176,8 +128,8 @@ def _difficulty(results: Results, colours: dict[str, str]) -> str:
                 _draw_along(axes, arch, along, variable, best, colours[arch])
             axes.set_xlabel(variable)
             axes.set_ylim(0, 102)
-            _finish(axes)
-        found += _figure(figure, f"{name}: accuracy, percent, as one variable changes.")
+            pages.finish(axes)
+        found += pages.figure(figure, f"{name}: accuracy, percent, as one variable changes.")
     return found or '<p class="note">Every task has one setting.</p>'
 
 
@@ -220,10 +172,10 @@ def _training(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> str:
         grid[1][column].set_xlabel("epoch")
         grid[1][column].set_ylim(0, 102)
         for axes in (grid[0][column], grid[1][column]):
-            _finish(axes)
+            pages.finish(axes)
     grid[0][0].set_ylabel("training loss, nats")
     grid[1][0].set_ylabel("held-out accuracy, percent")
-    return _figure(figure, "The best run of each architecture at the first setting of each task.")
+    return pages.figure(figure, "The best run of each architecture at the first setting of each task.")
 
 
 def _cost_table(results: Results) -> str:
@@ -233,11 +185,11 @@ def _cost_table(results: Results) -> str:
         figures = [f"{cost.parameters:,}", f"{cost.state:,}", f"{cost.flops:,.0f}"] if cost else ["-"] * 3
         seconds = [m["seconds"] for run, m in results if run.arch == arch and m]
         times = [f"{sum(seconds) / 60:,.0f}"] if seconds else ["-"]
-        lines.append([_text(label(arch)), percent(mad_score(by_arch[arch])), *figures, *times])
+        lines.append([pages.text(label(arch)), percent(mad_score(by_arch[arch])), *figures, *times])
     head = ["", "MAD score", "parameters", "state", "operations a token", "minutes"]
     length = results[0][0].task.length
     note = f"Parameters of the layers; state, and forward operations, for a sequence of length {length}; time of all runs."
-    return _table(head, lines) + f'<p class="note">{note}</p>'
+    return pages.table(head, lines) + f'<p class="note">{note}</p>'
 
 
 def _diagrams(colours: dict[str, str]) -> str:
@@ -247,7 +199,7 @@ def _diagrams(colours: dict[str, str]) -> str:
             layers = [str(spec) for spec in parse(arch).layers]
         except SpecError:  # a layer from outside that is not here
             layers = arch.split(" ")
-        boxes = " → ".join(f'<span style="border-color:{_colour_of(layer)}">{_text(layer)}</span>' for layer in layers)
+        boxes = " → ".join(f'<span style="border-color:{_colour_of(layer)}">{pages.text(layer)}</span>' for layer in layers)
         found += f'<div class="stack">tokens → {boxes} → logits</div>'
     return found
 
@@ -255,7 +207,7 @@ def _diagrams(colours: dict[str, str]) -> str:
 def _colour_of(layer: str) -> str:
     """Mixers of channels grey, attention orange, other mixers of the sequence blue."""
     name = layer.partition(":")[0]
-    return "#999" if name in published.CHANNEL_MIXERS else COLOURS[1] if "attention" in name else COLOURS[0]
+    return "#999" if name in published.CHANNEL_MIXERS else pages.COLOURS[1] if "attention" in name else pages.COLOURS[0]
 
 
 def _published(results: Results) -> str:
@@ -269,12 +221,12 @@ def _published(results: Results) -> str:
     theirs = {name: mean([row.tasks[task] for task in tasks]) for name, row in published.published().items()}
     lines = [
         [
-            _text(name),
+            pages.text(name),
             f"{100 * ours[name]:.1f}" if name in ours else "-",
             f"{100 * theirs[name]:.1f}",
             f"{100 * row.mad:.1f}",
             "-" if row.perplexity is None else f"{row.perplexity:.2f}",
-            _text(row.source),
+            pages.text(row.source),
         ]
         for name, row in published.published().items()
     ]
@@ -293,4 +245,4 @@ def _published(results: Results) -> str:
         f"Spearman {linked.spearman:+.2f}."
     )
     notes = [told, known, *(f"{name}: {text}" for name, text in published.sources().items())]
-    return _table(head, lines) + "".join(f'<p class="note">{_text(note)}</p>' for note in notes)
+    return pages.table(head, lines) + "".join(f'<p class="note">{pages.text(note)}</p>' for note in notes)
