@@ -135,11 +135,10 @@ def dataset_documents(name: str, column: str = "text") -> Iterator[bytes]:
     except ImportError:
         raise ValueError("a dataset needs the datasets library: pip install 'madkernels[hf]'") from None
     try:
-        rows = load_dataset(name, split="train", streaming=True)
-        for row in rows:
+        for row in load_dataset(name, split="train", streaming=True):
+            if column not in row:
+                raise ValueError(f"it has no column {column!r}; it has {', '.join(row)}")
             yield row[column].encode()
-    except KeyError:
-        raise ValueError(f"dataset {name} has no column {column!r}; it has {', '.join(row)}") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"dataset {name}: {error}") from None
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -209,7 +209,7 @@ def _row(
 
 
 def _with_seeds(rows: Sequence[Planned], setting: Setting) -> list[Planned]:
-    return [Planned(**asdict(row) | {"seed": seed}) for row in rows for seed in setting.seeds]
+    return [replace(row, seed=seed) for row in rows for seed in setting.seeds]
 
 
 # ---- as CSV

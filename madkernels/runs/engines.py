@@ -34,20 +34,25 @@ class Run(Protocol):
 
     def __str__(self) -> str:
         """A few words for who looks on."""
+        ...
 
     @property
     def points(self) -> int:
         """How many points its curve gets at most."""
+        ...
 
     def config(self) -> dict[str, Any]:
         """All that the result depends on, as JSON; a changed option is another run."""
+        ...
 
     def key(self) -> str:
         """A hash of `config`."""
+        ...
 
     @staticmethod
     def do(job: Any, on_point: OnPoint, device: str) -> list[Result]:
         """Trains runs of this kind, together where they are several; may raise."""
+        ...
 
 
 class Diverged(Exception):
