@@ -52,7 +52,7 @@ class Execution:
     """How a run is done: nothing here changes what comes out, but for rounding.
 
     Attributes:
-        device: cpu or cuda.
+        device: cpu, cuda or cuda:N; under torchrun cuda, of which each process takes its own.
         micro_batch: rows of one forward in one process; all of its rows if None.
         checkpointing: what the backward computes again: none, full (everything inside a layer), or selective (all but
             matrix products, attention and the project's ops).
@@ -127,7 +127,9 @@ class _Trainer:
     def __init__(self, run: LMRun, how: Execution, on_point: Callable[[int, dict[str, float]], None] | None) -> None:
         self.run, self.how, self.recipe, self.on_point = run, how, run.recipe, on_point
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if how.device == "cuda" else how.device)
+        self.device = torch.device(how.device)
+        if self.ranks > 1 and self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         self.rows = self._rows()
         corpus = _corpus_of(run)
         options = {"batch": self.recipe.batch, "seqlen": self.recipe.seqlen, "seed": self.recipe.seed}

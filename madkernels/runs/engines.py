@@ -132,7 +132,7 @@ class Pool:
 
     def run(self, jobs: Sequence[Job], listener: Listener) -> None:
         waiting = deque(_Attempt(job) for job in jobs)
-        workers = [_Worker(self.device, self.plugins) for _ in range(min(self.workers, len(jobs)))]
+        workers = [self.worker(place) for place in range(min(self.workers, len(jobs)))]
         try:
             for worker in workers:
                 _give(worker, waiting, listener)
@@ -144,12 +144,17 @@ class Pool:
                     elif not worker.process.is_alive():
                         if worker.attempt:
                             _try_again(worker.attempt, waiting, listener)
-                        workers[place] = _Worker(self.device, self.plugins)
+                        workers[place] = self.worker(place)
                         _give(workers[place], waiting, listener)
         finally:
             for worker in workers:
                 worker.process.kill()
                 worker.process.join()
+
+    def worker(self, place: int) -> _Worker:
+        """Each has a GPU of its own, as far as there are."""
+        device = f"cuda:{place % torch.cuda.device_count()}" if self.device == "cuda" else self.device
+        return _Worker(device, self.plugins)
 
 
 @dataclass

@@ -244,3 +244,13 @@ def test_threads_of_the_process_are_as_before() -> None:
     before = torch.get_num_threads()
     InProcess().run([(RUNS[1],)], Heard())
     assert torch.get_num_threads() == before
+
+
+def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(engines, "_Worker", lambda device, plugins: given.append(device))
+    for place in range(3):
+        Pool(3, "cuda").worker(place)
+    Pool(1, "cpu").worker(0)
+    assert given == ["cuda:0", "cuda:1", "cuda:0", "cpu"]
