@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from rich.table import Table as Shown
 
-from madkernels.scaling.isoflop import Best, curves_of, draw_minima, exponents, line, lowest
+from madkernels.scaling.isoflop import Best, Curve, curves_of, draw_minima, exponents, line, lowest
 from madkernels.scaling.laws import Interval, Points, interval
 from madkernels.scaling.newton import Array
 from madkernels.scaling.table import Columns, Dropped, Table, by_group, of_kind, select
@@ -24,10 +24,11 @@ from madkernels.scaling.table import Columns, Dropped, Table, by_group, of_kind,
 class Frontier:
     """The least loss of an architecture at each of its budgets, with draws for intervals.
 
-    best: by budget; a minimum at the edge of the sizes is the lowest run. a: exponent of the best size, NaN where fewer than
-    two minima are inside. losses: (draws, budgets). exponents: (draws,), NaN as a.
+    curves, best: by budget; a minimum at the edge of the sizes is the lowest run. a: exponent of the best size, NaN where
+    fewer than two minima are inside. losses: (draws, budgets). exponents: (draws,), NaN as a.
     """
 
+    curves: list[Curve]
     best: list[Best]
     a: float
     losses: Array
@@ -93,6 +94,8 @@ def frontiers(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         dropped += selection.dropped
+    if not found:
+        raise ValueError("there are no IsoFLOP runs")
     return found, dropped
 
 
@@ -108,7 +111,9 @@ def frontier(points: Points, flops: Array, budgets: Array, how: Sampling) -> Fro
     if len(inside) > 1:
         a = line(np.log([b.flops for b in inside]), np.log([b.params for b in inside])).exponent
     drawn = draw_minima(curves, how.shape, how.resamples, np.random.default_rng(how.seed))
-    return Frontier(best, a, drawn[:, :, 2], exponents(curves, drawn)[:, 0] if how.resamples else np.empty(0), left_out)
+    return Frontier(
+        curves, best, a, drawn[:, :, 2], exponents(curves, drawn)[:, 0] if how.resamples else np.empty(0), left_out
+    )
 
 
 def compare(frontiers: Mapping[str, Frontier]) -> list[Difference]:

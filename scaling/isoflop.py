@@ -11,7 +11,7 @@ arXiv 2203.15556; the parabola's bias: arXiv 2603.22339).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,6 +150,16 @@ def lowest(curve: Curve, shape: str) -> Best:
     return Best(curve.budget, float(np.exp(curve.compute)), float(np.exp(at)), tokens, loss, edge)
 
 
+def through(curve: Curve, shape: str) -> Callable[[Array], Array]:
+    """The loss over ln N that is laid through the runs of a budget."""
+    if shape == "akima":
+        places, which = np.unique(curve.x, return_inverse=True)
+        spline = Akima1DInterpolator(places, np.bincount(which, curve.y) / np.bincount(which))
+        return lambda x: np.asarray(spline(x))
+    polynomial = np.polynomial.Polynomial.fit(curve.x, curve.y, NEEDED[shape] - 1)
+    return lambda x: np.asarray(polynomial(x))
+
+
 def minima(x: Array, y: Array, shape: str) -> tuple[Array, Array]:
     """Where each curve (n, draws) over x (n,) is least, and its value, (draws,); NaN where that is not inside of x."""
     middle, spread = (x[0] + x[-1]) / 2, (x[-1] - x[0]) / 2
@@ -200,8 +210,7 @@ def draw_minima(curves: Sequence[Curve], shape: str, count: int, rng: np.random.
     noise = np.concatenate([(c.y - s) * np.sqrt(len(s) / k) for c, s, k in zip(curves, smooth, spare, strict=True)])
     found = np.empty((count, len(curves), 3))
     for i, curve in enumerate(curves):
-        base = curve.y if shape == "akima" else np.polynomial.Polynomial.fit(curve.x, curve.y, NEEDED[shape] - 1)(curve.x)
-        drawn = base[:, None] + rng.choice(noise, (len(base), count))
+        drawn = through(curve, shape)(curve.x)[:, None] + rng.choice(noise, (len(curve.x), count))
         at, loss = minima(curve.x, drawn, shape)
         found[:, i] = np.stack([at, curve.tokens(at), np.where(np.isfinite(at), loss, drawn.min(0))], 1)
     return found

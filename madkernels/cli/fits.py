@@ -139,6 +139,34 @@ def correlate(
     _write({"budget": chosen, "losses": losses, "tasks": [asdict(row) for row in rows]}, to_json)
 
 
+def report(
+    files: Files,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("scaling.html"),
+    scores: Annotated[Path | None, typer.Option(help="MAD scores: results.csv of madkernels mad run.")] = None,
+    group: By = "architecture",
+    params: Params = "params",
+    tokens: Tokens = "tokens",
+    flops: Flops = "flops",
+    loss: Loss = "loss",
+    budget: Budget = "budget",
+    shape: Shape = "parabola",
+    bootstrap: Resamples = 1000,
+    seed: Seed = 42,
+    title: Annotated[str, typer.Option(help="Of the page.")] = "Scaling laws",
+) -> None:
+    """Write the runs, their laws and what is missing as one HTML page with its pictures inside."""
+    from rich.console import Console
+
+    from madkernels.scaling.compare import Sampling
+    from madkernels.scaling.report import page
+    from madkernels.scaling.table import Columns, read_table
+
+    columns, how = Columns(params, loss, tokens, flops), Sampling(shape, bootstrap, seed)
+    text = page(read_table(*files), read_table(scores) if scores else None, columns, group, budget, how, title)
+    out.write_text(text, encoding="utf-8")
+    Console().print(f"Report: {out}", soft_wrap=True)
+
+
 def _console(to_json: str | None) -> Console:
     """Tables make way for JSON on standard output."""
     from rich.console import Console

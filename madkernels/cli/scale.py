@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from madkernels.cli.fits import compare, correlate, fit
+from madkernels.cli.fits import compare, correlate, fit, report
 from madkernels.cli.sweeps import Bars, engine_of, load_plugins, progress_bars
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
@@ -185,3 +185,4 @@ def run(
 scale.command()(fit)
 scale.command()(compare)
 scale.command()(correlate)
+scale.command()(report)
