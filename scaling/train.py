@@ -288,7 +288,9 @@ class _Trainer:
 
 @dataclass
 class _Guard:
-    """Leaves out a step whose loss or gradient is no number, or whose gradient is far larger than usual."""
+    """Leaves out a step whose loss or gradient is no number, or whose gradient is far larger than usual. What is usual
+    follows those left out too, as far as they would have been let in, so that it is one batch that is left out, and not every
+    batch after the model has come to where gradients are large."""
 
     usual: float = 0.0  # running mean of the norm
     allowed: int = 0
@@ -296,15 +298,15 @@ class _Guard:
     in_a_row: int = 0
 
     def allows(self, loss: float, norm: float) -> bool:
-        spike = self.allowed >= USUAL_AFTER and norm > SPIKE * self.usual
-        if not math.isfinite(loss) or not math.isfinite(norm) or spike:
-            self.left_out += 1
-            self.in_a_row += 1
-            return False
-        self.allowed += 1
-        self.in_a_row = 0
-        self.usual += (norm - self.usual) / min(self.allowed, USUAL_AFTER)
-        return True
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        most = SPIKE * self.usual if self.allowed >= USUAL_AFTER else math.inf
+        good = finite and norm <= most
+        if finite:
+            self.usual += (min(norm, most) - self.usual) / min(self.allowed + 1, USUAL_AFTER)
+        self.allowed += good
+        self.left_out += not good
+        self.in_a_row = 0 if good else self.in_a_row + 1
+        return good
 
 
 class _Log:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -297,3 +298,12 @@ def test_a_spike_is_left_out() -> None:
     assert not guard.allows(2.0, 50.0)
     assert guard.allows(2.0, 10.0)
     assert (guard.left_out, guard.in_a_row) == (1, 0)
+
+
+def test_gradients_that_stay_large_are_let_in() -> None:
+    guard = training._Guard()
+    assert all(guard.allows(2.0, 1.0) for _ in range(60))
+    found = [guard.allows(2.0, 300.0) for _ in range(40)]
+    assert not found[0]
+    assert all(found[12:])
+    assert not guard.allows(math.nan, 1.0)
