@@ -165,7 +165,7 @@ def run(
     from madkernels.scaling.sweep import CSV, runs_of, sweep, write_csv
 
     plugins = load_plugins(plugin)
-    rows = [row for path in plan for row in read_plan(path)]
+    rows = list(dict.fromkeys(row for path in plan for row in read_plan(path)))  # plans may share runs
     runs = runs_of(rows, data, out)
     work = {run: row.flops for run, row in zip(runs, rows, strict=True)}
     place = engine_of(engine, workers, address, device, plugins)
