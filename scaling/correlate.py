@@ -7,10 +7,11 @@ architectures, which means little below FEW of them: then there is none, and tha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import permutations
-from math import factorial
+from math import factorial, gcd
 from typing import Any
 
 import numpy as np
@@ -52,12 +53,15 @@ def read_scores(table: Table, labels: Mapping[str, str]) -> dict[str, dict[str, 
     """By task, then by architecture, the scores of `madkernels mad run`'s results.csv.
 
     labels: of the runs, architecture to its layers. They are matched by a column `architecture` where the scores have one,
-    and else by the kinds of layers, since widths and depths differ. ValueError where that is ambiguous or nothing matches.
+    and else by the shares of the kinds of layers, since widths and depths differ. ValueError where that is ambiguous or
+    nothing matches.
     """
-    by_kind = {_kinds(arch): label for label, arch in labels.items()}
     if "architecture" in table.columns:
         names: list[str | None] = list(table.column("architecture"))
     else:
+        by_kind = {_kinds(arch): label for label, arch in labels.items()}
+        if alike := set(labels) - set(by_kind.values()):
+            raise ValueError(f"others have the layers of {', '.join(sorted(alike))} too: give scores a column architecture")
         names = [by_kind.get(_kinds(arch)) for arch in table.column("arch")]
     known = [name for name in names if name in labels]
     if not known:
@@ -75,11 +79,14 @@ def _by_name(values: Array, names: list[str | None], labels: Mapping[str, str]) 
     return {name: float(value) for name, value in found if name in labels and name is not None and np.isfinite(value)}
 
 
-def _kinds(arch: str) -> frozenset[str]:
+def _kinds(arch: str) -> frozenset[tuple[str, int]]:
+    """Layers by name, in their proportions."""
     try:
-        return frozenset(spec.name for spec in parse(arch).layers)
+        counts = Counter(spec.name for spec in parse(arch).layers)
     except SpecError:  # a layer from outside that is not here
-        return frozenset({arch})
+        return frozenset({(arch, 1)})
+    unit = gcd(*counts.values())
+    return frozenset((name, count // unit) for name, count in counts.items())
 
 
 def labels_of(table: Table, group: str) -> dict[str, str]:

@@ -293,7 +293,8 @@ class Bootstrap:
 def interval(draws: Array, level: float = 0.95) -> Interval:
     """Between percentiles, with the standard deviation (population form)."""
     low, high = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
-    return Interval(float(low), float(high), float(draws.std()))
+    with np.errstate(over="ignore"):  # of a parameter that is not determined
+        return Interval(float(low), float(high), float(draws.std()))
 
 
 def resamples(points: int, count: int, seed: int) -> Array:

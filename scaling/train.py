@@ -289,8 +289,8 @@ class _Trainer:
 @dataclass
 class _Guard:
     """Leaves out a step whose loss or gradient is no number, or whose gradient is far larger than usual. What is usual
-    follows those left out too, as far as they would have been let in, so that it is one batch that is left out, and not every
-    batch after the model has come to where gradients are large."""
+    follows those left out too, as far as they would have been let in: so that one batch is left out, and not every batch
+    after the model has come to where gradients are large."""
 
     usual: float = 0.0  # running mean of the norm
     allowed: int = 0

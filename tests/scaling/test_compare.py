@@ -195,5 +195,10 @@ def test_scores_that_do_not_match(tmp_path: Path) -> None:
     scores.write_text("arch,recall,mad_score\ndeltanet,1,1\n")
     with pytest.raises(ValueError, match="none of the scored architectures"):
         related.read_scores(read_table(scores), labels)
+    scores.write_text("arch,recall\nmamba mamba,0.5\nmamba hyena mamba hyena,0.2\n3*(mamba hyena) hyena,1\n")
+    proportions = {"half": "mamba hyena", "pure": "mamba:dstate=4"}
+    assert related.read_scores(read_table(scores), proportions) == {"recall": {"pure": 0.5, "half": 0.2}}
+    with pytest.raises(ValueError, match="others have the layers of half too: give scores a column architecture"):
+        related.read_scores(read_table(scores), proportions | {"other half": "2*(hyena mamba)"})
     scores.write_text("architecture,recall\nmamba,0.5\nother,1\n")
     assert related.read_scores(read_table(scores), labels) == {"recall": {"mamba": 0.5}}
