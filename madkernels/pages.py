@@ -12,6 +12,7 @@ matplotlib.use("svg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#555555")  # told apart by all eyes
 STYLE = """
@@ -62,8 +63,14 @@ def figure(drawn: Figure, caption: str) -> str:
 
 
 def finish(axes: Axes) -> None:
+    """Of logarithmic axes ones and threes are told: more would run into one another."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(1e3, 1e3)))
+            axis.set_minor_formatter(NullFormatter())
 
 
 def swatch(label: str, colour: str) -> str:

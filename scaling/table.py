@@ -146,11 +146,11 @@ def by_group(table: Table, group: str | None) -> Iterator[tuple[str, Table]]:
         yield name, table.where(np.array([other == name for other in names]))
 
 
-def of_kind(table: Table, kind: str) -> Table:
-    """Rows of one kind of plan, where the file has a column `kind`."""
+def of_kind(table: Table, *kinds: str) -> Table:
+    """Rows of some kinds of plan, where the file has a column `kind`."""
     if "kind" not in table.columns:
         return table
-    return table.where(np.array([cell == kind for cell in table.column("kind")], dtype=bool))
+    return table.where(np.array([cell in kinds for cell in table.column("kind")], dtype=bool))
 
 
 def _statuses(table: Table) -> Sequence[str]:

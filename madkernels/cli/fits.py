@@ -53,12 +53,14 @@ def fit(
     """Fit L(N, D) = E + A / N^alpha + B / D^beta, or find the best sizes, and show how sure that is."""
     from madkernels.scaling import summary
     from madkernels.scaling.laws import LAD
-    from madkernels.scaling.table import Columns, by_group, read_table, select
+    from madkernels.scaling.table import Columns, by_group, of_kind, read_table, select
 
     if approach == 3 and tokens and flops:
         raise ValueError("approach 3 takes the data of a run from --tokens or from --flops: both are given")
     columns = Columns(params, loss, tokens, flops)
-    parts = {name: select(part, columns, drop_highest) for name, part in by_group(read_table(file), group)}
+    # Runs with more or less state are of other architectures; one size at several budgets is no curve over sizes.
+    rows = of_kind(read_table(file), "isoflop", *(["overtrained"] if approach == 3 else []))
+    parts = {name: select(part, columns, drop_highest) for name, part in by_group(rows, group)}
     console = _console(to_json)
     found: dict[str, Any] = {}
     for name, selection in parts.items():

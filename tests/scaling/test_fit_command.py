@@ -92,6 +92,15 @@ def test_a_fit_for_each_group(runs: Path) -> None:
     assert "beta: mamba" in " ".join(result.output.split())
 
 
+def test_runs_of_other_kinds_are_left_out(runs: Path, tmp_path: Path) -> None:
+    lines = runs.read_text().splitlines()
+    kinds = ["kind", *["isoflop"] * 40, *["overtrained"] * 20, *["state"] * 4]
+    mixed = tmp_path / "mixed.csv"
+    mixed.write_text("\n".join(f"{kind},{line}" for kind, line in zip(kinds, lines, strict=True)) + "\n")
+    assert json.loads(scale("fit", mixed, *NAMES, *QUICK).stdout)["points"] == 60
+    assert json.loads(scale("fit", mixed, *NAMES, *QUICK, "--approach", "1").stdout)["points"] == 40
+
+
 def test_rows_that_are_dropped_are_told_by_line(tmp_path: Path) -> None:
     points = grid(noise=0.003)
     loss = [*points.loss[:-4], "nan", -2.0, "", 3e5]
