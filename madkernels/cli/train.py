@@ -167,13 +167,13 @@ def prepare(
     """
     from rich.console import Console
 
-    from madkernels.scaling import data
+    from madkernels.scaling import prepare as text
 
     if files and dataset:
         raise ValueError("give files or --dataset, not both")
-    found = data.files_of(files) if files else data.standard_library()
-    documents = data.dataset_documents(dataset) if dataset else data.documents_of(found)
-    manifest = data.prepare(documents, out, data.tokenizer_of(tokenizer), validation=validation)
+    found = text.files_of(files) if files else text.standard_library()
+    documents = text.dataset_documents(dataset) if dataset else text.documents_of(found)
+    manifest = text.prepare(documents, out, text.tokenizer_of(tokenizer), validation=validation)
     console = Console()
     for name, shards in manifest["splits"].items():
         tokens, count = (sum(shard[what] for shard in shards) for what in ("tokens", "documents"))

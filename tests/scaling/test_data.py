@@ -9,15 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from madkernels.scaling.data import (
-    Batches,
+from madkernels.scaling.data import Batches, Corpus, held_out, permuted
+from madkernels.scaling.prepare import (
     Bytes,
-    Corpus,
     dataset_documents,
     documents_of,
     files_of,
-    held_out,
-    permuted,
     prepare,
     standard_library,
     tokenizer_of,

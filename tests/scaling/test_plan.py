@@ -20,8 +20,8 @@ from madkernels.models.presets import architecture
 from madkernels.runs.engines import InProcess
 from madkernels.runs.execute import Outcome
 from madkernels.runs.store import Results, Store
-from madkernels.scaling.data import Bytes, prepare
 from madkernels.scaling.plan import Planned, Setting, counts, isoflop, overtrained, read_plan, states, write_plan
+from madkernels.scaling.prepare import Bytes, prepare
 from madkernels.scaling.recipe import LMRun
 from madkernels.scaling.sweep import runs_of, sweep, write_csv
 

@@ -21,9 +21,11 @@ import torch
 from madkernels.runs.engines import Diverged
 from madkernels.scaling import checkpoint
 from madkernels.scaling import train as training
-from madkernels.scaling.data import Batch, Bytes, Corpus, held_out, prepare
+from madkernels.scaling.data import Batch, Corpus, held_out
+from madkernels.scaling.prepare import Bytes, prepare
 from madkernels.scaling.recipe import LMRun, Recipe
 from madkernels.scaling.train import Execution, train
+from madkernels.scaling.watch import Guard
 
 RECIPE = Recipe(steps=8, batch=4, seqlen=32, lr=3e-3, held_out=6, seed=3)
 ARCH = "mamba:dstate=4 hyena swiglu attention:heads=2 moe:experts=4,hidden=8"
@@ -293,7 +295,7 @@ def test_a_run_that_diverges_says_so(data: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_spike_is_left_out() -> None:
-    guard = training._Guard()
+    guard = Guard()
     assert all(guard.allows(2.0, 1.0 + 0.1 * (i % 3)) for i in range(60))
     assert not guard.allows(2.0, 50.0)
     assert guard.allows(2.0, 10.0)
@@ -301,7 +303,7 @@ def test_a_spike_is_left_out() -> None:
 
 
 def test_gradients_that_stay_large_are_let_in() -> None:
-    guard = training._Guard()
+    guard = Guard()
     assert all(guard.allows(2.0, 1.0) for _ in range(60))
     found = [guard.allows(2.0, 300.0) for _ in range(40)]
     assert not found[0]
