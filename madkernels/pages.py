@@ -12,7 +12,7 @@ matplotlib.use("svg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#555555")  # told apart by all eyes
 STYLE = """
@@ -69,8 +69,17 @@ def finish(axes: Axes) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
             axis.set_major_locator(LogLocator(subs=(1, 3)))
-            axis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(1e3, 1e3)))
+            axis.set_major_formatter(FuncFormatter(_figure))
             axis.set_minor_formatter(NullFormatter())
+
+
+def _figure(value: float, place: int | None = None) -> str:
+    """Small numbers as they are, large ones with a power of ten."""
+    if 1e-2 <= value < 1e4:
+        return f"{value:g}"
+    digits, power = f"{value:.0e}".split("e")
+    times = "" if digits == "1" else rf"{digits}\times"
+    return rf"$\mathdefault{{{times}10^{{{int(power)}}}}}$"
 
 
 def swatch(label: str, colour: str) -> str:

@@ -291,7 +291,8 @@ def _hybrids(report: Report) -> str:
         found = hybrid_ratio(x, y)
         span = f" ({100 * found.interval.low:.0f} to {100 * found.interval.high:.0f})" if found.interval else ""
         told = (
-            f"Least at {100 * found.share:.0f} % attention{span}; {100 * found.inside:.0f} % of draws have a minimum inside."
+            f"Of a parabola through all, whatever else they differ in: least at {100 * found.share:.0f} % attention{span};"
+            f" {100 * found.inside:.0f} % of draws have a minimum inside."
         )
     except ValueError as error:
         told = f"No best share can be told: {error}."
