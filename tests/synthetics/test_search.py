@@ -93,7 +93,7 @@ def test_pareto() -> None:
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("madkernels.cli.mad._engine", lambda *_: Oracle())
+    monkeypatch.setattr("madkernels.cli.mad.engine_of", lambda *_: Oracle())
     arguments = ["mad", "search", "--mixers", "mamba,attention:heads=4", "--channels", "swiglu", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
