@@ -122,7 +122,7 @@ def dataset_documents(name: str, column: str = "text") -> Iterator[bytes]:
         ValueError: the library is not installed, or the dataset cannot be read or has no such column.
     """
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError:
         raise ValueError("a dataset needs the datasets library: pip install 'madkernels[hf]'") from None
     try:
