@@ -24,6 +24,11 @@ def active_params(model: Model) -> int:
     return params(model) - unused
 
 
+def layer_params(model: Model) -> int:
+    """Of the layers: embeddings and norms are not counted."""
+    return sum(p.numel() for layer in layers(model) for p in layer.parameters())
+
+
 def flops_per_token(model: Model, seqlen: int) -> float:
     """Forward operations a token in sequences of this length, unembedding (and decoder) included."""
     head = 2 * model.dim * model.vocab_size

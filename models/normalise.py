@@ -126,7 +126,7 @@ def parameters(arch: Architecture | str, dim: int) -> int:
     """Parameters of the layers; embeddings and norms are not counted."""
     with torch.device("meta"):
         model = HybridLM(arch, vocab_size=2, dim=dim)
-    return sum(p.numel() for layer in counting.layers(model) for p in layer.parameters())
+    return counting.layer_params(model)
 
 
 def _parsed(arch: Architecture | str) -> Architecture:

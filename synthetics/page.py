@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from madkernels import pages
 from madkernels.models.spec import SpecError, parse
 from madkernels.synthetics import published
-from madkernels.synthetics.protocol import MEASURES, Results, best_runs, mad_score, margin, mean, scores
+from madkernels.synthetics.protocol import MEASURES, Results, best_runs, mad_score, margin, mean, results_of, scores
 from madkernels.synthetics.report import costs_of, label, percent, unfair
 from madkernels.synthetics.tasks import TASKS, Task
 
@@ -25,7 +25,7 @@ def write_page(rows: Sequence[dict[str, Any]], path: Path, title: str = "MAD sco
 
 
 def page(rows: Sequence[dict[str, Any]], title: str) -> str:
-    results = [(row["run"], row["metrics"]) for row in rows]
+    results = results_of(rows)
     if not results:
         raise ValueError("there are no runs to report")
     colours = dict(zip(scores(results), cycle(pages.COLOURS), strict=False))
@@ -154,7 +154,7 @@ def _draw_along(axes: Axes, arch: str, along: Sequence[Task], variable: str, bes
 def _training(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> str:
     """At the first setting of each task the curve of the best run."""
     curves = {row["run"]: row["curve"] for row in rows if row["curve"]}
-    results = [(row["run"], row["metrics"]) for row in rows]
+    results = results_of(rows)
     best = best_runs(results)
     tasks = list({run.task.name: run.task for run, _ in reversed(results)}.values())[::-1]
     figure = Figure(figsize=(3.4 * len(tasks), 4.6), layout="constrained")

@@ -242,6 +242,11 @@ def margin(values: Sequence[float]) -> float | None:
 Results = Sequence[tuple[Run, dict[str, Any] | None]]  # each run, and what was measured if it has ended
 
 
+def results_of(rows: Sequence[dict[str, Any]]) -> Results:
+    """Of the rows of a results file."""
+    return [(row["run"], row["metrics"]) for row in rows]
+
+
 def best_runs(results: Results) -> dict[tuple[str, Task, int], tuple[Run, dict[str, Any]] | None]:
     """By architecture, setting and seed the run that is best on the held-out set; None where none has ended."""
     found: dict[tuple[str, Task, int], tuple[Run, dict[str, Any]] | None] = {}

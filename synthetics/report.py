@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from madkernels.models import counting
-from madkernels.synthetics.protocol import Results, Run, Score, mad_score, margin, mean, scores
+from madkernels.synthetics.protocol import Results, Run, Score, mad_score, margin, mean, results_of, scores
 from madkernels.synthetics.train import build
 
 FAIR = 0.1  # parts by which state and parameters may differ between architectures that are compared
@@ -32,9 +32,8 @@ def cost_of(run: Run) -> Cost | None:
         model = build(run)
     except ValueError:  # a layer from outside that is not here
         return None
-    parameters = sum(p.numel() for layer in counting.layers(model) for p in layer.parameters())
     length = run.task.length
-    return Cost(parameters, counting.state_size(model, length), counting.flops_per_token(model, length))
+    return Cost(counting.layer_params(model), counting.state_size(model, length), counting.flops_per_token(model, length))
 
 
 def costs_of(results: Results) -> dict[str, Cost | None]:
@@ -145,7 +144,7 @@ def _comparison_caption(results: Results) -> str:
 
 def write_csv(rows: Sequence[dict[str, Any]], folder: Path) -> tuple[Path, Path]:
     """`results.csv`, an architecture a row, and `runs.csv`, a run a row; returns both paths."""
-    results = [(row["run"], row["metrics"]) for row in rows]
+    results = results_of(rows)
     by_arch, costs = scores(results), costs_of(results)
     tasks = list(dict.fromkeys(run.task.name for run, _ in results))
     scores_path, runs_path = folder / "results.csv", folder / "runs.csv"

@@ -51,7 +51,7 @@ def run(
     from rich.console import Console
 
     from madkernels.runs.store import Store
-    from madkernels.synthetics.protocol import Run, load_protocol, plan
+    from madkernels.synthetics.protocol import Run, load_protocol, plan, results_of
     from madkernels.synthetics.report import table, write_csv
     from madkernels.synthetics.sweep import sweep, work_of
 
@@ -71,7 +71,7 @@ def run(
     wanted = {run.key() for run in runs}
     rows = [row for row in store.latest(Run.of) if row["key"] in wanted]
     scores_path, runs_path = write_csv(rows, out)
-    console.print(table([(row["run"], row["metrics"]) for row in rows], chosen.score))
+    console.print(table(results_of(rows), chosen.score))
     console.print(f"{outcome.trained} runs trained, {outcome.already_done} found done, {outcome.failed} failed.")
     console.print(f"Results: {store.path}, {scores_path}, {runs_path}", soft_wrap=True)
     store.close()
@@ -108,13 +108,13 @@ def compare(out: Folder = Path("out/mad"), measure: Measure = "accuracy", plugin
 
     from madkernels.runs.store import Results
     from madkernels.synthetics import report
-    from madkernels.synthetics.protocol import MEASURES, Run
+    from madkernels.synthetics.protocol import MEASURES, Run, results_of
 
     load_plugins(plugin)
     if measure not in MEASURES:
         raise ValueError(f"--measure: {measure!r} is not known; expected {' or '.join(MEASURES)}")
     results = Results(out)
-    found = [(row["run"], row["metrics"]) for row in results.latest(Run.of)]
+    found = results_of(results.latest(Run.of))
     results.close()
     console = Console()
     console.print(report.table(found, measure))

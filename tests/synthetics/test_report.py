@@ -16,7 +16,7 @@ from madkernels.cli.main import app
 from madkernels.runs.store import Results, Store
 from madkernels.synthetics import published, report
 from madkernels.synthetics.page import page
-from madkernels.synthetics.protocol import Run, Training
+from madkernels.synthetics.protocol import Run, Training, results_of
 from madkernels.synthetics.status import summary, time_left
 from madkernels.synthetics.tasks.compression import Compression
 from madkernels.synthetics.tasks.recall import Recall
@@ -122,7 +122,7 @@ def test_page_ranks_and_compares_with_what_is_published(rows: list[dict[str, Any
 
 
 def test_tables(rows: list[dict[str, Any]]) -> None:
-    results = [(row["run"], row["metrics"]) for row in rows]
+    results = results_of(rows)
     text = shown(report.table(results))
     assert "Some settings have no result yet" in text
     assert "34.0 ± 6.4" in text  # recall of the first: means 33.5 and 34.5 over two settings; 12.706 / 2
