@@ -24,6 +24,12 @@ def active_params(model: Model) -> int:
     return params(model) - unused
 
 
+def embedding_params(model: HybridLM) -> int:
+    """Of embedding and unembedding; tied ones once."""
+    modules = (model.embedding, model.unembedding)
+    return sum(p.numel() for p in {p for module in modules for p in module.parameters()})
+
+
 def layer_params(model: Model) -> int:
     """Of the layers: embeddings and norms are not counted."""
     return sum(p.numel() for layer in layers(model) for p in layer.parameters())
@@ -35,6 +41,11 @@ def flops_per_token(model: Model, seqlen: int) -> float:
     if isinstance(model, AutoEncoder):
         head += 2 * 2 * model.dim**2
     return sum(layer.flops(seqlen) for layer in layers(model)) / seqlen + head
+
+
+def training_flops(model: Model, seqlen: int) -> float:
+    """Operations a token, forward and backward: as much as three forward passes."""
+    return 3 * flops_per_token(model, seqlen)
 
 
 def state_size(model: Model, seqlen: int) -> int:

@@ -7,8 +7,9 @@ without a table. The batch of a step is a function of the step alone: a run resu
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,21 +76,29 @@ class Corpus:
         return self.splits[name]
 
 
-class Batch(NamedTuple):
-    """Rows of a batch: what is read, what is to be told, and where documents begin.
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a batch: what is read, and what is to be told.
 
-    tokens, targets: (rows, seqlen) int64. cu_seqlens: (num_docs + 1,) int32, offsets of the documents, or parts of them,
-    along the rows laid end to end; a row begins a document.
+    tokens, targets: (rows, seqlen) int64. end: the token that ends a document.
     """
 
     tokens: Tensor
     targets: Tensor
-    cu_seqlens: Tensor
+    end: int
 
-    def part(self, start: int, stop: int, end: int) -> Batch:
-        """Rows start to stop, of a corpus whose documents end with `end`."""
-        tokens = self.tokens[start:stop]
-        return Batch(tokens, self.targets[start:stop], _offsets(tokens, end))
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(num_docs + 1,) int32, offsets of the documents, or parts of them, along the rows laid end to end: documents begin
+        at the first place of each row, and after each end token."""
+        begins = torch.ones_like(self.tokens, dtype=torch.bool)
+        begins[:, 1:] = self.tokens[:, :-1] == self.end
+        starts = begins.flatten().nonzero().flatten()
+        return torch.cat([starts, starts.new_tensor([self.tokens.numel()])]).to(torch.int32)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Rows start to stop."""
+        return Batch(self.tokens[start:stop], self.targets[start:stop], self.end)
 
 
 class Batches:
@@ -123,8 +132,7 @@ class Batches:
         """The batch of a step, from 0."""
         rows = np.stack([self._window(step * self.batch + row) for row in range(self.batch)])
         both = torch.from_numpy(rows.astype(np.int64))
-        tokens = both[:, :-1].contiguous()
-        return Batch(tokens, both[:, 1:].contiguous(), _offsets(tokens, self.end))
+        return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous(), self.end)
 
     def _window(self, number: int) -> Tokens:
         """(seqlen + 1,): where windows begin is shifted from epoch to epoch."""
@@ -132,14 +140,6 @@ class Batches:
         shift = _mix(self.seed, epoch) % self.seqlen
         start = shift + permuted(place, self.windows, _mix(self.seed, epoch + 2**32)) * self.seqlen
         return self.split[start : start + self.seqlen + 1]
-
-
-def _offsets(tokens: Tensor, end: int) -> Tensor:
-    """Documents begin at the first place of each row, and after each end token."""
-    begins = torch.ones_like(tokens, dtype=torch.bool)
-    begins[:, 1:] = tokens[:, :-1] == end
-    starts = begins.flatten().nonzero().flatten()
-    return torch.cat([starts, starts.new_tensor([tokens.numel()])]).to(torch.int32)
 
 
 def permuted(place: int, count: int, key: int) -> int:

@@ -32,7 +32,6 @@ from madkernels.scaling.train import CHECKPOINTING, kept_results
 SHARDINGS = ("full", "none")
 
 MASTER, HALF = 4, 2  # bytes of float32 and of bfloat16
-PASSES = 3  # a training step, in forward passes
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,12 @@ class Gpu:
 
 # NVIDIA datasheets: A100 Tensor Core GPU, H100 Tensor Core GPU, H200 Tensor Core GPU; rates without sparsity.
 GPUS = {"a100": Gpu(312e12, 79), "h100": Gpu(989e12, 79), "h200": Gpu(989e12, 139)}
+
+
+def peak_flops(device: str) -> float | None:
+    """Of the GPU here, where its datasheet is known; None for the CPU."""
+    name = torch.cuda.get_device_name().lower() if device == "cuda" else ""
+    return next((gpu.flops for key, gpu in GPUS.items() if key in name), None)
 
 
 @dataclass(frozen=True)
@@ -82,17 +87,6 @@ class Setup:
         return self.rows * self.seqlen
 
 
-def training_flops(model: HybridLM, seqlen: int) -> float:
-    """Operations a token, forward and backward."""
-    return PASSES * counting.flops_per_token(model, seqlen)
-
-
-def embedding_params(model: HybridLM) -> int:
-    """Of embedding and unembedding; tied ones once."""
-    modules = (model.embedding, model.unembedding)
-    return sum(p.numel() for p in {p for module in modules for p in module.parameters()})
-
-
 def memory(model: HybridLM, setup: Setup) -> dict[str, int]:
     """Bytes on each GPU, by what they are for. The model may be on the meta device."""
     share = -(-counting.params(model) // (setup.gpus if setup.sharding == "full" else 1))
@@ -110,8 +104,8 @@ def _copies(model: HybridLM, setup: Setup) -> int:
     """What autocast makes for the backward pass: all layers in bfloat16, or with checkpointing one. Sharded, also embeddings
     and two layers in float32, one at work and one on its way, and the gradients of one."""
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in counting.layers(model)]
-    cast = HALF * (embedding_params(model) + (sum(sizes) if setup.checkpointing == "none" else max(sizes)))
-    return cast if setup.sharding == "none" else cast + MASTER * (embedding_params(model) + 3 * max(sizes))
+    cast = HALF * (counting.embedding_params(model) + (sum(sizes) if setup.checkpointing == "none" else max(sizes)))
+    return cast if setup.sharding == "none" else cast + MASTER * (counting.embedding_params(model) + 3 * max(sizes))
 
 
 def _loss(model: HybridLM, setup: Setup) -> int:

@@ -200,14 +200,18 @@ def line(x: Array, y: Array) -> PowerLaw:
     return PowerLaw(float(offset), float(exponent))
 
 
+def about_parabola(x: Array, y: Array) -> tuple[Array, Array]:
+    """The parabola through y (n,) over x (n,), and the residuals about it, widened for the parameters that it took."""
+    smooth = np.polynomial.Polynomial.fit(x, y, 2)(x)
+    return smooth, (y - smooth) * np.sqrt(len(y) / max(len(y) - 3, 1))
+
+
 def draw_minima(curves: Sequence[Curve], shape: str, count: int, rng: np.random.Generator) -> Array:
     """ln N, ln D and the loss of the minima with noise added, (count, curves, 3).
 
     At an edge ln N and ln D are NaN, and the loss is the least one.
     """
-    smooth = [np.polynomial.Polynomial.fit(c.x, c.y, 2)(c.x) for c in curves]
-    spare = [max(len(c.x) - 3, 1) for c in curves]
-    noise = np.concatenate([(c.y - s) * np.sqrt(len(s) / k) for c, s, k in zip(curves, smooth, spare, strict=True)])
+    noise = np.concatenate([about_parabola(c.x, c.y)[1] for c in curves])
     found = np.empty((count, len(curves), 3))
     for i, curve in enumerate(curves):
         drawn = through(curve, shape)(curve.x)[:, None] + rng.choice(noise, (len(curve.x), count))

@@ -167,12 +167,20 @@ class Fit:
     @property
     def unit(self) -> float:
         """The objective is this times the value that is minimised."""
-        return 1.0 if self.delta == LAD else self.delta
+        return _unit(self.delta)
 
     @property
     def basis(self) -> Array:
         """The directions in which the parameters may move, (5, k)."""
-        return np.asarray(null_space(TIED)) if self.tied else np.eye(PARAMETERS)
+        return _basis(self.tied)
+
+
+def _unit(delta: float) -> float:
+    return 1.0 if delta == LAD else delta
+
+
+def _basis(tied: bool) -> Array:
+    return np.asarray(null_space(TIED)) if tied else np.eye(PARAMETERS)
 
 
 def fit(points: Points, delta: float = HUBER, *, tied: bool = False) -> Fit:
@@ -183,12 +191,12 @@ def fit(points: Points, delta: float = HUBER, *, tied: bool = False) -> Fit:
     _check(points, tied)
     if not delta > 0:
         raise ValueError(f"delta: {delta}; expected a positive number")
-    basis = np.asarray(null_space(TIED)) if tied else np.eye(PARAMETERS)
+    basis = _basis(tied)
     weights = np.ones((1, len(points)))
     found = minimise(points.problem, _seeds(points.problem, weights, tied)[0], weights, delta, basis)
     best = int(np.argmin(np.where(np.isfinite(found.value), found.value, np.inf)))
     surface = _surface(found.theta[best], points.centre)
-    objective = float(found.value[best]) * (1 if delta == LAD else delta)
+    objective = float(found.value[best]) * _unit(delta)
     return Fit(surface, objective, delta, tied, len(points), _proof(points, found, best, basis), found.theta[best])
 
 

@@ -63,11 +63,11 @@ class Planned:
     warmup: float
     seed: int
 
-    def run(self, data: str, corpus: str, out: str | None) -> LMRun:
+    def run(self, data: str, corpus: str) -> LMRun:
         """The training of this row on prepared data (its hash, and where it is)."""
         recipe = Recipe(self.steps, self.batch, self.seqlen, self.lr, warmup=self.warmup, seed=self.seed)
         labels = (("kind", self.kind), ("architecture", self.architecture), ("budget", self.budget))
-        return LMRun(self.arch, self.dim, self.vocab_size, recipe, data, plan=labels, corpus=corpus, out=out)
+        return LMRun(self.arch, self.dim, self.vocab_size, recipe, data, plan=labels, corpus=corpus)
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ def counts(arch: Architecture, dim: int, vocab_size: int, seqlen: int) -> Counts
     """Without allocating the model. ValueError where the architecture does not go with the width."""
     with torch.device("meta"):
         model = HybridLM(arch, vocab_size=vocab_size, dim=dim, tied=True)
-    embedding = model.embedding.weight.numel()
+    embedding = counting.embedding_params(model)
     return Counts(
         counting.params(model) - embedding,
         counting.active_params(model) - embedding,
         normalise.fixed_state(arch, dim),
         counting.state_size(model, seqlen),
-        3 * counting.flops_per_token(model, seqlen),
+        counting.training_flops(model, seqlen),
     )
 
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-from madkernels._version import __version__
-from madkernels.models.layers import user_layers
-from madkernels.models.spec import parse
 from madkernels.runs.engines import Result
+from madkernels.runs.keys import Keyed, code_of
 
 SCHEDULES = ("cosine", "wsd")
 DECAY = 0.2  # share of the steps in which warm-up, stable, decay lets the rate fall
@@ -81,7 +76,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class LMRun:
+class LMRun(Keyed):
     """One training of a language model.
 
     Attributes:
@@ -119,9 +114,7 @@ class LMRun:
 
     def config(self) -> dict[str, Any]:
         """All that the result depends on, the version of the code and that of layers from outside included."""
-        own = {name: digest for name, digest in user_layers().items() if name in {s.name for s in parse(self.arch).layers}}
-        return {
-            "version": __version__,
+        return code_of(self.arch) | {
             "arch": self.arch,
             "dim": self.dim,
             "vocab_size": self.vocab_size,
@@ -129,21 +122,13 @@ class LMRun:
             "data": self.data,
             "recipe": dataclasses.asdict(self.recipe),
             "plan": dict(self.plan),
-        } | ({"layers": own} if own else {})
+        }
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> LMRun:
         """The run of a `config`; it does not say where its data lie."""
         kept = {name: config[name] for name in ("arch", "dim", "vocab_size", "tied", "data")}
         return cls(recipe=Recipe(**config["recipe"]), plan=tuple(config["plan"].items()), **kept)
-
-    @cached_property
-    def _key(self) -> str:
-        return hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode()).hexdigest()
-
-    def key(self) -> str:
-        """A hash of `config`: a changed option is another run."""
-        return self._key
 
     @staticmethod
     def do(job: Sequence[LMRun], on_point: Callable[[LMRun, int, dict[str, float]], None], device: str) -> list[Result]:

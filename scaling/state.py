@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from madkernels.models.spec import parse
-from madkernels.scaling.isoflop import Best, PowerLaw, line, minima
+from madkernels.scaling.isoflop import Best, PowerLaw, about_parabola, line, minima
 from madkernels.scaling.laws import Interval, interval
 from madkernels.scaling.newton import Array
 from madkernels.synthetics.published import CHANNEL_MIXERS
@@ -108,8 +108,7 @@ def hybrid_ratio(shares: Array, loss: Array, resamples: int = 1000, seed: int = 
     at, value = minima(x, y[:, None], "parabola")
     if not np.isfinite(at[0]):
         raise ValueError("the least loss is at an edge of the shares of attention")
-    smooth = np.polynomial.Polynomial.fit(x, y, 2)(x)
-    noise = (y - smooth) * np.sqrt(len(y) / max(len(y) - 3, 1))
+    smooth, noise = about_parabola(x, y)
     drawn, _ = minima(x, smooth[:, None] + np.random.default_rng(seed).choice(noise, (len(y), resamples)), "parabola")
     usable = drawn[np.isfinite(drawn)]
     span = interval(usable) if len(y) > 3 and len(usable) > 1 else None  # three points leave no residual

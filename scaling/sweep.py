@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,8 @@ def runs_of(rows: Sequence[Planned], data: Path, out: Path) -> list[LMRun]:
     corpus = Corpus(data)
     if other := {row.vocab_size for row in rows} - {corpus.vocab_size}:
         raise ValueError(f"the plan is for a vocabulary of {', '.join(map(str, other))}; {data} has {corpus.vocab_size}")
-    runs = [row.run(corpus.sha256, str(data.resolve()), None) for row in rows]
-    return [
-        row.run(run.data, run.corpus, str((out / "runs" / run.key()[:16]).resolve()))
-        for row, run in zip(rows, runs, strict=True)
-    ]
+    runs = [row.run(corpus.sha256, str(data.resolve())) for row in rows]
+    return [replace(run, out=str((out / "runs" / run.key()[:16]).resolve())) for run in runs]
 
 
 def sweep(runs: Sequence[LMRun], work: dict[LMRun, float], store: Store, progress: Progress, engine: Engine) -> Outcome:

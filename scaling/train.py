@@ -133,8 +133,8 @@ class _Trainer:
         self.end, self.batches = corpus.end, Batches(corpus.split("train"), corpus.end, **options)
         self.held_out = held_out(corpus.split("validation"), self.recipe.seqlen, self.recipe.held_out)
         model = build(run)
-        self.params = counting.params(model) - sum(p.numel() for p in {model.embedding.weight, model.unembedding.weight})
-        self.flops_per_token = 3 * counting.flops_per_token(model, self.recipe.seqlen)
+        self.params = counting.params(model) - counting.embedding_params(model)
+        self.flops_per_token = counting.training_flops(model, self.recipe.seqlen)
         self.objective = _prepared(Objective(model), how, self.device, self.ranks)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.objective, self.recipe.weight_decay), lr=self.recipe.lr, betas=BETAS, fused=True
@@ -169,8 +169,6 @@ class _Trainer:
                 if self.checkpoint_due(now - saved):  # with the log, so that no part of a mean is lost
                     self.save()
                     saved = time.perf_counter()
-        if self.run.out and self.seconds > before:
-            self.save()
         return self.result()
 
     def update(self, batch: Batch) -> tuple[Tensor, float]:
@@ -178,7 +176,7 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate(self.step)
         size = self.how.micro_batch or len(self.rows)
-        parts = [batch.part(row, row + size, self.end) for row in self.rows[::size]]
+        parts = [batch.part(row, row + size) for row in self.rows[::size]]
         total = torch.zeros((), device=self.device)
         self.objective.train()
         for part in parts:
@@ -197,7 +195,7 @@ class _Trainer:
         return total, float(norm)
 
     def loss(self, batch: Batch) -> Tensor:
-        tokens, targets = (t.to(self.device, non_blocking=True) for t in batch[:2])
+        tokens, targets = (t.to(self.device, non_blocking=True) for t in (batch.tokens, batch.targets))
         offsets = None
         if self.recipe.documents:
             tokens, targets, offsets = tokens.view(1, -1), targets.view(1, -1), batch.cu_seqlens.to(self.device)
@@ -216,7 +214,7 @@ class _Trainer:
             start = (turn * self.ranks + self.rank) * size
             rows = self.held_out[start : start + size]
             shown = rows if len(rows) else self.held_out[:1]  # the others need this one to take part
-            loss = self.loss(Batch(shown[:, :-1], shown[:, 1:], torch.empty(0)).part(0, len(shown), self.end))
+            loss = self.loss(Batch(shown[:, :-1], shown[:, 1:], self.end))
             total += loss * len(rows)
         return float(self.mean(total)) * self.ranks / len(self.held_out)
 
@@ -252,8 +250,9 @@ class _Trainer:
         self.log.begin(self.step)
 
     def checkpoint_due(self, since: float) -> bool:
-        """The first process tells, so that all do the same."""
-        due = torch.tensor(float(self.run.out is not None and since >= self.how.save_every), device=self.device)
+        """At the end, and when it is time; the first process tells, so that all do the same."""
+        time_has_come = self.step == self.recipe.steps or since >= self.how.save_every
+        due = torch.tensor(float(self.run.out is not None and time_has_come), device=self.device)
         if self.ranks > 1:
             dist.broadcast(due, 0)
         return bool(due)

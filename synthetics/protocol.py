@@ -13,22 +13,19 @@ with Student's 95 % intervals.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import t as student
 
-from madkernels._version import __version__
-from madkernels.models.layers import user_layers
 from madkernels.models.spec import parse
 from madkernels.runs.engines import Diverged, Result
+from madkernels.runs.keys import Keyed, code_of
 from madkernels.synthetics.tasks import TASKS, Task
 
 FOLDER = Path(__file__).parent / "protocols"
@@ -63,7 +60,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Keyed):
     """One training: an architecture (canonical string), a setting of a task, an optimiser setting."""
 
     arch: str
@@ -72,27 +69,17 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """All that the result depends on, the version of the code and that of layers from outside included."""
-        own = {name: digest for name, digest in user_layers().items() if name in {s.name for s in parse(self.arch).layers}}
-        return {
-            "version": __version__,
+        return code_of(self.arch) | {
             "arch": self.arch,
             "task": {"name": self.task.name} | self.task.options(),
             "training": dataclasses.asdict(self.training),
-        } | ({"layers": own} if own else {})
+        }
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Run:
         """The run of a `config`."""
         options = dict(config["task"])
         return cls(config["arch"], TASKS[options.pop("name")](**options), Training(**config["training"]))
-
-    @cached_property
-    def _key(self) -> str:
-        return hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode()).hexdigest()
-
-    def key(self) -> str:
-        """A hash of `config`: a changed option is another run."""
-        return self._key
 
     def __str__(self) -> str:
         return f"{self.task.name}: {self.arch}"

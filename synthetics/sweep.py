@@ -61,7 +61,7 @@ def work_of(runs: Sequence[Run]) -> dict[Run, float]:
     for run in runs:
         place = run.arch, run.task, run.training.dim
         if place not in costs:
-            costs[place] = 3 * counting.flops_per_token(build(run), run.task.length)
+            costs[place] = counting.training_flops(build(run), run.task.length)
     return {run: run.size() * costs[run.arch, run.task, run.training.dim] for run in runs}
 
 

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from madkernels import reference
+from madkernels.models.counting import training_flops
 from madkernels.models.init import parameter_groups
 from madkernels.models.layers import hyena, short_conv
 from madkernels.models.presets import Preset, preset
-from madkernels.scaling.estimate import GPUS, training_flops
+from madkernels.scaling.estimate import peak_flops
 from madkernels.scaling.train import BETAS, Objective
 
 TOLERANCE = 0.02  # of the first losses, in nats: bfloat16
@@ -78,11 +79,6 @@ def timed(chosen: Preset, rows: int, device: str, compiled: bool) -> dict[str, f
     return {"loss": losses[0], "tokens_per_second": pace, "flops_per_second": pace * flops}
 
 
-def peak(device: str) -> float | None:
-    name = torch.cuda.get_device_name().lower() if device == "cuda" else ""
-    return next((gpu.flops for key, gpu in GPUS.items() if key in name), None)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda")
@@ -96,7 +92,7 @@ def main() -> int:
             plain = timed(chosen, rows, arguments.device, compiled=True)
         results = {"ours": ours, "ours compiled": compiled, "plain compiled": plain}
         for name, result in results.items():
-            if best := peak(arguments.device):
+            if best := peak_flops(arguments.device):
                 result["mfu"] = result["flops_per_second"] / best
             print(f"{chosen.name}, {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()), flush=True)
         found[chosen.name] = results

@@ -26,16 +26,16 @@ def presets() -> None:
     from madkernels.models import counting
     from madkernels.models.normalise import fixed_state
     from madkernels.models.presets import PRESETS
-    from madkernels.scaling.estimate import training_flops
 
     print("| preset | width | blocks | parameters | used by a token | fixed state | operations a token |")
     print("|---|---|---|---|---|---|---|")
     for preset in PRESETS.values():
         with torch.device("meta"):
-            model, state = preset.model(), fixed_state(preset.arch, preset.dim)
+            model = preset.model()
         print(
             f"| {preset.name} | {preset.dim:,} | {preset.blocks} | {counting.params(model) / 1e6:,.1f} M | "
-            f"{counting.active_params(model) / 1e6:,.1f} M | {state:,} | {training_flops(model, preset.seqlen):.2e} |"
+            f"{counting.active_params(model) / 1e6:,.1f} M | {fixed_state(preset.arch, preset.dim):,} | "
+            f"{counting.training_flops(model, preset.seqlen):.2e} |"
         )
 
 
@@ -100,17 +100,15 @@ def _meta_model(
 def _size_rows(model: HybridLM, seqlen: int) -> dict[str, str]:
     from madkernels.models import counting
     from madkernels.models.normalise import fixed_state
-    from madkernels.scaling.estimate import embedding_params, training_flops
 
-    fixed = fixed_state(model.arch, model.dim)
     return {
         "parameters": f"{counting.params(model):,}",
         "of them used by a token": f"{counting.active_params(model):,}",
-        "of them embeddings": f"{embedding_params(model):,}",
-        "fixed state of a sequence": f"{fixed:,} elements",
+        "of them embeddings": f"{counting.embedding_params(model):,}",
+        "fixed state of a sequence": f"{fixed_state(model.arch, model.dim):,} elements",
         f"state after {seqlen:,} tokens": f"{counting.state_size(model, seqlen):,} elements",
         "operations a token, forward": f"{counting.flops_per_token(model, seqlen):.4g}",
-        "operations a token, training": f"{training_flops(model, seqlen):.4g}",
+        "operations a token, training": f"{counting.training_flops(model, seqlen):.4g}",
     }
 
 
@@ -118,12 +116,11 @@ def _work_rows(
     model: HybridLM, setup: Setup, machine: Gpu, tokens: float | None, batch_tokens: int, mfu: float
 ) -> dict[str, str]:
     from madkernels.models import counting
-    from madkernels.scaling.estimate import training_flops
 
     total = tokens or TOKENS_A_PARAMETER * counting.active_params(model)
     at_a_time = setup.gpus * setup.tokens
     accumulated = -(-batch_tokens // at_a_time)
-    flops = training_flops(model, setup.seqlen) * total
+    flops = counting.training_flops(model, setup.seqlen) * total
     hours = flops / (setup.gpus * machine.flops * mfu) / 3600
     return {
         "tokens": f"{total:.4g}",
@@ -216,6 +213,7 @@ def run(
     from madkernels.cli.sweeps import load_plugins, progress_bars
     from madkernels.scaling import train as training
     from madkernels.scaling.data import Corpus
+    from madkernels.scaling.estimate import peak_flops
     from madkernels.scaling.recipe import LMRun, Recipe
 
     load_plugins(plugin)
@@ -227,7 +225,7 @@ def run(
         steps, batch, length, rate, warmup=warmup, schedule=schedule, weight_decay=weight_decay,
         dtype=dtype, documents=documents, seed=seed,
     )  # fmt: skip
-    how = training.Execution(device, micro_batch, checkpointing, compile, save_every, log_every, _peak(device))
+    how = training.Execution(device, micro_batch, checkpointing, compile, save_every, log_every, peak_flops(device))
     wanted = LMRun(str(model.arch), model.dim, corpus.vocab_size, recipe, corpus.sha256, corpus=str(data), out=str(out))
     console = Console()
     with training.processes(device) as first, progress_bars(console) as bars:
@@ -250,15 +248,3 @@ def _rate(preset_name: str | None) -> float | None:
     from madkernels.models.presets import preset as named
 
     return None if preset_name is None else named(preset_name).lr
-
-
-def _peak(device: str) -> float | None:
-    """Of the GPU here, where its datasheet is known."""
-    import torch
-
-    from madkernels.scaling.estimate import GPUS
-
-    if device != "cuda":
-        return None
-    name = torch.cuda.get_device_name().lower()
-    return next((gpu.flops for key, gpu in GPUS.items() if key in name), None)
