@@ -114,7 +114,7 @@ def test_four_a_changed_option_never_brings_back_an_old_score(monkeypatch: pytes
 
     before = keys()
     assert len(before) == 8
-    monkeypatch.setattr(protocol, "__version__", "another")
+    monkeypatch.setattr("madkernels.runs.keys.__version__", "another")
     assert not before & keys()
 
 
