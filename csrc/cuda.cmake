@@ -1,8 +1,9 @@
 # The CUDA part of the extension, madkernels._C_cuda: included by CMakeLists.txt.
 #
 # It holds the kernels (*.cu, no torch headers, flags in nvcc.options) and, compiled a second time with MADKERNELS_CUDA, the
-# entries of the ops that have such kernels. It links against a torch without CUDA too: the one symbol that is then missing,
-# the getter of the current stream, is torch's own where torch has CUDA, and elsewhere the library is never loaded.
+# entries of the ops that have such kernels. It links against a torch without CUDA too: a stand-in with the name of torch's
+# own libtorch_cuda.so gives the one symbol that such a torch lacks. Only that name stays in the result, and where torch has
+# CUDA its library is loaded already; elsewhere the CUDA part is never loaded.
 set(MADKERNELS_CUDA auto CACHE STRING "Build the CUDA part: auto (where nvcc is found and torch has CUDA), on or off")
 set(MADKERNELS_CUDA_ARCHS "80;90a" CACHE STRING "GPU architectures to build for; PTX of the newest serves newer GPUs")
 
@@ -52,8 +53,13 @@ add_library(cuda_entries OBJECT ${CUDA_ENTRIES})
 target_compile_definitions(cuda_entries PRIVATE MADKERNELS_CUDA USE_CUDA)
 target_link_libraries(cuda_entries PRIVATE flags torch_stable)
 
+file(CONFIGURE OUTPUT torch_cuda.cpp CONTENT "extern \"C\" __attribute__((visibility(\"default\")))
+int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n")
+add_library(torch_cuda_stand_in SHARED ${CMAKE_CURRENT_BINARY_DIR}/torch_cuda.cpp)
+set_target_properties(torch_cuda_stand_in PROPERTIES OUTPUT_NAME torch_cuda)
+
 pybind11_add_module(_C_cuda MODULE NO_EXTRAS csrc/module_cuda.cpp)
-target_link_libraries(_C_cuda PRIVATE flags cuda_kernels cuda_entries torch_stable)
+target_link_libraries(_C_cuda PRIVATE flags cuda_kernels cuda_entries torch_stable torch_cuda_stand_in)
 set_source_files_properties(csrc/module_cuda.cpp PROPERTIES COMPILE_DEFINITIONS
   "MADKERNELS_VERSION=\"${MADKERNELS_VERSION}\";MADKERNELS_NVCC=\"${CMAKE_CUDA_COMPILER_VERSION}\";\
 MADKERNELS_CUDA_ARCHS=\"${CUDA_BUILT_FOR}\";MADKERNELS_CUDA_PTX=\"${NEWEST}\"")

@@ -17,13 +17,14 @@ from torch import Tensor
 
 import madkernels
 from madkernels import cuda, ops  # noqa: F401  (ops: registers the refusals)
+from madkernels.cli.doctor import OPS
 
 ROOT = Path(__file__).parent.parent
 BUILT = Path(madkernels.__file__).parent / f"_C_cuda{EXTENSION_SUFFIXES[0]}"
 LOAD = """
 import ctypes, os, sys, torch
 import madkernels._C
-ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_LOCAL)  # as torch loads its own
 sys.setdlopenflags(os.RTLD_NOW)
 import madkernels._C_cuda as part
 from madkernels import cuda, ops  # noqa: F401  (ops: registers the refusals)
@@ -45,15 +46,25 @@ def call(key: str, x: Tensor, weight: Tensor) -> Any:
 
 
 @pytest.mark.skipif(not BUILT.exists(), reason="built without CUDA")
-@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA: the part is simply loaded")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA: the next test loads the part itself")
 def test_links_against_a_torch_without_cuda(tmp_path: Path) -> None:
-    """With a stand-in for the one symbol that only a torch with CUDA has, every symbol is found and the module loads."""
+    """With a stand-in for the one library that only a torch with CUDA has, every symbol is found and the module loads."""
     source, library = tmp_path / "stream.c", tmp_path / "stream.so"
     source.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = 0; return device; }\n")
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-o", library, source], check=True)
     found = subprocess.run([sys.executable, "-c", LOAD, library], capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
     assert madkernels.__version__ in found.stdout
+
+
+@pytest.mark.skipif(not BUILT.exists(), reason="built without CUDA")
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch has no CUDA")
+def test_loads_beside_a_torch_with_cuda() -> None:
+    """No GPU is needed for that."""
+    part, why = cuda.load()
+    assert part is not None, why
+    assert part.build_info()["version"] == madkernels.__version__
+    assert {op.removesuffix("_backward").removesuffix("_step") for op in cuda.ops_with_kernels()} == set(OPS)
 
 
 @pytest.mark.skipif(bool(cuda.ops_with_kernels()), reason="CUDA kernels are here")

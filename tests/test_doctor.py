@@ -67,7 +67,14 @@ def test_says_what_is_here() -> None:
     assert f"{_C.cpu_isa()} in use" in text
     for op in ("selective_scan", "causal_conv"):
         row = next(line for line in text.splitlines() if op in line)
-        assert row.split("│")[1:4] == [f" {op:14} ", " yes ", " not built "]
+        on_cuda = "yes" if op in cuda.ops_with_kernels() else "not built"
+        assert [cell.strip() for cell in row.split("│")[1:4]] == [op, "yes", on_cuda]
+
+
+def test_says_why_there_are_no_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is no GPU that would miss them."""
+    monkeypatch.setattr(cuda, "load", lambda: (None, "it does not load: undefined symbol: planted"))
+    assert "none: it does not load: undefined symbol: planted" in " ".join(run().split())
 
 
 def test_extension_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:

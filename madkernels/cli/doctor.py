@@ -51,14 +51,14 @@ def describe_extension(extension: ModuleType) -> list[tuple[str, str]]:
     return [
         ("extension", f"{info['version']}, {info['compiler']}, for torch {info['torch_target']} and later"),
         ("CPU", f"{extension.cpu_isa()} in use; {sets}"),
-        ("CUDA kernels", describe_cuda_part(cuda.load()[0])),
+        ("CUDA kernels", describe_cuda_part(*cuda.load())),
     ]
 
 
-def describe_cuda_part(part: ModuleType | None) -> str:
-    """What was built for CUDA."""
+def describe_cuda_part(part: ModuleType | None, failure: str) -> str:
+    """What was built for CUDA, or why nothing of it is loaded."""
     if part is None:
-        return "none loaded"
+        return f"none: {failure}"
     info: dict[str, str] = part.build_info()
     return f"built for {info['archs'].replace(',', ', ')}, PTX {info['ptx']}, with nvcc {info['nvcc']}"
 
