@@ -104,6 +104,17 @@ def test_time_is_split_across_documents(lengths: tuple[int, ...]) -> None:
     scan.check_scan(selective_scan, inputs, cu_seqlens=scan.offsets_of(lengths))
 
 
+@pytest.mark.parametrize("multiprocessors", [0, MANY_MULTIPROCESSORS])  # stretches of 128 steps, and of 32
+@pytest.mark.parametrize("dim", [3, 8, 10])  # by accesses of one channel, of four, of two
+@pytest.mark.parametrize("lengths", [(300,), (31, 1, 0, 97, 171)])
+def test_stretches_of_time(multiprocessors: int, dim: int, lengths: tuple[int, ...]) -> None:
+    backends.set_multiprocessors(multiprocessors)
+    for width in (2, 4):
+        inputs = conv.make_inputs(1, sum(lengths), dim, width, docs=len(lengths))
+        conv.check_conv(causal_conv, inputs, cu_seqlens=conv.offsets_of(lengths), activation="silu")
+    backends.set_multiprocessors(4)
+
+
 def test_refuses_what_a_gpu_does_not_take() -> None:
     with pytest.raises(RuntimeError, match="u has dtype float64, which the CPU takes; a GPU takes float32, bfloat16"):
         selective_scan(**scan.make_inputs(1, 3, 2, 2, dtype=torch.float64))

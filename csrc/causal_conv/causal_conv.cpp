@@ -5,6 +5,7 @@
 
 #include "common/check.h"
 #if MADKERNELS_GPU
+#include "common/launch.h"
 #include "common/stream.h"
 #endif
 
@@ -16,10 +17,16 @@ struct Arguments {
   Tensor x, weight;
   OptionalTensor bias, initial_state, cu_seqlens;
   CausalConv params{};
+#if MADKERNELS_GPU
+  ConvSplit split{};
+  int64_t chunks() const { return split.chunks; }
+#else
+  int64_t chunks() const { return params.chunks(); }
+#endif
 
   // Whether weights and their gradient lie as [width, dim], and each chunk of time has a part of the latter.
   bool by_tap() const { return MADKERNELS_GPU || params.dense_channels(); }
-  int64_t parts() const { return params.batch * (by_tap() ? params.chunks() : 1); }
+  int64_t parts() const { return params.batch * (by_tap() ? chunks() : 1); }
   Shape states() const { return {params.docs.count, params.width - 1, params.dim}; }
 };
 
@@ -59,6 +66,9 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const Opt
   a.params.x = rows_of(a.x);
   a.params.weight = a.weight.data_ptr(), a.params.bias = data_or_null(a.bias);
   a.params.initial_state = data_or_null(a.initial_state);
+#if MADKERNELS_GPU
+  a.split = split_conv(a.params, multiprocessors());
+#endif
   return a;
 }
 
@@ -66,11 +76,13 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const Opt
 
 void run_forward(const Arguments& a) {
   const OnDevice on(a.x);
-  gpu::causal_conv_forward(a.params, on.stream());
+  gpu::causal_conv_forward(a.params, a.split, on.stream());
   gpu::causal_conv_final_state(a.params, on.stream());
 }
 
-void run_backward(const Arguments& a, const CausalConvBackward& q) { gpu::causal_conv_backward(q, OnDevice(a.x).stream()); }
+void run_backward(const Arguments& a, const CausalConvBackward& q) {
+  gpu::causal_conv_backward(q, a.split, OnDevice(a.x).stream());
+}
 
 #else
 

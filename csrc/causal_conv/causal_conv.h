@@ -52,11 +52,28 @@ struct CausalConvKernels {
 
 MADKERNELS_DECLARE_CPU_KERNELS(CausalConvKernels, causal_conv)
 
+// ---- GPU ----
+
+// Steps of time that a GPU thread takes, and how many such stretches a batch row has: long ones re-read less and leave fewer
+// parts of dweight, short ones give a small problem threads enough.
+struct ConvSplit {
+  int64_t rows, chunks;
+};
+
+inline ConvSplit split_conv(const CausalConv& p, int64_t multiprocessors) {
+  constexpr int64_t kMost = 128, kLeast = 32, kThreadsEach = 1024;
+  const int64_t columns = p.batch * (p.dense_channels() ? (p.dim + 3) / 4 : p.dim);
+  int64_t rows = kMost;
+  while (rows > kLeast && columns * p.seqlen < rows * multiprocessors * kThreadsEach) rows /= 2;
+  return {rows, (p.seqlen + rows - 1) / rows};
+}
+
 namespace gpu {
-// float32, bfloat16 and float16. Weights and their parts are [width, dim] in every layout; parts: one a batch row and chunk.
-void causal_conv_forward(const CausalConv& p, void* stream);
+// float32, bfloat16 and float16. Weights and their parts are [width, dim] in every layout; parts: one a batch row and chunk
+// of the split.
+void causal_conv_forward(const CausalConv& p, const ConvSplit& split, void* stream);
 void causal_conv_final_state(const CausalConv& p, void* stream);  // after all of forward
-void causal_conv_backward(const CausalConvBackward& q, void* stream);
+void causal_conv_backward(const CausalConvBackward& q, const ConvSplit& split, void* stream);
 }  // namespace gpu
 
 }  // namespace madkernels

@@ -14,6 +14,10 @@ template <class I>
 __device__ I least(I a, I b) {
   return a < b ? a : b;
 }
+template <class I>
+__device__ I most(I a, I b) {
+  return a > b ? a : b;
+}
 
 // v[i] = rows[b, t + i, channel], i < count; zero from there on.
 template <class T, int kSteps>

@@ -14,6 +14,7 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= outputs) return;
   const float* part = parts + i / inner * count * inner + i % inner;
   float sum = 0;
+#pragma unroll 16  // so many loads are under way at once
   for (int64_t k = 0; k < count; k++) sum += part[k * inner];
   sums[i] = sum;
 }
