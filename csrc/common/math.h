@@ -20,6 +20,14 @@ __device__ __forceinline__ To bits_as(From from) {
   return to;
 }
 
+// x, as a value that the compiler does not know to have: what is computed from it is computed again, not kept in registers.
+__device__ __forceinline__ float computed_again(float x) {
+#ifndef MADKERNELS_EMULATED
+  asm volatile("" : "+f"(x));
+#endif
+  return x;
+}
+
 // ---- between the dtypes; narrowing rounds to nearest even ----
 
 __device__ __forceinline__ float to_float(float x) { return x; }

@@ -124,40 +124,44 @@ __device__ __forceinline__ T warp_exclusive_sum(T v) {
 
 // ---- many sums at once ----
 
-// The value whose sum a lane holds after warp_transposed_sum<N>, and whether it is the first of the 32 / N lanes that do.
-template <int N>
-__device__ __forceinline__ int transposed_sum_owner(int lane) {
-  return lane * N / 32;
-}
-template <int N>
-__device__ __forceinline__ bool transposed_sum_is_first(int lane) {
-  return lane % (32 / N) == 0;
-}
-
-// Lanes exchange halves of what they hold and add: in pairs 16 apart, then 8, ... v[0] ends up as one of the sums.
-template <int kHalf, int kApart, int N>
+// Lanes exchange halves of what they hold and add: in pairs kFirst apart, then half as far, .. until kLast apart.
+template <int kHalf, int kFirst, int kLast, int N>
 __device__ __forceinline__ void halve_sums(float (&v)[N]) {
-  if constexpr (kHalf > 0) {
-    const bool upper = lane() & kApart;
+  if constexpr (kFirst < kLast) {
+    return;
+  } else if constexpr (kHalf > 0) {
+    const bool upper = lane() & kFirst;
 #pragma unroll
     for (int i = 0; i < kHalf; i++) {
       const float given = upper ? v[i] : v[i + kHalf], kept = upper ? v[i + kHalf] : v[i];
-      v[i] = kept + shuffle_xor(given, kApart);
+      v[i] = kept + shuffle_xor(given, kFirst);
     }
-    halve_sums<kHalf / 2, kApart / 2>(v);
-  } else if constexpr (kApart > 0) {
-    v[0] += shuffle_xor(v[0], kApart);
-    halve_sums<0, kApart / 2>(v);
+    halve_sums<kHalf / 2, kFirst / 2, kLast>(v);
+  } else {
+    v[0] += shuffle_xor(v[0], kFirst);
+    halve_sums<0, kFirst / 2, kLast>(v);
   }
 }
 
-// Sums each of N values over the warp, N a power of two up to 32, by N - 1 + log2(32 / N) exchanges where one at a time
-// would take 5 N. Returns the sum of value transposed_sum_owner<N>(lane()); `v` is used up.
-template <int N>
-__device__ __forceinline__ float warp_transposed_sum(float (&v)[N]) {
-  static_assert(N <= 32 && (N & (N - 1)) == 0);
-  halve_sums<N / 2, 16>(v);
+// Sums each of N values over the lanes that differ in the bits kFirst, kFirst / 2, .. kLast of their number: 2 kFirst /
+// kLast lanes. N is a power of two, at most that many. Takes N - 1 exchanges, and one more each time the lanes are twice N,
+// where one value at a time would take log2(lanes) N. Returns the sum of value transposed_sum_owner<N, kFirst>(lane()); `v`
+// is used up.
+template <int N, int kFirst = 16, int kLast = 1>
+__device__ __forceinline__ float transposed_sum(float (&v)[N]) {
+  static_assert(N <= 2 * kFirst / kLast && (N & (N - 1)) == 0);
+  halve_sums<N / 2, kFirst, kLast>(v);
   return v[0];
+}
+
+// The value whose sum a lane holds after transposed_sum, and whether it is the first of the lanes that do.
+template <int N, int kFirst = 16>
+__device__ __forceinline__ int transposed_sum_owner(int lane) {
+  return lane % (2 * kFirst) * N / (2 * kFirst);
+}
+template <int N, int kFirst = 16, int kLast = 1>
+__device__ __forceinline__ bool transposed_sum_is_first(int lane) {
+  return lane % (2 * kFirst / N) < kLast;
 }
 
 }  // namespace madkernels::device

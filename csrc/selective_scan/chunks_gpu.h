@@ -20,6 +20,7 @@ inline int64_t scan_blocks(const SelectiveScan& p, const ScanSplit& split) {
 // nothing.
 struct Place {
   int b, segment, group, block, channel, begin, end;
+  int block_of_all;  // of the blocks of all groups
   bool live;
 
   __device__ Place(const SelectiveScan& p, const ScanSplit& split) {
@@ -29,6 +30,7 @@ struct Place {
     block = i % blocks, i /= blocks;
     group = i % groups, i /= groups;
     segment = i % segments, b = i / segments;
+    block_of_all = group * blocks + block;
     const int in_group = block * kScanThreads + static_cast<int>(threadIdx.x);
     live = in_group < channels;
     channel = group * channels + (live ? in_group : channels - 1);

@@ -1,13 +1,17 @@
 // Selective scan on the GPU: backward.
 //
 // A block walks the chunks of its segment from the last to the first. A chunk's states are recomputed from the checkpoint
-// that the forward left: once to find the states at the start of each unit, then unit by unit, from the last, with every
-// state kept in shared memory, and the adjoint recurrence runs back through the unit (selective_scan_bwd_cpu.cpp has the
-// formulas). So each 2^x is taken 2.75 times: issue slots bind the kernel, not special-function units. They are counted in
+// that the forward left: once to find the states that enter each unit of kUnit steps, then unit by unit, from the last, with
+// the states and decays of the unit in registers, through which the adjoint recurrence runs back (selective_scan_bwd_cpu.cpp
+// has the formulas).
+//
+// A lane holds four states of as many channels as there are lanes to a run of states: 4 x 4 of 16 states. dB and dC are sums
+// over channels, du and ddelta sums over states, and so each is summed in the lane first, and over 8 or 4 lanes then: 14
+// exchanges a step where a lane that owned one channel of 16 states would need 32. dB and dC are then summed over the warps
+// of the block in order, and (by sum_parts) over blocks. Issue slots bind the kernel; they are counted in
 // docs/ops/selective_scan.md.
 //
-// dB and dC are sums over channels, which lie across lanes: kStates sums at a time by recursive halving, kStates shuffles
-// instead of 5 kStates, then over the warps of the block in order, then (by sum_parts) over blocks.
+// A unit in which a document begins or ends, but for its edges, goes one step at a time, each from the start of the unit.
 #include "common/warp.h"
 #include "selective_scan/chunks_gpu.h"
 
@@ -19,123 +23,223 @@ namespace {
 
 using namespace device;
 
-constexpr int kChunk = static_cast<int>(kScanChunk), kUnit = 8, kUnits = kChunk / kUnit, kWarps = kScanThreads / 32;
-
-// Shared memory, in floats. Tiles and states are [..][kScanThreads], a thread in its own column.
+constexpr int kChunk = static_cast<int>(kScanChunk), kUnit = 4, kUnits = kChunk / kUnit, kWarps = kScanThreads / 32;
+constexpr int kEach = 4;  // states of a lane
 template <int kStates>
+constexpr int kAcross = kStates / kEach;  // lanes to a run of states, and channels of a lane
+
+// Shared memory, in floats. Tiles are [kChunk][kScanThreads], by channel.
+template <class T, int kStates>
 struct Layout {
-  static constexpr int kTile = kChunk * kScanThreads, kState = kStates * kScanThreads;
-  static constexpr int kStep = 0, kU = kStep + kTile, kDy = kU + kTile;  // delta', u, dy; then ddelta', du, y
-  static constexpr int kStarts = kDy + kTile;                            // states that enter units 1 .. kUnits - 1
-  static constexpr int kHistory = kStarts + (kUnits - 1) * kState;       // states that enter steps 1 .. kUnit - 1 of a unit
-  static constexpr int kB = kHistory + (kUnit - 1) * kState;             // [kChunk][kStates]
+  static constexpr int kTile = kChunk * kScanThreads;
+  static constexpr int kStep = 0, kDy = kStep + kTile;  // delta', dy; then ddelta', y
+  static constexpr int kStarts = kDy + kTile;           // [kUnits - 1][kAcross][kScanThreads][kEach]: what enters each unit
+  static constexpr int kB = kStarts + (kUnits - 1) * kStates * kScanThreads;  // [kChunk][kStates]
   static constexpr int kC = kB + kChunk * kStates;
-  static constexpr int kPartial = kC + kChunk * kStates;  // [2][kUnit][dB, dC][kWarps][kStates]
-  static constexpr int kSums =
-      kPartial + 2 * kUnit * 2 * kWarps * kStates;  // dx, ddelta', y of earlier runs, if there are any
-  static constexpr int bytes(bool many) { return (kSums + (many ? 3 * kTile : 0)) * static_cast<int>(sizeof(float)); }
+  static constexpr int kPartial = kC + kChunk * kStates;                  // [2][kUnit][dB, dC][kWarps][kStates]
+  static constexpr int kU = kPartial + 2 * kUnit * 2 * kWarps * kStates;  // u; then du: a tile of T
+  static constexpr int kSums = kU + kTile * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(float));
+  // The last: dx, ddelta', y of earlier runs of states, if there are any.
+  static constexpr int floats(bool many) { return kSums + (many ? 3 * kTile : 0); }
 };
 
-// What a thread needs in every function: where it is, and its columns of shared memory.
-template <int kStates>
+// What a thread needs in every function: where it is, and its part of shared memory. For loads and stores it owns the
+// channel at.channel; for states kAcross channels from `corner` on, counted in the block, and kEach states of the run from
+// `state`.
+template <class T, int kStates>
 struct Thread {
-  using L = Layout<kStates>;
+  using L = Layout<T, kStates>;
+  static constexpr int kChannels = kAcross<kStates>;
   const SelectiveScanBackward& q;
   const SelectiveScan& p;
   const Place& at;
   SharedPointer<float> shared;
+  SharedPointer<T> u_tile;
+  int corner, state, first_channel, channels;
 
+  __device__ Thread(const SelectiveScanBackward& q, const Place& at, bool many)
+      : q(q),
+        p(q.forward),
+        at(at),
+        shared(dynamic_shared<float>(0, L::floats(many))),
+        u_tile(dynamic_shared<T>(L::kU * static_cast<int>(sizeof(float)), L::kTile)),
+        corner(warp_index() * 32 + lane() / kChannels * kChannels),
+        state(lane() % kChannels * kEach) {
+    const int in_group = static_cast<int>(p.channels_per_group()), before = at.block * kScanThreads + corner;
+    first_channel = at.group * in_group + before;
+    channels = in_group - before;
+  }
+
+  // Of the thread's own channel.
   __device__ float& tile(int which, int i) const { return shared[which + i * kScanThreads + static_cast<int>(threadIdx.x)]; }
-  __device__ float& state(int which, int i, int n) const {
-    return shared[which + (i * kStates + n) * kScanThreads + static_cast<int>(threadIdx.x)];
+  __device__ T& u(int i) const { return u_tile[i * kScanThreads + static_cast<int>(threadIdx.x)]; }
+  // Of the channels whose states it holds.
+  __device__ Vector<float, kChannels> tiles(int which, int i) const {
+    return load_vector<kChannels>(shared + (which + i * kScanThreads + corner));
+  }
+  __device__ Vector<float, kChannels> us(int i) const {
+    const Vector<T, kChannels> narrow = load_vector<kChannels>(u_tile + (i * kScanThreads + corner));
+    Vector<float, kChannels> wide;
+#pragma unroll
+    for (int c = 0; c < kChannels; c++) wide[c] = to_float(narrow[c]);
+    return wide;
+  }
+  __device__ Vector<float, kEach> projection(int which, int i) const {
+    return load_vector<kEach>(shared + (which + i * kStates + state));
+  }
+  __device__ SharedPointer<float> start(int unit, int c) const {
+    return shared + (L::kStarts + (((unit - 1) * kChannels + c) * kScanThreads + static_cast<int>(threadIdx.x)) * kEach);
   }
 };
 
+// ---- a lane's states, v[c * kEach + s] ----
+
+// Calls f(n, channel, state), of the tensors, for those of a lane's states that there are.
+template <class T, int kStates, class F>
+__device__ void for_states(const Thread<T, kStates>& k, const Run& run, F&& f) {
+#pragma unroll
+  for (int n = 0; n < kStates; n++) {
+    const int c = n / kEach, s = k.state + n % kEach;
+    if (c < k.channels && s < run.count) f(n, k.first_channel + c, run.first + s);
+  }
+}
+
+// matrix [rows, dim, dstate], absent: zeros. Of one row, as load_rows and store_rows.
+template <class T, int kStates>
+__device__ void load_matrix(float (&v)[kStates], const void* matrix, int64_t row, const Thread<T, kStates>& k,
+                            const Run& run) {
+  clear(v);
+  if (matrix == nullptr) return;
+  const float* from = static_cast<const float*>(matrix) + row * k.p.dim * k.p.dstate;
+  for_states(k, run, [&](int n, int channel, int state) { v[n] = from[channel * k.p.dstate + state]; });
+}
+
+template <class T, int kStates>
+__device__ void store_matrix(void* matrix, int64_t row, const Thread<T, kStates>& k, const Run& run,
+                             const float (&v)[kStates]) {
+  float* to = static_cast<float*>(matrix) + row * k.p.dim * k.p.dstate;
+  for_states(k, run, [&](int n, int channel, int state) { to[channel * k.p.dstate + state] = v[n]; });
+}
+
+// planes [slots, dstate, dim], of one slot.
+template <class T, int kStates>
+__device__ void load_states(float (&v)[kStates], const void* planes, int64_t slot, const Thread<T, kStates>& k,
+                            const Run& run) {
+  clear(v);
+  const float* from = static_cast<const float*>(planes) + slot * k.p.dim * k.p.dstate;
+  for_states(k, run, [&](int n, int channel, int state) { v[n] = from[state * k.p.dim + channel]; });
+}
+
+template <class T, int kStates>
+__device__ void store_states(void* planes, int64_t slot, const Thread<T, kStates>& k, const Run& run,
+                             const float (&v)[kStates]) {
+  float* to = static_cast<float*>(planes) + slot * k.p.dim * k.p.dstate;
+  for_states(k, run, [&](int n, int channel, int state) { to[state * k.p.dim + channel] = v[n]; });
+}
+
+// ---- forward through a chunk ----
+
 // delta', u and dy of a chunk into the thread's tiles; zeros for a thread without a channel.
 template <class T, int kStates>
-__device__ void fill(const Thread<kStates>& k, int t, int rows) {
-  using L = Layout<kStates>;
-  for (int i = 0; i < rows; i += kUnit) {
-    const int count = k.at.live ? least(rows - i, kUnit) : 0;
-    float u[kUnit], step[kUnit], dy[kUnit];
+__device__ void fill(const Thread<T, kStates>& k, int t, int rows) {
+  using L = Layout<T, kStates>;
+  constexpr int kRows = 8;
+  for (int i = 0; i < rows; i += kRows) {
+    const int count = k.at.live ? least(rows - i, kRows) : 0;
+    float u[kRows], step[kRows], dy[kRows];
     load_steps<T>(u, k.p.u, k.at.b, t + i, k.at.channel, count);
     load_steps<T>(step, k.p.delta, k.at.b, t + i, k.at.channel, count);
     load_steps<T>(dy, k.q.dout, k.at.b, t + i, k.at.channel, count);
     make_steps(step, k.p, k.at.channel, count);
     if (k.p.z) {
-      float z[kUnit];
+      float z[kRows];
       load_steps<T>(z, k.p.z, k.at.b, t + i, k.at.channel, count);
 #pragma unroll
-      for (int j = 0; j < kUnit; j++) dy[j] *= silu(z[j]);
+      for (int j = 0; j < kRows; j++) dy[j] *= silu(z[j]);
     }
 #pragma unroll
-    for (int j = 0; j < kUnit; j++) {
-      k.tile(L::kStep, i + j) = step[j], k.tile(L::kU, i + j) = u[j], k.tile(L::kDy, i + j) = dy[j];
+    for (int j = 0; j < kRows; j++) {
+      k.tile(L::kStep, i + j) = step[j], k.tile(L::kDy, i + j) = dy[j], k.u(i + j) = from_float<T>(u[j]);
     }
   }
 }
 
-// The state that enters a document, for a thread with a channel.
-template <int kStates>
-__device__ void enter_document(float (&h)[kStates], const Thread<kStates>& k, const Document& document, const Run& run) {
-  load_row(h, k.at.live ? k.p.initial_state : nullptr, static_cast<int64_t>(document.index) * k.p.dim + k.at.channel,
-           k.p.dstate, run);
+// The decays of step i of the chunk.
+template <bool kAgain = false, class T, int kStates>
+__device__ __forceinline__ void find_decays(float (&decay)[kStates], const float (&log2)[kStates],
+                                            const Thread<T, kStates>& k, int i) {
+  auto step = k.tiles(Layout<T, kStates>::kStep, i);
+#pragma unroll
+  for (int c = 0; kAgain && c < kAcross<kStates>; c++) step[c] = computed_again(step[c]);
+#pragma unroll
+  for (int n = 0; n < kStates; n++) decay[n] = exp2_mufu(step[n / kEach] * log2[n]);
 }
 
-// h through step i of the chunk, whose first step is t.
-template <int kStates>
-__device__ void advance(float (&h)[kStates], const float (&log2)[kStates], const Thread<kStates>& k, int i) {
-  using L = Layout<kStates>;
-  const float step = k.tile(L::kStep, i), x = step * k.tile(L::kU, i);
-  unroll<kStates / 4>([&]<int kQuad>() {
-    const Vector<float, 4> b = load_vector<4>(k.shared + (L::kB + i * kStates + 4 * kQuad));
-    unroll<4>([&]<int j>() {
-      constexpr int n = 4 * kQuad + j;
-      h[n] = decay_of<n>(step * log2[n]) * h[n] + x * b[j];
-    });
-  });
+// The states after step i, given those that enter it, which may be the same variable, and the decays.
+template <class T, int kStates>
+__device__ __forceinline__ void advance(float (&after)[kStates], const float (&h)[kStates], const float (&decay)[kStates],
+                                        const Thread<T, kStates>& k, int i) {
+  using L = Layout<T, kStates>;
+  const auto step = k.tiles(L::kStep, i), u = k.us(i);
+  const Vector<float, kEach> B = k.projection(L::kB, i);
+#pragma unroll
+  for (int n = 0; n < kStates; n++) after[n] = decay[n] * h[n] + step[n / kEach] * u[n / kEach] * B[n % kEach];
 }
 
-// h through steps first .. stop of the chunk that begins at t, from document to document; after each step calls kept(i).
-template <int kStates, class F>
-__device__ void advance_documents(float (&h)[kStates], const float (&log2)[kStates], const Thread<kStates>& k,
-                                  const Run& run, int t, int first, int stop, F&& kept) {
-  for (int i = first; i < stop;) {
+// h through steps first .. stop of the chunk that begins at t, from document to document.
+template <class T, int kStates>
+__device__ void advance_documents(float (&h)[kStates], const float (&log2)[kStates], const Thread<T, kStates>& k,
+                                  const Run& run, int t, int first, int stop) {
+  for (int i = first; i < stop; i++) {
     const Document document = document_at(k.p.docs, k.at.b, t + i);
-    if (t + i == document.begin) enter_document(h, k, document, run);
-    const int pause = least(document.end - t, stop);
-    for (; i < pause; i++) {
-      advance(h, log2, k, i);
-      kept(i);
-    }
+    if (t + i == document.begin) load_matrix(h, k.p.initial_state, document.index, k, run);
+    float decay[kStates];
+    find_decays(decay, log2, k, i);
+    advance(h, h, decay, k, i);
   }
 }
 
-// The states that enter a unit of a chunk: of the first, the checkpoint; of the others, what find_starts left.
-template <int kStates>
-__device__ void enter_unit(float (&h)[kStates], const Thread<kStates>& k, const Run& run, int t, int unit) {
-  if (unit > 0) {
-#pragma unroll
-    for (int n = 0; n < kStates; n++) h[n] = k.state(Layout<kStates>::kStarts, unit - 1, n);
-  } else if (k.at.live) {
+// The states that enter a unit of a chunk, if no document begins with it: of the first, the checkpoint; of the others, what
+// find_starts left.
+template <class T, int kStates>
+__device__ void enter_unit(float (&h)[kStates], const Thread<T, kStates>& k, const Run& run, int t, int unit) {
+  if (unit == 0) {
     const int64_t chunks = (k.p.seqlen + kChunk - 1) / kChunk;
-    load_plane(h, k.p.checkpoints, k.at.b * chunks + t / kChunk, k.p, run, k.at.channel);
-  } else {
-    clear(h);
+    load_states(h, k.p.checkpoints, k.at.b * chunks + t / kChunk, k, run);
+    return;
+  }
+#pragma unroll
+  for (int c = 0; c < kAcross<kStates>; c++) {
+    const Vector<float, kEach> v = load_vector<kEach>(k.start(unit, c));
+#pragma unroll
+    for (int s = 0; s < kEach; s++) h[c * kEach + s] = v[s];
   }
 }
 
 // States that enter the units of a chunk after the first, into kStarts.
-template <int kStates>
-__device__ void find_starts(const float (&log2)[kStates], const Thread<kStates>& k, const Run& run, int t, int rows) {
-  float h[kStates];
+template <class T, int kStates>
+__device__ void find_starts(const float (&log2)[kStates], const Thread<T, kStates>& k, const Run& run, int t, int rows) {
+  float h[kStates], decay[kStates];
   enter_unit(h, k, run, t, 0);
-  advance_documents(h, log2, k, run, t, 0, (rows - 1) / kUnit * kUnit, [&](int i) {
-    if ((i + 1) % kUnit != 0) return;
+  for (int i = 0; i < (rows - 1) / kUnit * kUnit; i += kUnit) {
+    const Document document = document_at(k.p.docs, k.at.b, t + i);
+    if (document.begin < t + i && t + i + kUnit <= document.end) {
 #pragma unroll
-    for (int n = 0; n < kStates; n++) k.state(Layout<kStates>::kStarts, i / kUnit, n) = h[n];
-  });
+      for (int j = 0; j < kUnit; j++) {
+        find_decays(decay, log2, k, i + j);
+        advance(h, h, decay, k, i + j);
+      }
+    } else {
+      advance_documents(h, log2, k, run, t, i, i + kUnit);
+    }
+#pragma unroll
+    for (int c = 0; c < kAcross<kStates>; c++) {
+      store_vector<kEach>(k.start(i / kUnit + 1, c), {h[c * kEach], h[c * kEach + 1], h[c * kEach + 2], h[c * kEach + 3]});
+    }
+  }
 }
+
+// ---- back through it ----
 
 // What the adjoint of one run of states carries.
 template <int kStates>
@@ -145,208 +249,264 @@ struct Adjoint {
   float dA[kStates];
 };
 
-// Sums of `values` over the lanes, to the block's part at [kWarps][kStates].
-template <int kStates>
-__device__ void sum_over_channels(SharedPointer<float> part, float (&values)[kStates]) {
-  const float sum = warp_transposed_sum<kStates>(values);
-  if (transposed_sum_is_first<kStates>(lane())) part[warp_index() * kStates + transposed_sum_owner<kStates>(lane())] = sum;
-}
-
-// One step of the adjoint. h, before: the states after the step and those that entered it.
-template <int kStates>
-__device__ void step_back(Adjoint<kStates>& a, const float (&h)[kStates], const float (&before)[kStates],
-                          const Thread<kStates>& k, int i, SharedPointer<float> part, float& dx, float& dstep, float& y) {
-  using L = Layout<kStates>;
-  const float step = k.tile(L::kStep, i), x = step * k.tile(L::kU, i), dy = k.tile(L::kDy, i);
-  float values[kStates];
-#pragma unroll
-  for (int n = 0; n < kStates; n++) values[n] = dy * h[n];
-  sum_over_channels<kStates>(part + kWarps * kStates, values);
-  unroll<kStates / 4>([&]<int kQuad>() {
-    const Vector<float, 4> b = load_vector<4>(k.shared + (L::kB + i * kStates + 4 * kQuad));
-    const Vector<float, 4> c = load_vector<4>(k.shared + (L::kC + i * kStates + 4 * kQuad));
-    unroll<4>([&]<int j>() {
-      constexpr int n = 4 * kQuad + j;
-      const float dstate = a.dh[n] + dy * c[j];
-      y += h[n] * c[j];
-      values[n] = dstate * x;
-      dx += dstate * b[j];
-      a.dh[n] = dstate * decay_of<n>(step * a.log2[n]);
-      const float dexponent = a.dh[n] * before[n];
-      dstep += dexponent * a.log2[n];
-      a.dA[n] += dexponent * step;
-    });
-  });
-  sum_over_channels<kStates>(part, values);
-}
-
-// The gradients of one step from what the runs of states gave: they take the place of delta', u and dy -> dy u, a part of
-// dD.
-template <int kStates>
-__device__ float finish_step(const Thread<kStates>& k, int i, float skip, float dx, float dstep, float y) {
-  using L = Layout<kStates>;
-  const float step = k.tile(L::kStep, i), u = k.tile(L::kU, i), dy = k.tile(L::kDy, i);
-  k.tile(L::kStep, i) = dstep * kLn2 + dx * u;
-  k.tile(L::kU, i) = dx * step + dy * skip;
-  k.tile(L::kDy, i) = y + skip * u;
-  return dy * u;
-}
-
 // Where a run of states is among the others of its chunk.
 struct Turn {
   Run run;
   bool first, last;
 };
 
-// Step i of the chunk in one run of states: what the runs before it gave is added, and the last one finishes -> a part of
-// dD.
-template <int kStates>
-__device__ float take_step(Adjoint<kStates>& a, const float (&h)[kStates], const float (&before)[kStates],
-                           const Thread<kStates>& k, const Turn& turn, int i, float skip, SharedPointer<float> part) {
-  using L = Layout<kStates>;
-  float dx = 0, dstep = 0, y = 0;
-  if (!turn.first) {
-    dx = k.tile(L::kSums, i), dstep = k.tile(L::kSums + L::kTile, i), y = k.tile(L::kSums + 2 * L::kTile, i);
+// Sums over the channels of a warp, to the block's part at [kWarps][kStates].
+template <class T, int kStates>
+__device__ void sum_over_channels(SharedPointer<float> part, float (&values)[kEach], const Thread<T, kStates>& k) {
+  constexpr int kLast = kAcross<kStates>;
+  const float sum = transposed_sum<kEach, 16, kLast>(values);
+  if (transposed_sum_is_first<kEach, 16, kLast>(lane())) {
+    part[warp_index() * kStates + k.state + transposed_sum_owner<kEach>(lane())] = sum;
   }
-  step_back(a, h, before, k, i, part, dx, dstep, y);
-  if (turn.last) return finish_step(k, i, skip, dx, dstep, y);
-  k.tile(L::kSums, i) = dx, k.tile(L::kSums + L::kTile, i) = dstep, k.tile(L::kSums + 2 * L::kTile, i) = y;
-  return 0;
 }
 
-// Back through `count` steps, from document to document, of a unit of the chunk that begins at t -> the unit's part of dD.
-template <int kStates>
-__device__ float unit_back(Adjoint<kStates>& a, const Thread<kStates>& k, const Turn& turn, int t, int unit, int count,
-                           float skip, SharedPointer<float> partial) {
-  using L = Layout<kStates>;
-  const int begin = unit * kUnit;                               // in the chunk, as i below
-  const auto load_history = [&](float (&to)[kStates], int i) {  // the states that step i - 1 left
+// Sums over the states of a run -> that of the thread's own channel.
+template <int kChannels>
+__device__ float sum_over_states(float (&values)[kChannels]) {
+  if constexpr (kChannels == 1) {
+    return values[0];
+  } else {
+    return transposed_sum<kChannels, kChannels / 2>(values);
+  }
+}
+
+// The sums of one step over the states of a run, of the thread's own channel: dx is that of delta' u, y without D u.
+struct StepSums {
+  float dx, ddelta, y;
+};
+
+// The states after step i; its part of dC -> y, where it is wanted.
+template <class T, int kStates>
+__device__ __forceinline__ float step_forward(float (&after)[kStates], const float (&h)[kStates],
+                                              const float (&decay)[kStates], const Thread<T, kStates>& k, int i,
+                                              SharedPointer<float> part) {
+  using L = Layout<T, kStates>;
+  advance(after, h, decay, k, i);
+  const auto dy = k.tiles(L::kDy, i);
+  float dC[kEach] = {};
 #pragma unroll
-    for (int n = 0; n < kStates; n++) to[n] = k.state(L::kHistory, i - 1 - begin, n);
-  };
-  float h[kStates], dD = 0;
-  enter_unit(h, k, turn.run, t, unit);
-  advance_documents(h, a.log2, k, turn.run, t, begin, begin + count, [&](int i) {
-    if (i - begin == kUnit - 1) return;
+  for (int n = 0; n < kStates; n++) dC[n % kEach] += dy[n / kEach] * after[n];
+  sum_over_channels(part + kWarps * kStates, dC, k);
+  if (!k.p.z) return 0;
+  const Vector<float, kEach> C = k.projection(L::kC, i);
+  float y[kAcross<kStates>] = {};
 #pragma unroll
-    for (int n = 0; n < kStates; n++) k.state(L::kHistory, i - begin, n) = h[n];
-  });
-  for (int i = begin + count - 1; i >= begin;) {
-    const Document document = document_at(k.p.docs, k.at.b, t + i);
-    const int64_t matrix = static_cast<int64_t>(document.index) * k.p.dim + k.at.channel;
-    const bool begins = document.begin >= t + begin;
-    const int first = begins ? document.begin - t : begin;
-    if (t + i + 1 == document.end) load_row(a.dh, k.at.live ? k.q.dfinal_state : nullptr, matrix, k.p.dstate, turn.run);
-    for (; i >= first; i--) {
-      float before[kStates];
-      if (i > first) {
-        load_history(before, i);
-      } else if (begins) {
-        enter_document(before, k, document, turn.run);
-      } else {
-        enter_unit(before, k, turn.run, t, unit);
-      }
-      dD += take_step(a, h, before, k, turn, i, skip, partial + (i - begin) * 2 * kWarps * kStates);
+  for (int n = 0; n < kStates; n++) y[n / kEach] += after[n] * C[n % kEach];
+  return sum_over_states(y);
+}
+
+// The adjoint of step i, which `before` entered; its part of dB.
+template <class T, int kStates>
+__device__ __forceinline__ StepSums step_back(Adjoint<kStates>& a, const float (&before)[kStates],
+                                              const float (&decay)[kStates], const Thread<T, kStates>& k, int i,
+                                              SharedPointer<float> part) {
+  using L = Layout<T, kStates>;
+  const auto step = k.tiles(L::kStep, i), u = k.us(i), dy = k.tiles(L::kDy, i);
+  const Vector<float, kEach> B = k.projection(L::kB, i), C = k.projection(L::kC, i);
+  float dB[kEach] = {}, dx[kAcross<kStates>] = {}, ddelta[kAcross<kStates>] = {};
 #pragma unroll
-      for (int n = 0; n < kStates; n++) h[n] = before[n];
+  for (int n = 0; n < kStates; n++) {
+    const int c = n / kEach, s = n % kEach;
+    const float dstate = a.dh[n] + dy[c] * C[s];
+    dB[s] += dstate * (step[c] * u[c]);
+    dx[c] += dstate * B[s];
+    a.dh[n] = dstate * decay[n];
+    const float dexponent = a.dh[n] * before[n];
+    ddelta[c] += dexponent * a.log2[n];
+    a.dA[n] += dexponent * step[c];
+  }
+  sum_over_channels(part, dB, k);
+  return {sum_over_states(dx), sum_over_states(ddelta) * kLn2, 0};
+}
+
+// The gradients of one step of the thread's own channel, once all runs of states have given their sums: they take the place
+// of delta', u and dy -> dy u, a part of dD.
+template <class T, int kStates>
+__device__ float finish_step(const Thread<T, kStates>& k, const Turn& turn, int i, float skip, StepSums sums) {
+  using L = Layout<T, kStates>;
+  constexpr int kDx = L::kSums, kDdelta = kDx + L::kTile, kY = kDdelta + L::kTile;
+  if (!turn.first) sums.dx += k.tile(kDx, i), sums.ddelta += k.tile(kDdelta, i), sums.y += k.tile(kY, i);
+  if (!turn.last) {
+    k.tile(kDx, i) = sums.dx, k.tile(kDdelta, i) = sums.ddelta, k.tile(kY, i) = sums.y;
+    return 0;
+  }
+  const float step = k.tile(L::kStep, i), u = to_float(k.u(i)), dy = k.tile(L::kDy, i);
+  k.tile(L::kStep, i) = sums.ddelta + sums.dx * u;
+  k.u(i) = from_float<T>(sums.dx * step + dy * skip);
+  k.tile(L::kDy, i) = sums.y + skip * u;
+  return dy * u;
+}
+
+// Steps i .. i + kCount of the chunk, forward and back -> their part of dD. `partial` is that of step i; enter(h) gives the
+// state that enters step i. Registers hold the states and decays of all steps but the first, which are found twice: more
+// would be spilled.
+template <int kCount, class T, int kStates, class Enter>
+__device__ __forceinline__ float steps_back(Adjoint<kStates>& a, const Thread<T, kStates>& k, const Turn& turn, int i,
+                                            float skip, SharedPointer<float> partial, Enter&& enter) {
+  constexpr int kPart = 2 * kWarps * kStates;
+  float h[kCount + 1][kStates], decay[kCount][kStates], y[kCount], dD = 0;
+  enter(h[0]);
+#pragma unroll
+  for (int j = 0; j < kCount; j++) {
+    find_decays(decay[j], a.log2, k, i + j);
+    y[j] = step_forward(h[j + 1], h[j], decay[j], k, i + j, partial + j * kPart);
+  }
+#pragma unroll
+  for (int j = kCount - 1; j >= 0; j--) {
+    if (kCount > 1 && j == 0) {
+      enter(h[0]);
+      find_decays<true>(decay[0], a.log2, k, i);
     }
-    if (begins && k.at.live) store_row(k.q.dinitial_state, matrix, k.p.dstate, turn.run, a.dh);
-    if (i >= begin) load_history(h, i + 1);
+    StepSums sums = step_back(a, h[j], decay[j], k, i + j, partial + j * kPart);
+    sums.y = y[j];
+    warp_sync();  // a lane finishes its own channel, whose tiles others have read
+    dD += finish_step(k, turn, i + j, skip, sums);
   }
   return dD;
 }
 
-// The block's parts of dB and dC for the unit that begins at t: partial sums of its warps, added in order. By all threads.
-template <int kStates>
-__device__ void store_projection_parts(const Thread<kStates>& k, const Run& run, int t, int count,
+// Back through the `count` steps of a unit of the chunk that begins at t -> the unit's part of dD.
+template <class T, int kStates>
+__device__ float unit_back(Adjoint<kStates>& a, const Thread<T, kStates>& k, const Turn& turn, int t, int unit, int count,
+                           float skip, SharedPointer<float> partial) {
+  const int begin = unit * kUnit;  // in the chunk, as i below
+  const bool whole = count == kUnit && document_at(k.p.docs, k.at.b, t + begin).end >= t + begin + kUnit;
+  float dD = 0;
+  for (int i = whole ? begin : begin + count - 1; i >= begin; i--) {
+    const int last = whole ? begin + kUnit - 1 : i;
+    const Document document = document_at(k.p.docs, k.at.b, t + i);
+    const auto enter = [&](float (&h)[kStates]) {
+      if (t + i == document.begin) {
+        load_matrix(h, k.p.initial_state, document.index, k, turn.run);
+      } else {
+        enter_unit(h, k, turn.run, t, unit);
+        if (!whole) advance_documents(h, a.log2, k, turn.run, t, begin, i);
+      }
+    };
+    if (t + last + 1 == document.end) load_matrix(a.dh, k.q.dfinal_state, document.index, k, turn.run);
+    if (whole) {
+      dD += steps_back<kUnit>(a, k, turn, i, skip, partial, enter);
+    } else {
+      dD += steps_back<1>(a, k, turn, i, skip, partial + (i - begin) * 2 * kWarps * kStates, enter);
+    }
+    if (t + i == document.begin) store_matrix(k.q.dinitial_state, document.index, k, turn.run, a.dh);
+  }
+  return dD;
+}
+
+// A thread's column among the block's parts of dB and dC: it stays with one state of one of them, at every second step of a
+// unit of 16 states. Null behind the last state.
+template <class T, int kStates>
+__device__ float* parts_column(const Thread<T, kStates>& k, const Run& run) {
+  const int n = static_cast<int>(threadIdx.x) % kStates, which = static_cast<int>(threadIdx.x) / kStates % 2;
+  if (n >= run.count) return nullptr;
+  const int64_t part = k.at.block_of_all * k.p.batch + k.at.b;
+  return static_cast<float*>(which == 0 ? k.q.dB_parts : k.q.dC_parts) + part * k.p.seqlen * k.p.dstate + run.first + n;
+}
+
+// The parts of dB and dC of `count` steps from t on: partial sums of the block's warps, added in order. By all threads.
+template <class T, int kStates>
+__device__ void store_projection_parts(float* column, const Thread<T, kStates>& k, int t, int count,
                                        SharedPointer<float> partial) {
-  const int64_t part = (k.at.group * k.p.blocks_per_group() + k.at.block) * k.p.batch + k.at.b;
-  for (int e = threadIdx.x; e < count * 2 * kStates; e += kScanThreads) {
-    const int n = e % kStates, which = e / kStates % 2, i = e / (2 * kStates);
-    if (n >= run.count) continue;
+  constexpr int kSumsOfStep = 2 * kStates, kStepsAtOnce = kScanThreads / kSumsOfStep;
+  const int n = static_cast<int>(threadIdx.x) % kStates, which = static_cast<int>(threadIdx.x) / kStates % 2;
+#pragma unroll
+  for (int j = 0; j < kUnit; j += kStepsAtOnce) {
+    const int i = j + static_cast<int>(threadIdx.x) / kSumsOfStep;
+    if (i >= count || column == nullptr) continue;
+    const SharedPointer<float> sums = partial + ((i * 2 + which) * kWarps * kStates + n);
     float sum = 0;
-    for (int w = 0; w < kWarps; w++) sum += partial[((i * 2 + which) * kWarps + w) * kStates + n];
-    float* to = static_cast<float*>(which == 0 ? k.q.dB_parts : k.q.dC_parts);
-    to[(part * k.p.seqlen + t + i) * k.p.dstate + run.first + n] = sum;
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) sum += sums[w * kStates];
+    column[(t + i) * k.p.dstate] = sum;
   }
 }
 
 // Takes ddelta' back through softplus and y through the gate, and stores the gradients of a chunk -> its part of
 // ddelta_bias.
 template <class T, int kStates>
-__device__ float store_chunk(const Thread<kStates>& k, int t, int rows) {
-  using L = Layout<kStates>;
+__device__ float store_chunk(const Thread<T, kStates>& k, int t, int rows) {
+  using L = Layout<T, kStates>;
+  constexpr int kRows = 8;
   const SelectiveScan& p = k.p;
   const float bias = p.delta_bias != nullptr ? static_cast<const float*>(p.delta_bias)[k.at.channel] : 0.f;
   float dbias = 0;
   if (!k.at.live) return dbias;
-  for (int i = 0; i < rows; i += kUnit) {
-    const int count = least(rows - i, kUnit);
-    float du[kUnit], ddelta[kUnit], values[kUnit];
+  for (int i = 0; i < rows; i += kRows) {
+    const int count = least(rows - i, kRows);
+    float du[kRows], ddelta[kRows], values[kRows];
     load_steps<T>(values, p.delta, k.at.b, t + i, k.at.channel, count);
 #pragma unroll
-    for (int j = 0; j < kUnit; j++) {
+    for (int j = 0; j < kRows; j++) {
       const float raw = values[j] + bias;
-      du[j] = k.tile(L::kU, i + j), ddelta[j] = k.tile(L::kStep, i + j);
+      du[j] = to_float(k.u(i + j)), ddelta[j] = k.tile(L::kStep, i + j);
       if (p.delta_softplus && !(raw > 20.f)) ddelta[j] *= sigmoid(raw);
       if (j < count) dbias += ddelta[j];
     }
     store_steps<T>(k.q.du, k.at.b, t + i, k.at.channel, du, count);
     store_steps<T>(k.q.ddelta, k.at.b, t + i, k.at.channel, ddelta, count);
     if (p.z) {
-      float dout[kUnit];
+      float dout[kRows];
       load_steps<T>(values, p.z, k.at.b, t + i, k.at.channel, count);
       load_steps<T>(dout, k.q.dout, k.at.b, t + i, k.at.channel, count);
 #pragma unroll
-      for (int j = 0; j < kUnit; j++) values[j] = dout[j] * k.tile(L::kDy, i + j) * silu_gradient(values[j]);
+      for (int j = 0; j < kRows; j++) values[j] = dout[j] * k.tile(L::kDy, i + j) * silu_gradient(values[j]);
       store_steps<T>(k.q.dz, k.at.b, t + i, k.at.channel, values, count);
     }
   }
   return dbias;
 }
 
+// Four blocks on a multiprocessor, as many as their shared memory leaves room for in 16 bits.
 template <class T, int kStates>
-__global__ void __launch_bounds__(kScanThreads, 3) scan_back(SelectiveScanBackward q, ScanSplit split) {
-  using L = Layout<kStates>;
+__global__ void __launch_bounds__(kScanThreads, 4) scan_back(SelectiveScanBackward q, ScanSplit split) {
+  using L = Layout<T, kStates>;
   const SelectiveScan& p = q.forward;
   const Place at(p, split);
   const int runs = p.dstate > 0 ? runs_of<kStates>(p.dstate) : 1;
-  const Thread<kStates> k{q, p, at, dynamic_shared<float>(0, L::bytes(runs > 1) / static_cast<int>(sizeof(float)))};
+  const Thread<T, kStates> k(q, at, runs > 1);
   const int64_t slot = at.slot(split);
   const float skip = p.D != nullptr ? static_cast<const float*>(p.D)[at.channel] : 0.f;
   Adjoint<kStates> a;
   float dD = 0, dbias = 0;
-  int half = 0;
   const int last_chunk = (at.end - 1) / kChunk * kChunk;
   for (int t = last_chunk; t >= at.begin; t -= kChunk) {
     const int rows = least(at.end - t, kChunk);
-    fill<T>(k, t, rows);
+    fill(k, t, rows);
     for (int r = 0; r < runs; r++) {
       const Turn turn{Run::of<kStates>(p.dstate, r), r == 0, r == runs - 1};
       // What was staged before was read before the barrier of the last unit.
       stage<T, kStates, kChunk>(k.shared + L::kB, p.B, at, t, rows, turn.run);
       stage<T, kStates, kChunk>(k.shared + L::kC, p.C, at, t, rows, turn.run);
       if (runs > 1 || t == last_chunk) {
-        load_decays(a.log2, p, turn.run, at.channel);
+        load_matrix(a.log2, p.A, 0, k, turn.run);
+#pragma unroll
+        for (int n = 0; n < kStates; n++) a.log2[n] *= kLog2e;
         clear(a.dh), clear(a.dA);
-        if ((split.segments > 1 || t < last_chunk) && at.live) load_plane(a.dh, split.states, slot, p, turn.run, at.channel);
-        if (t < last_chunk) load_row(a.dA, q.dA_parts, slot * p.dim + at.channel, p.dstate, turn.run);
+        if (split.segments > 1 || t < last_chunk) load_states(a.dh, split.states, slot, k, turn.run);
+        if (t < last_chunk) load_matrix(a.dA, q.dA_parts, slot, k, turn.run);
       }
+      float* const column = parts_column(k, turn.run);
       __syncthreads();
       find_starts(a.log2, k, turn.run, t, rows);
-      for (int s = (rows - 1) / kUnit; s >= 0; s--, half ^= 1) {
+      for (int s = (rows - 1) / kUnit; s >= 0; s--) {
         const int count = least(rows - s * kUnit, kUnit);
-        const SharedPointer<float> partial = k.shared + (L::kPartial + half * kUnit * 2 * kWarps * kStates);
+        const SharedPointer<float> partial = k.shared + (L::kPartial + s % 2 * kUnit * 2 * kWarps * kStates);
         dD += unit_back(a, k, turn, t, s, count, skip, partial);
         __syncthreads();
-        store_projection_parts(k, turn.run, t + s * kUnit, count, partial);
+        store_projection_parts(column, k, t + s * kUnit, count, partial);
       }
-      if (at.live && (runs > 1 || t == at.begin)) {
-        if (runs > 1) store_plane(split.states, slot, p, turn.run, at.channel, a.dh);
-        store_row(q.dA_parts, slot * p.dim + at.channel, p.dstate, turn.run, a.dA);
+      if (runs > 1 || t == at.begin) {
+        if (runs > 1) store_states(split.states, slot, k, turn.run, a.dh);
+        store_matrix(q.dA_parts, slot, k, turn.run, a.dA);
       }
     }
-    dbias += store_chunk<T>(k, t, rows);
+    dbias += store_chunk(k, t, rows);
   }
   if (!at.live) return;
   static_cast<float*>(q.dD_parts)[slot * p.dim + at.channel] = dD;
@@ -410,8 +570,8 @@ void run_scan_back(const SelectiveScanBackward& q, const ScanSplit& split, Strea
     const int64_t chains = (p.batch * p.dstate * p.dim + kScanThreads - 1) / kScanThreads;
     launch("selective_scan_backward chain", chain_segments<true>, chains, kScanThreads, 0, stream, p, split);
   }
-  launch("selective_scan_backward", scan_back<T, kStates>, blocks, kScanThreads, Layout<kStates>::bytes(p.dstate > kStates),
-         stream, q, split);
+  launch("selective_scan_backward", scan_back<T, kStates>, blocks, kScanThreads,
+         Layout<T, kStates>::floats(p.dstate > kStates) * sizeof(float), stream, q, split);
 }
 
 }  // namespace

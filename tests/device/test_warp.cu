@@ -56,26 +56,31 @@ __global__ void scans(int* out) {
   out[kThreads + threadIdx.x] = block_inclusive_scan<kThreads>(marked, shared, [](int a, int b) { return b != 0 ? b : a; });
 }
 
-template <int N>
+template <int N, int kFirst, int kLast>
 __global__ void transposed_sums(float* out, int* owners, int* firsts) {
   float v[N];
   for (int i = 0; i < N; i++) v[i] = static_cast<float>((i + 1) * (lane() + 1));
-  out[threadIdx.x] = warp_transposed_sum<N>(v);
-  owners[threadIdx.x] = transposed_sum_owner<N>(lane());
-  firsts[threadIdx.x] = transposed_sum_is_first<N>(lane());
+  out[threadIdx.x] = transposed_sum<N, kFirst, kLast>(v);
+  owners[threadIdx.x] = transposed_sum_owner<N, kFirst>(lane());
+  firsts[threadIdx.x] = transposed_sum_is_first<N, kFirst, kLast>(lane());
 }
 
-template <int N>
+template <int N, int kFirst = 16, int kLast = 1>
 void check_transposed_sums() {
   harness::Array<float> out(32);
   harness::Array<int> owners(32), firsts(32);
-  harness::run(transposed_sums<N>, 1, 32, 0, out.get(), owners.get(), firsts.get());
-  std::vector<int> held(N, 0);
+  harness::run(transposed_sums<N, kFirst, kLast>, 1, 32, 0, out.get(), owners.get(), firsts.get());
+  const int summed = (2 * kFirst - 1) & ~(kLast - 1);  // bits of a lane's number
+  std::vector<int> held(N * 32, 0);
   for (int l = 0; l < 32; l++) {
-    EXPECT(out[l] == static_cast<float>((owners[l] + 1) * 528));  // 1 + .. + 32
-    held[owners[l]] += firsts[l];
+    int lanes = 0;
+    for (int other = 0; other < 32; other++) lanes += ((l ^ other) & ~summed) == 0 ? other + 1 : 0;
+    EXPECT(out[l] == static_cast<float>((owners[l] + 1) * lanes));
+    held[owners[l] * 32 + (l & ~summed)] += firsts[l];
   }
-  for (int count : held) EXPECT(count == 1);
+  for (int group = 0; group < 32; group++) {
+    for (int i = 0; i < N; i++) EXPECT(held[i * 32 + group] == ((group & summed) == 0 ? 1 : 0));
+  }
 }
 
 }  // namespace
@@ -150,4 +155,7 @@ TEST(transposed_sums) {
   check_transposed_sums<4>();
   check_transposed_sums<16>();
   check_transposed_sums<32>();
+  check_transposed_sums<4, 16, 4>();  // over the lanes of equal lane % 4
+  check_transposed_sums<4, 2, 1>();   // over four neighbours
+  check_transposed_sums<1, 8, 2>();
 }
