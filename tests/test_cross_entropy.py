@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -59,6 +63,34 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     monkeypatch.setattr(cross_entropy, "_losses", cross_entropy_kernel.losses)
     return cross_entropy_kernel
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from madkernels.fused.cross_entropy_kernel import BLOCK, _row
+
+scalars = {"targets": "*i64", "found": "*fp32", "vocab": "i32", "ignore_index": "i32"}
+for capability in (80, 90):
+    for dtype in ("fp32", "bf16", "fp16"):
+        signature = {"logits": f"*{dtype}", "stride": "i64", **scalars, "DIFFERENTIATE": "constexpr", "BLOCK": "constexpr"}
+        source = ASTSource(fn=_row, signature=signature, constexprs={"DIFFERENTIATE": True, "BLOCK": BLOCK})
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+        print(capability, dtype, len(compiled.asm["cubin"]))
+"""
+
+
+def test_kernel_compiles_for_gpus(tmp_path: Path) -> None:
+    """In another process, since Triton's interpreter is chosen when the kernel is defined. No GPU is needed."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    sizes = [int(line.split()[2]) for line in run.stdout.splitlines()]
+    assert len(sizes) == 6
+    assert min(sizes) > 0
 
 
 # ---- values and gradients

@@ -11,6 +11,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+import cuda_check
 import pytest
 import torch
 from torch import Tensor
@@ -65,6 +66,42 @@ def test_loads_beside_a_torch_with_cuda() -> None:
     assert part is not None, why
     assert part.build_info()["version"] == madkernels.__version__
     assert {op.removesuffix("_backward").removesuffix("_step") for op in cuda.ops_with_kernels()} == set(OPS)
+
+
+@pytest.mark.skipif(cuda_check.find_nvcc() is None, reason="there is no nvcc")
+def test_what_is_said_of_a_gpu_that_cannot_be_used(tmp_path: Path) -> None:
+    """By the part's own code, linked with a CUDA runtime that answers as it is told."""
+    flags = ["-std=c++20", "--expt-relaxed-constexpr", "-Icsrc", "-DMADKERNELS_CUDA", '-DMADKERNELS_CUDA_ARCHS="80,90a"']
+    sources = ["tests/cuda_errors.cpp", "csrc/common/cuda_errors.cu"]
+    command = [str(cuda_check.find_nvcc()), *flags, "-arch=sm_90", "-Xlinker", "--allow-multiple-definition", *sources]
+    built = subprocess.run([*command, "-o", tmp_path / "errors"], cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    found = subprocess.run([tmp_path / "errors"], capture_output=True, text=True, check=True)
+    said = dict(line.split(": ", 1) for line in found.stdout.splitlines())
+    earlier = "a CUDA call before madkernels' some_kernel failed: cudaErrorName: what CUDA says. CUDA tells of errors late"
+    for case, beginning, end in [
+        ("good", "", ""),
+        ("old GPU", "GPU 1 (Some GPU, compute capability 7.5) is too old", "keep the tensors on the CPU"),
+        (
+            "not built for it",
+            "GPU 1 (Some GPU, compute capability 9.5) cannot run madkernels' CUDA kernels",
+            "with this GPU",
+        ),
+        ("PTX too new", "GPU 1 (Some GPU", "with MADKERNELS_CUDA=on on the machine with this GPU"),
+        ("old driver", "GPU 1 cannot be used: cudaErrorName", "build madkernels with an older CUDA toolkit"),
+        ("old GPU in use", "GPU 1 (Some GPU, compute capability 7.5) is too old", "keep the tensors on the CPU"),
+        ("another GPU in use", "no error", ""),
+        ("it is asked once", "no error", ""),
+        ("before a launch", earlier, "to see which call it was"),
+        ("late", earlier, "to see which call it was"),
+        ("of the launch", "launching some_kernel failed: cudaErrorName: what CUDA says", ""),
+        ("afterwards", "no error", ""),
+    ]:
+        assert said[case].startswith(beginning), case
+        assert said[case].endswith(end), case
+    assert "the kernels were built for 80,90a" in said["not built for it"]
+    assert "the driver is older than the nvcc of the build" in said["PTX too new"]
+    assert len(said) == 12, "a device is left current that was not before"
 
 
 @pytest.mark.skipif(bool(cuda.ops_with_kernels()), reason="CUDA kernels are here")
