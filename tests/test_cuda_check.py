@@ -1,10 +1,11 @@
-"""How `make cuda-check` reads ptxas."""
+"""How `make cuda-check` reads ptxas, and tests/cuda_blocks.py a disassembly."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import cuda_blocks
 import cuda_check
 import pytest
 from cuda_check import Compiled, Kernel, as_markdown, as_text, compile_file, parse, problems, rows, short_name
@@ -85,3 +86,31 @@ def test_says_where_nvcc_was_looked_for(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(sys, "argv", ["cuda_check.py"])
     assert cuda_check.main() == 2
     assert "no nvcc on PATH" in capsys.readouterr().err
+
+
+LISTING = """\
+\t.headerflags\t@"EF_CUDA_TEXTURE_MODE_UNIFIED"
+.text._Z5otherv:
+        /*0000*/                   EXIT ;
+.text._Z4scanPf:
+.L_x_7:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 IMAD.MOV.U32 R2, RZ, RZ, R3 ;
+        /*0020*/                   ISETP.GE.AND P0, PT, R2, R3, PT ;
+        /*0030*/               @P0 BRA `(.L_x_9) ;
+.L_x_8:
+        /*0040*/                   FFMA R4, R5, R6, R4 ;
+        /*0050*/                   FFMA.FTZ R4, R5, R6, R4 ;
+.L_x_9:
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_blocks_of_a_kernel() -> None:
+    found = dict(cuda_blocks.functions(LISTING))
+    assert list(found) == ["_Z5otherv", "_Z4scanPf"]
+    first, second, last = cuda_blocks.blocks(found["_Z4scanPf"])
+    assert (first.first, len(first.instructions), first.branch) == (0, 4, "@P0 BRA `(.L_x_9)")
+    assert first.mnemonics == {"LDC": 1, "IMAD": 1, "ISETP": 1, "BRA": 1}
+    assert (second.first, second.mnemonics, second.branch) == (4, {"FFMA": 2}, "")
+    assert cuda_blocks.as_line(last) == "     6     1  EXIT:1  EXIT"

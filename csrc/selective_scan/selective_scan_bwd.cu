@@ -104,7 +104,7 @@ __device__ void for_states(const Thread<T, kStates>& k, const Run& run, F&& f) {
   }
 }
 
-// matrix [rows, dim, dstate], absent: zeros. Of one row, as load_rows and store_rows.
+// Of one row of matrix [rows, dim, dstate]; absent: zeros.
 template <class T, int kStates>
 __device__ void load_matrix(float (&v)[kStates], const void* matrix, int64_t row, const Thread<T, kStates>& k,
                             const Run& run) {
@@ -121,7 +121,7 @@ __device__ void store_matrix(void* matrix, int64_t row, const Thread<T, kStates>
   for_states(k, run, [&](int n, int channel, int state) { to[channel * k.p.dstate + state] = v[n]; });
 }
 
-// planes [slots, dstate, dim], of one slot.
+// Of one slot of planes [slots, dstate, dim].
 template <class T, int kStates>
 __device__ void load_states(float (&v)[kStates], const void* planes, int64_t slot, const Thread<T, kStates>& k,
                             const Run& run) {
