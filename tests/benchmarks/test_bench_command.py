@@ -12,6 +12,7 @@ import typer
 from fakes import FixedRates
 from typer.testing import CliRunner
 
+from madkernels import cuda
 from madkernels.benchmarks import harness, report
 from madkernels.benchmarks.cases import ConvCase
 from madkernels.benchmarks.harness import Measured, Result
@@ -94,7 +95,6 @@ def test_peers_that_are_absent_are_listed() -> None:
         (["causal_conv", "--peers", "cudnn"], "causal_conv has no peer 'cudnn'; expected auto, none, or reference"),
         (["causal_conv", "--shapes", "gpt"], "no case 'gpt' of causal_conv; expected mamba-130m"),
         (["causal_conv", "--shapes", "no/such.json"], "--shapes no/such.json: .*No such file"),
-        (["causal_conv", "--device", "cuda"], "--device cuda: causal_conv has no CUDA kernel here"),
         (["causal_conv", "--device", "tpu"], "--device: 'tpu' is not known; expected cpu"),
         (["causal_conv", "--device", "cuda:x"], "--device: 'cuda:x' is not known; expected cpu"),
     ],
@@ -102,6 +102,13 @@ def test_peers_that_are_absent_are_listed() -> None:
 def test_refusals(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(*arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_refuses_a_gpu_that_is_not_there() -> None:
+    wanted = "torch sees 0 GPUs; see madkernels doctor" if cuda.ops_with_kernels() else "causal_conv has no CUDA kernel here"
+    with pytest.raises(ValueError, match=f"--device cuda: {wanted}"):
+        run("causal_conv", "--device", "cuda")
 
 
 @pytest.mark.parametrize(
