@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 OPS = ("selective_scan", "causal_conv", "fft_conv")
 TESTED_WITH = ("pytest", "hypothesis")
+WORKERS = 4  # processes that run op tests, where pytest-xdist is installed: most of their time is the CPU's
 CUDA_BIN = "/usr/local/cuda/bin"
 CASES: dict[str, dict[str, Any]] = {  # what the pages of the ops state an expected time for
     "selective_scan": {"name": "training", "batch": 8, "seqlen": 2048, "dim": 8192, "dstate": 16},
@@ -139,7 +140,8 @@ def check_ops(checks: Checks) -> None:
         checks.skip("op-tests", f"{' and '.join(absent)} not installed: give a folder of wheels as WHEELS")
     else:
         tests = [f"tests/test_{op}.py" for op in OPS]
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--backend", "cuda", *tests]
+        workers = [] if missing(("xdist",)) else ["-n", str(WORKERS)]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "--backend", "cuda", *tests]
         checks.run("op-tests", pytest, LIMITS["op-tests"])
     checks.run("smoke", [sys.executable, "tests/gpu_smoke.py"], LIMITS["smoke"])
     sanitizer = shutil.which("compute-sanitizer", path=checks.environment["PATH"])
