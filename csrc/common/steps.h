@@ -19,7 +19,7 @@ __device__ I most(I a, I b) {
   return a > b ? a : b;
 }
 
-// v[i] = rows[b, t + i, channel], i < count; zero from there on.
+// v[i] = rows[b, t + i, channel], i < count; zero from there on. Whole stretches have no condition at each step.
 template <class T, int kSteps>
 __device__ void load_steps(float (&v)[kSteps], const Rows& rows, int b, int t, int channel, int count) {
   constexpr int kWide = 16 / static_cast<int>(sizeof(T));
@@ -31,6 +31,9 @@ __device__ void load_steps(float (&v)[kSteps], const Rows& rows, int b, int t, i
 #pragma unroll
       for (int k = 0; k < kWide; k++) v[i + k] = to_float(wide[k]);
     }
+  } else if (count == kSteps) {
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) v[i] = to_float(p[i * rows.row]);
   } else {
 #pragma unroll
     for (int i = 0; i < kSteps; i++) v[i] = i < count ? to_float(p[i * rows.row]) : 0.f;
@@ -49,6 +52,9 @@ __device__ void store_steps(const Rows& rows, int b, int t, int channel, const f
       for (int k = 0; k < kWide; k++) wide[k] = from_float<T>(v[i + k]);
       store_vector<kWide>(p + i, wide);
     }
+  } else if (count == kSteps) {
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) p[i * rows.row] = from_float<T>(v[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < kSteps; i++) {
