@@ -48,15 +48,6 @@ __device__ __forceinline__ T* dynamic_shared(int offset, int) {
 
 #endif
 
-// Calls f.operator()<0>() .. <kCount - 1>(), so that the number is a constant in each.
-template <int kCount, int kFirst = 0, class F>
-__device__ __forceinline__ void unroll(F&& f) {
-  if constexpr (kFirst < kCount) {
-    f.template operator()<kFirst>();
-    unroll<kCount, kFirst + 1>(f);
-  }
-}
-
 }  // namespace madkernels::device
 
 #include "common/math.h"

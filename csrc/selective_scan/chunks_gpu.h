@@ -106,13 +106,6 @@ __device__ void load_decays(float (&log2)[kStates], const SelectiveScan& p, cons
   for (int n = 0; n < kStates; n++) log2[n] *= kLog2e;
 }
 
-// 2^x for state n of a run. Two of 16 go to the FMA pipes: a special-function unit takes a warp's 2^x in 8 cycles, against 4
-// to 5 issue slots for the rest of a state's step, so that both are about equally busy.
-template <int kState>
-__device__ float decay_of(float x) {
-  return kState % 8 == 7 ? exp2_fma(x) : exp2_mufu(x);
-}
-
 // staged[i * kStates + n] = projection[b, t + i, group, first + n], i < kRows; zero where there is none. By all threads,
 // each of which stays with one n.
 template <class T, int kStates, int kRows>

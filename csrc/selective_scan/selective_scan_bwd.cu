@@ -551,7 +551,8 @@ __global__ void __launch_bounds__(kScanThreads, 6) scan_back_segment(SelectiveSc
         if (t + i + 1 == document.end) {
           load_row(dh, q.dfinal_state, static_cast<int64_t>(document.index) * p.dim + at.channel, p.dstate, run);
         }
-        unroll<kStates>([&]<int n>() { dh[n] = (dh[n] + dy[i] * C[i * kStates + n]) * decay_of<n>(step[i] * log2[n]); });
+#pragma unroll
+        for (int n = 0; n < kStates; n++) dh[n] = (dh[n] + dy[i] * C[i * kStates + n]) * exp2_mufu(step[i] * log2[n]);
         elapsed += step[i];
         if (t + i == document.begin && t + i > 0) document = document_at(p.docs, at.b, t + i - 1);
       }

@@ -32,18 +32,20 @@ __device__ void walk(float (&h)[kStates], const float (&log2)[kStates], const Co
     const int at = i * kScanThreads + static_cast<int>(threadIdx.x);
     const float step = columns.step[at], input = columns.input[at];
     float sums[2] = {kSums ? columns.sum[at] : 0.f, 0.f};
-    unroll<kStates / 4>([&]<int kQuad>() {
-      const Vector<float, 4> b = load_vector<4>(B + (i * kStates + 4 * kQuad));
+#pragma unroll
+    for (int quad = 0; quad < kStates; quad += 4) {
+      const Vector<float, 4> b = load_vector<4>(B + (i * kStates + quad));
       Vector<float, 4> c{};
-      if (kSums) c = load_vector<4>(C + (i * kStates + 4 * kQuad));
-      unroll<4>([&]<int k>() {
-        constexpr int n = 4 * kQuad + k;
+      if (kSums) c = load_vector<4>(C + (i * kStates + quad));
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const int n = quad + k;
         if (kAll || n < count) {
-          h[n] = decay_of<n>(step * log2[n]) * h[n] + input * b[k];
+          h[n] = exp2_mufu(step * log2[n]) * h[n] + input * b[k];
           if (kSums) sums[n % 2] += h[n] * c[k];
         }
-      });
-    });
+      }
+    }
     if (kSums) columns.sum[at] = sums[0] + sums[1];
   }
 }
