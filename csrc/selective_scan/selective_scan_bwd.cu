@@ -36,8 +36,11 @@ struct Layout {
   static constexpr int kStarts = kDy + kTile;           // [kUnits - 1][kAcross][kScanThreads][kEach]: what enters each unit
   static constexpr int kB = kStarts + (kUnits - 1) * kStates * kScanThreads;  // [kChunk][kStates]
   static constexpr int kC = kB + kChunk * kStates;
-  static constexpr int kPartial = kC + kChunk * kStates;                  // [2][kUnit][dB, dC][kWarps][kStates]
-  static constexpr int kU = kPartial + 2 * kUnit * 2 * kWarps * kStates;  // u; then du: a tile of T
+  // [kUnit][dB, dC][kWarps][kStates]: sums over channels of the chunk's last unit. Those of another unit take the place of
+  // what entered the unit behind it.
+  static constexpr int kPartial = kC + kChunk * kStates;
+  static constexpr int partial(int unit) { return unit == kUnits - 1 ? kPartial : kStarts + unit * kStates * kScanThreads; }
+  static constexpr int kU = kPartial + kUnit * 2 * kWarps * kStates;  // u; then du: a tile of T
   static constexpr int kSums = kU + kTile * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(float));
   // The last: dx, ddelta', y of earlier runs of states, if there are any.
   static constexpr int floats(bool many) { return kSums + (many ? 3 * kTile : 0); }
@@ -462,7 +465,8 @@ __device__ float store_chunk(const Thread<T, kStates>& k, int t, int rows) {
   return dbias;
 }
 
-// Four blocks on a multiprocessor, as many as their shared memory leaves room for in 16 bits.
+// Four blocks on a multiprocessor of an H100, three on one of an A100: as many as their shared memory leaves room for in 16
+// bits.
 template <class T, int kStates>
 __global__ void __launch_bounds__(kScanThreads, 4) scan_back(SelectiveScanBackward q, ScanSplit split) {
   using L = Layout<T, kStates>;
@@ -496,7 +500,7 @@ __global__ void __launch_bounds__(kScanThreads, 4) scan_back(SelectiveScanBackwa
       find_starts(a.log2, k, turn.run, t, rows);
       for (int s = (rows - 1) / kUnit; s >= 0; s--) {
         const int count = least(rows - s * kUnit, kUnit);
-        const SharedPointer<float> partial = k.shared + (L::kPartial + s % 2 * kUnit * 2 * kWarps * kStates);
+        const SharedPointer<float> partial = k.shared + L::partial(s);
         dD += unit_back(a, k, turn, t, s, count, skip, partial);
         __syncthreads();
         store_projection_parts(column, k, t + s * kUnit, count, partial);
