@@ -17,7 +17,7 @@ using namespace device::conv;
 template <int kLanes>
 struct Sums {
   float dtaps[kLanes][kWide] = {}, dbias[kLanes] = {};
-  float behind[kLanes][kHalo];  // g of the steps after the group, once it is done of its first steps
+  float behind[kLanes][kHalo];  // g of the first steps of the group behind
 };
 
 // g of steps t .. t + count, else zero, and the inputs that their taps meet.
@@ -59,6 +59,7 @@ __device__ float kept_gradient(const CausalConvBackward& q, const Channel& at, c
   return to_float(*state_at<T>(q.forward, q.dfinal_state, document.index, row, at.channel));
 }
 
+// The group of steps that begins at t: its dx, and what it adds to the sums.
 template <class T, int kLanes>
 __device__ void back_group(Sums<kLanes>& sums, const CausalConvBackward& q, const Channel& at, const Document& document,
                            const Filter<kLanes>& filter, int t) {
