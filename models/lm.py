@@ -20,6 +20,7 @@ NORM_EPS = 1e-5
 
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+Place = Callable[[nn.Module, nn.Module], None]
 
 
 class Backbone(nn.Module):
@@ -30,10 +31,15 @@ class Backbone(nn.Module):
 
     recompute: Callable[[], Contexts] | None = None
 
-    def __init__(self, arch: Architecture, dim: int) -> None:
+    def __init__(self, arch: Architecture, dim: int, place: Place | None = None) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(spec.build(dim) for spec in arch.layers)
-        self.norms = nn.ModuleList(nn.RMSNorm(dim, eps=NORM_EPS) for _ in arch.layers)
+        self.layers, self.norms = nn.ModuleList(), nn.ModuleList()
+        for spec in arch.layers:
+            norm, layer = nn.RMSNorm(dim, eps=NORM_EPS), spec.build(dim)
+            if place:
+                place(norm, layer)
+            self.layers.append(layer)
+            self.norms.append(norm)
         self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, states: list[State] | None = None) -> Tensor:
@@ -67,19 +73,29 @@ class HybridLM(nn.Module):
         vocab_size: number of tokens.
         dim: width of the residual stream.
         tied: whether the unembedding is the embedding, without a bias; otherwise it is a linear layer of its own.
+        place: called with each layer's norm and the layer as soon as it is made, to move or shard it: a large model is then
+            nowhere in one piece.
 
     Raises:
         SpecError: the string cannot be read. ValueError: a layer does not go with this width.
     """
 
-    def __init__(self, arch: Architecture | str, *, vocab_size: int, dim: int = 128, tied: bool = False) -> None:
+    def __init__(
+        self,
+        arch: Architecture | str,
+        *,
+        vocab_size: int,
+        dim: int = 128,
+        tied: bool = False,
+        place: Place | None = None,
+    ) -> None:
         super().__init__()
         check_positive(vocab_size=vocab_size, dim=dim)
         self.arch = parse(arch) if isinstance(arch, str) else arch
         self.vocab_size, self.dim, self.tied = vocab_size, dim, tied
         self.embedding = nn.Embedding(vocab_size, dim)
         init_embedding(self.embedding)
-        self.backbone = Backbone(self.arch, dim)
+        self.backbone = Backbone(self.arch, dim, place)
         self.unembedding = nn.Linear(dim, vocab_size, bias=not tied)
         if tied:
             self.unembedding.weight = self.embedding.weight

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import noop_context_fn
 from madkernels.fused import linear_cross_entropy
 from madkernels.models import HybridLM, counting
 from madkernels.models.init import parameter_groups
+from madkernels.models.lm import Place
 from madkernels.runs.engines import Diverged
 from madkernels.scaling import checkpoint
 from madkernels.scaling.data import Batch, Batches, Corpus, held_out
@@ -86,10 +87,10 @@ class Objective(nn.Module):
         return linear_cross_entropy(hidden, head.weight, targets.flatten(), head.bias)
 
 
-def build(run: LMRun) -> HybridLM:
+def build(run: LMRun, place: Place | None = None) -> HybridLM:
     """The model of a run, initialised by its seed. ValueError where the architecture does not go with the width."""
     torch.manual_seed(run.recipe.seed)
-    return HybridLM(run.arch, vocab_size=run.vocab_size, dim=run.dim, tied=run.tied)
+    return HybridLM(run.arch, vocab_size=run.vocab_size, dim=run.dim, tied=run.tied, place=place)
 
 
 def train(
@@ -132,10 +133,11 @@ class _Trainer:
         options = {"batch": self.recipe.batch, "seqlen": self.recipe.seqlen, "seed": self.recipe.seed}
         self.end, self.batches = corpus.end, Batches(corpus.split("train"), corpus.end, **options)
         self.held_out = held_out(corpus.split("validation"), self.recipe.seqlen, self.recipe.held_out)
-        model = build(run)
+        with torch.device("meta"):
+            model = build(run)
         self.params = counting.params(model) - counting.embedding_params(model)
         self.flops_per_token = counting.training_flops(model, self.recipe.seqlen)
-        self.objective = _prepared(Objective(model), how, self.device, self.ranks)
+        self.objective = _objective(run, how, self.device, self.ranks)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.objective, self.recipe.weight_decay), lr=self.recipe.lr, betas=BETAS, fused=True
         )
@@ -312,20 +314,26 @@ def processes(device: str) -> Iterator[bool]:
         dist.destroy_process_group()
 
 
-def _prepared(objective: Objective, how: Execution, device: torch.device, ranks: int) -> Objective:
-    """Recomputation inside, compilation around it, shards around that."""
-    backbone = objective.model.backbone
-    if how.checkpointing != "none":
-        backbone.recompute = noop_context_fn if how.checkpointing == "full" else partial(selective_contexts, kept_results())
-    if how.compile:
-        for layer in backbone.layers:
+def _objective(run: LMRun, how: Execution, device: torch.device, ranks: int) -> Objective:
+    """Recomputation inside, compilation around it, shards around that. Each layer goes where it belongs before the next is
+    made, so no process holds the whole model."""
+    mesh = init_device_mesh(device.type, (ranks,)) if ranks > 1 else None
+
+    def place(norm: nn.Module, layer: nn.Module) -> None:
+        if how.compile:
             layer.compile()
-    if ranks == 1:
+        if mesh:
+            fully_shard([norm, layer], mesh=mesh)
+        else:
+            norm.to(device), layer.to(device)
+
+    objective = Objective(build(run, place))
+    if how.checkpointing != "none":
+        contexts = noop_context_fn if how.checkpointing == "full" else partial(selective_contexts, kept_results())
+        objective.model.backbone.recompute = contexts
+    if mesh is None:
         return objective.to(device)
     warnings.filterwarnings("ignore", message=".*returned a view tensor. An in-place op")  # the residual stream has none
-    mesh = init_device_mesh(device.type, (ranks,))
-    for norm, layer in zip(backbone.norms, backbone.layers, strict=True):
-        fully_shard([norm, layer], mesh=mesh)
     fully_shard(objective, mesh=mesh)
     return objective
 

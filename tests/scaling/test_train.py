@@ -192,6 +192,36 @@ def test_two_processes_equal_one(data: Path, whole: Path, tmp_path: Path) -> Non
     torch.testing.assert_close([p["norm"] for p in two][:10], [p["norm"] for p in one][:10], atol=1e-3, rtol=1e-3)
 
 
+BUILD = """
+import resource, sys
+from madkernels.scaling import train
+from madkernels.scaling.recipe import LMRun, Recipe
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+with train.processes("cpu"):
+    def prepared(arch):
+        run = LMRun(arch, 512, 257, Recipe(steps=1, batch=4, seqlen=32, lr=1e-3), "", corpus="")
+        return train._objective(run, train.Execution(), train.torch.device("cpu"), 2)
+
+    prepared("swiglu")  # what the libraries take
+    before = peak()
+    model = prepared("64*swiglu:hidden=1536")
+    print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+def test_no_process_holds_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of it is one's own in two processes, and a layer is whole while it is made."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # as over 32 MiB: what is freed goes back to the system
+    script = tmp_path / "build.py"
+    script.write_text(BUILD)
+    shares = call([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]).split()
+    assert len(shares) == 2
+    assert max(map(float, shares)) < 0.7
+
+
 def test_a_killed_run_goes_on_exactly(data: Path, whole: Path, tmp_path: Path) -> None:
     arguments = command(data, tmp_path, "--save-every", "0.05", steps=60)
     killed(arguments, tmp_path, after=10)
