@@ -325,7 +325,8 @@ def _objective(run: LMRun, how: Execution, device: torch.device, ranks: int) -> 
         if mesh:
             fully_shard([norm, layer], mesh=mesh)
         else:
-            norm.to(device), layer.to(device)
+            norm.to(device)
+            layer.to(device)
 
     objective = Objective(build(run, place))
     if how.checkpointing != "none":
