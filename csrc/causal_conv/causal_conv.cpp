@@ -17,18 +17,22 @@ struct Arguments {
   Tensor x, weight;
   OptionalTensor bias, initial_state, cu_seqlens;
   CausalConv params{};
-#if MADKERNELS_GPU
   ConvSplit split{};
-  int64_t chunks() const { return split.chunks; }
-#else
-  int64_t chunks() const { return params.chunks(); }
-#endif
 
   // Whether weights and their gradient lie as [width, dim], and each chunk of time has a part of the latter.
   bool by_tap() const { return MADKERNELS_GPU || params.dense_channels(); }
-  int64_t parts() const { return params.batch * (by_tap() ? chunks() : 1); }
+  int64_t parts() const { return params.batch * (by_tap() ? split.chunks : 1); }
   Shape states() const { return {params.docs.count, params.width - 1, params.dim}; }
 };
+
+// How time is cut: each stretch has a part of dweight.
+ConvSplit split_of(const CausalConv& p) {
+#if MADKERNELS_GPU
+  return split_conv(p, multiprocessors());
+#else
+  return {kConvChunk, p.chunks()};
+#endif
+}
 
 // A tensor with the dense axis that x has, and rows for it.
 Tensor like_x(const Tensor& t, const Arguments& a) {
@@ -66,9 +70,7 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const Opt
   a.params.x = rows_of(a.x);
   a.params.weight = a.weight.data_ptr(), a.params.bias = data_or_null(a.bias);
   a.params.initial_state = data_or_null(a.initial_state);
-#if MADKERNELS_GPU
-  a.split = split_conv(a.params, multiprocessors());
-#endif
+  a.split = split_of(a.params);
   return a;
 }
 

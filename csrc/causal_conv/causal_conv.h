@@ -52,14 +52,15 @@ struct CausalConvKernels {
 
 MADKERNELS_DECLARE_CPU_KERNELS(CausalConvKernels, causal_conv)
 
-// ---- GPU ----
-
-// Steps of time that a GPU thread takes, and how many such stretches a batch row has: long ones re-read less and leave fewer
-// parts of dweight, short ones give a small problem threads enough.
+// Steps of one stretch of time, and how many such stretches a batch row has.
 struct ConvSplit {
   int64_t rows, chunks;
 };
 
+// ---- GPU ----
+
+// A thread takes a stretch: long ones re-read less and leave fewer parts of dweight, short ones give a small problem threads
+// enough.
 inline ConvSplit split_conv(const CausalConv& p, int64_t multiprocessors) {
   constexpr int64_t kMost = 128, kLeast = 32, kThreadsEach = 1024;
   const int64_t columns = p.batch * (p.dense_channels() ? (p.dim + 3) / 4 : p.dim);

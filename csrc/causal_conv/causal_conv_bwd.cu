@@ -169,11 +169,7 @@ __device__ float gradient_before_activation(const CausalConvBackward& q, const C
 template <class T>
 __device__ float input_gradient(const CausalConvBackward& q, const Channel& at, const Document& document, int t) {
   const CausalConv& p = q.forward;
-  const int kept = t - (document.end - (width_of(p) - 1));  // its row in the final state
-  float sum = 0;
-  if (q.dfinal_state != nullptr && kept >= 0) {
-    sum = to_float(*state_at<T>(p, q.dfinal_state, document.index, kept, at.channel));
-  }
+  float sum = kept_gradient<T>(q, at, document, t);
   for (int j = 0; j < width_of(p); j++) {
     const int output = t + (width_of(p) - 1) - j;
     if (output < document.begin || output >= document.end) continue;
