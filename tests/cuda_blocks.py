@@ -23,7 +23,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cuda_check import ROOT, demangle, find_nvcc, short_name
+from cuda_check import demangle, find_nvcc, nvcc_command, short_name
+
+BRANCH = re.compile(r"\b(BRA|EXIT|RET)\b")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Block:
     @property
     def branch(self) -> str:
         """The branch at its end, if there is one."""
-        return self.instructions[-1] if re.search(r"\b(BRA|EXIT|RET)\b", self.instructions[-1]) else ""
+        return self.instructions[-1] if BRANCH.search(self.instructions[-1]) else ""
 
 
 def find_nvdisasm() -> str | None:
@@ -67,7 +69,7 @@ def blocks(function: str) -> list[Block]:
             starts.add(len(instructions))
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             instructions.append(found[1])
-            if re.search(r"\b(BRA|EXIT|RET)\b", found[1]):
+            if BRANCH.search(found[1]):
                 starts.add(len(instructions))
     ordered = sorted(starts | {len(instructions)})
     return [Block(a, instructions[a:b]) for a, b in itertools.pairwise(ordered)]
@@ -91,9 +93,7 @@ def main() -> int:
         print("cuda-blocks: needs nvcc, and nvdisasm, which Triton's package has too", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        code = f"-gencode=arch=compute_{options.arch},code=sm_{options.arch}"
-        command = [nvcc, f"--options-file={ROOT / 'csrc' / 'nvcc.options'}", "-I", str(ROOT / "csrc"), code, "-cubin"]
-        command += [f'-DMADKERNELS_CUDA_ARCHS="{options.arch}"', str(options.file), "-o", f"{folder}/out.cubin"]
+        command = [*nvcc_command(nvcc, options.arch), "-cubin", str(options.file), "-o", f"{folder}/out.cubin"]
         subprocess.run(command, check=True)
         listing = subprocess.run([nvdisasm, "-c", f"{folder}/out.cubin"], capture_output=True, text=True, check=True).stdout
     found = dict(functions(listing))

@@ -120,10 +120,15 @@ def demangle(names: Sequence[str]) -> list[str]:
     return run.stdout.splitlines()
 
 
+def nvcc_command(nvcc: str, arch: str) -> list[str]:
+    """How the build compiles for one architecture."""
+    command = [nvcc, f"--options-file={ROOT / 'csrc' / 'nvcc.options'}", "-I", str(ROOT / "csrc")]
+    return [*command, f'-DMADKERNELS_CUDA_ARCHS="{arch}"', "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+
+
 def compile_file(nvcc: str, file: Path, arch: str) -> Compiled:
     """Compiles one file for one architecture, and throws the object away."""
-    command = [nvcc, f"--options-file={ROOT / 'csrc' / 'nvcc.options'}", "-I", str(ROOT / "csrc"), "-Xptxas=-v"]
-    command += [f'-DMADKERNELS_CUDA_ARCHS="{arch}"', "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    command = [*nvcc_command(nvcc, arch), "-Xptxas=-v"]
     with tempfile.TemporaryDirectory() as folder:
         begin = time.monotonic()
         run = subprocess.run(

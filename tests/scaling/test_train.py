@@ -193,7 +193,8 @@ def test_two_processes_equal_one(data: Path, whole: Path, tmp_path: Path) -> Non
 
 
 BUILD = """
-import resource, sys
+import resource
+import torch
 from madkernels.scaling import train
 from madkernels.scaling.recipe import LMRun, Recipe
 
@@ -203,7 +204,7 @@ def peak():
 with train.processes("cpu"):
     def prepared(arch):
         run = LMRun(arch, 512, 257, Recipe(steps=1, batch=4, seqlen=32, lr=1e-3), "", corpus="")
-        return train._objective(run, train.Execution(), train.torch.device("cpu"), 2)
+        return train._objective(run, train.Execution(), torch.device("cpu"), 2)
 
     prepared("swiglu")  # what the libraries take
     before = peak()
