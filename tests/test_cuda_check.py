@@ -72,12 +72,26 @@ def test_tables() -> None:
     assert "| common/some.cu | `b` | sm_80 | 8 | 0 | 0 | 0 | 0 |" in as_markdown(table, "13.0")
 
 
+@pytest.mark.skipif(cuda_check.find_nvcc() is None, reason="there is no nvcc")
+@pytest.mark.parametrize("declared", ["__device__", "__host__ __device__"])
+def test_host_calls_of_device_functions_fail(declared: str, tmp_path: Path) -> None:
+    """nvcc itself says nothing where the caller is a template."""
+    source = tmp_path / "x.cu"
+    source.write_text(
+        f"{declared} inline bool odd(int x) {{ return x % 2; }}\n"
+        "template <class T> bool odd_of(T x) { return odd(x); }\n"
+        "int main(int count, char**) { return odd_of(count); }\n"
+    )
+    found = problems([compile_file(str(cuda_check.find_nvcc()), source, "80")])
+    assert found == ([f"x.cu fails for sm_80:\n{cuda_check.DEVICE_ONLY}"] if declared == "__device__" else [])
+
+
 def test_files_that_do_not_compile_fail(tmp_path: Path) -> None:
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'error: no such thing' >&2\nexit 1\n")
     nvcc.chmod(0o755)
     (problem,) = problems([compile_file(str(nvcc), tmp_path / "x.cu", "80")])
-    assert "x.cu does not compile for sm_80" in problem
+    assert "x.cu fails for sm_80" in problem
     assert "no such thing" in problem
 
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace madkernels::device {
 
 // N elements, aligned to their size; N * sizeof(T) is 2 .. 16 bytes.
@@ -16,7 +18,7 @@ struct alignas(N * sizeof(T)) Vector {
 };
 
 template <int N, class T>
-__device__ __forceinline__ bool is_aligned(const T* p) {
+MADKERNELS_ANYWHERE inline bool is_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % (N * sizeof(T)) == 0;
 }
 
