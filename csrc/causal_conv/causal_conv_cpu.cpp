@@ -18,10 +18,21 @@ struct Stretch {
   int64_t doc, doc_begin, doc_end, begin, end;
 };
 
+// The first document of batch row b that ends behind time t.
+int64_t first_ending_behind(const CausalConv& p, int64_t b, int64_t t) {
+  int64_t low = p.docs.first(b), high = p.docs.last(b);
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    p.docs.end(middle) > t ? high = middle : low = middle + 1;
+  }
+  return low;
+}
+
 // Calls f for the part of each document that lies in [begin, end) of batch row b.
 template <class F>
 void for_stretches(const CausalConv& p, int64_t b, int64_t begin, int64_t end, F&& f) {
-  for (int64_t doc = p.docs.first(b); doc < p.docs.last(b); doc++) {
+  const int64_t last = p.docs.last(b);
+  for (int64_t doc = first_ending_behind(p, b, begin); doc < last && p.docs.begin(doc) < end; doc++) {
     const int64_t doc_begin = p.docs.begin(doc), doc_end = p.docs.end(doc);
     const int64_t from = doc_begin > begin ? doc_begin : begin, to = doc_end < end ? doc_end : end;
     if (from < to) f(Stretch{doc, doc_begin, doc_end, from, to});
