@@ -92,6 +92,16 @@ def set_multiprocessors(count: int) -> None:
 
 
 @contextmanager
+def shared_memory(size: int) -> Iterator[None]:
+    """Gives blocks of the emulated GPU so many bytes of shared memory, for a while."""
+    emulator().madkernels_emulator_set_most_shared_bytes(size)
+    try:
+        yield
+    finally:
+        emulator().madkernels_emulator_set_most_shared_bytes(227 << 10)
+
+
+@contextmanager
 def without_barrier(file: str, line: int) -> Iterator[None]:
     """Makes the emulator pass over the barrier at a line of a file of csrc."""
     skip = emulator().madkernels_emulator_skip_barrier

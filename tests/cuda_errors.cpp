@@ -1,6 +1,7 @@
 // What is said of a GPU that cannot be used, against a CUDA runtime that answers as it is told: run by test_cuda_part.py.
 // Linked before CUDA's own runtime, so that these definitions are taken. Prints a line a case.
 #include "common/cuda_errors.h"
+#include "common/launch.h"
 
 #include <cuda_runtime.h>
 
@@ -12,6 +13,8 @@ namespace {
 
 cudaError_t properties_answer, attributes_answer, last_error;
 int major_version, current_device;
+size_t static_shared;
+int allowed_shared;
 
 void answer(int major, cudaError_t properties = cudaSuccess, cudaError_t attributes = cudaSuccess) {
   major_version = major, properties_answer = properties, attributes_answer = attributes;
@@ -49,7 +52,15 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->major = major_version, properties->minor = 5;
   return properties_answer;
 }
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return attributes_answer; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->sharedSizeBytes = static_shared;
+  return attributes_answer;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 99 << 10 : 30;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) { return allowed_shared = value, cudaSuccess; }
 const char* cudaGetErrorName(cudaError_t) { return "cudaErrorName"; }
 const char* cudaGetErrorString(cudaError_t) { return "what CUDA says"; }
 
@@ -68,4 +79,9 @@ int main() {
   last_error = cudaErrorIllegalAddress, show("late", [] { madkernels::check_after_launch("some_kernel"); });
   last_error = cudaErrorInvalidConfiguration, show("of the launch", [] { madkernels::check_after_launch("some_kernel"); });
   show("afterwards", [] { madkernels::check_before_launch("some_kernel"); });
+
+  answer(8), static_shared = 1 << 10;
+  show("shared memory that there is", [] { madkernels::allow_shared_memory("some_kernel", nullptr, 60 << 10); });
+  std::printf("shared memory that is allowed: %d\n", allowed_shared);
+  show("shared memory that there is not", [] { madkernels::allow_shared_memory("some_kernel", nullptr, 99 << 10); });
 }

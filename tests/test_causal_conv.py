@@ -93,7 +93,8 @@ def test_optional_arguments(layout: Any, absent: str) -> None:
 def test_agrees_with_conv1d() -> None:
     inputs = make_inputs(2, 40, 20, 4, optional=False)
     x, weight = inputs["x"], inputs["weight"]
-    expected = torch.nn.functional.conv1d(x.transpose(1, 2), weight.unsqueeze(1), groups=20, padding=3)[..., :40]
+    rows, taps = x.double().transpose(1, 2), weight.double().unsqueeze(1)  # in float32 cuDNN may round to TF32
+    expected = torch.nn.functional.conv1d(rows, taps, groups=20, padding=3)[..., :40]
     assert relative_rms(causal_conv(x, weight), expected.transpose(1, 2)) < 1e-6
 
 
@@ -248,7 +249,7 @@ def test_opcheck(packed: bool, optional: bool) -> None:
 
 def test_opcheck_step() -> None:
     inputs = make_inputs(2, 1, 12, 3)
-    arguments = (inputs["initial_state"], inputs["x"], inputs["weight"], inputs["bias"], True)
+    arguments = (inputs["initial_state"], inputs["x"][:, 0], inputs["weight"], inputs["bias"], True)
     torch.library.opcheck(torch.ops.madkernels.causal_conv_step.default, arguments)
 
 

@@ -47,6 +47,11 @@ def call(key: str, x: Tensor, weight: Tensor) -> Any:
 
 
 @pytest.mark.skipif(not BUILT.exists(), reason="built without CUDA")
+def test_no_host_function_calls_a_device_function() -> None:
+    assert not cuda_check.wants_exit(BUILT, "-D"), cuda_check.DEVICE_ONLY
+
+
+@pytest.mark.skipif(not BUILT.exists(), reason="built without CUDA")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA: the next test loads the part itself")
 def test_links_against_a_torch_without_cuda(tmp_path: Path) -> None:
     """With a stand-in for the one library that only a torch with CUDA has, every symbol is found and the module loads."""
@@ -72,7 +77,7 @@ def test_loads_beside_a_torch_with_cuda() -> None:
 def test_what_is_said_of_a_gpu_that_cannot_be_used(tmp_path: Path) -> None:
     """By the part's own code, linked with a CUDA runtime that answers as it is told."""
     flags = ["-std=c++20", "--expt-relaxed-constexpr", "-Icsrc", "-DMADKERNELS_CUDA", '-DMADKERNELS_CUDA_ARCHS="80,90a"']
-    sources = ["tests/cuda_errors.cpp", "csrc/common/cuda_errors.cu"]
+    sources = ["tests/cuda_errors.cpp", "csrc/common/cuda_errors.cu", "csrc/common/launch.cu"]
     command = [str(cuda_check.find_nvcc()), *flags, "-arch=sm_90", "-Xlinker", "--allow-multiple-definition", *sources]
     built = subprocess.run([*command, "-o", tmp_path / "errors"], cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
@@ -96,12 +101,19 @@ def test_what_is_said_of_a_gpu_that_cannot_be_used(tmp_path: Path) -> None:
         ("late", earlier, "to see which call it was"),
         ("of the launch", "launching some_kernel failed: cudaErrorName: what CUDA says", ""),
         ("afterwards", "no error", ""),
+        ("shared memory that there is", "no error", ""),
+        ("shared memory that is allowed", str((99 << 10) - (1 << 10)), ""),  # always all, so that no launch lowers it
+        (
+            "shared memory that there is not",
+            "some_kernel takes 102400 bytes of shared memory a block",
+            "this GPU has 101376",
+        ),
     ]:
         assert said[case].startswith(beginning), case
         assert said[case].endswith(end), case
     assert "the kernels were built for 80,90a" in said["not built for it"]
     assert "the driver is older than the nvcc of the build" in said["PTX too new"]
-    assert len(said) == 12, "a device is left current that was not before"
+    assert len(said) == 15, "a device is left current that was not before"
 
 
 @pytest.mark.skipif(bool(cuda.ops_with_kernels()), reason="CUDA kernels are here")

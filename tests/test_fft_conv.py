@@ -370,7 +370,8 @@ def test_opcheck(layout: Any, packed: bool, optional: bool) -> None:
 
 def test_opcheck_step() -> None:
     inputs = make_inputs(2, 1, 12, 9, state=True)
-    arguments = [inputs[k] for k in ("initial_state", "u", "filter", "skip", "pre_gate", "post_gate")]
+    one_step = {k: inputs[k][:, 0] for k in ("u", "pre_gate", "post_gate")}
+    arguments = [(inputs | one_step)[k] for k in ("initial_state", "u", "filter", "skip", "pre_gate", "post_gate")]
     torch.library.opcheck(torch.ops.madkernels.fft_conv_step.default, tuple(arguments))
 
 

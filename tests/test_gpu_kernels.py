@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import backends
+import op_cases
 import pytest
 import test_causal_conv as conv
 import test_fft_conv as long
 import test_selective_scan as scan
 import torch
 from checks import transposed, with_gradients
+from op_cases import OPS
 from torch import Tensor
 
+import madkernels
 from madkernels import causal_conv, fft_conv, selective_scan
 
 pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.backends("emulated")]
@@ -118,6 +121,53 @@ def test_stretches_of_time(dim: int, lengths: tuple[int, ...]) -> None:
     for width in (2, 4):
         inputs = conv.make_inputs(1, sum(lengths), dim, width, docs=len(lengths))
         conv.check_conv(causal_conv, inputs, cu_seqlens=conv.offsets_of(lengths), activation="silu")
+
+
+MALFORMED = [
+    [0, 60],  # ends before the row
+    [0, 120],
+    [5, 100],
+    [0, 70, 30, 100],
+    [-5, 50, 100],
+    [0, 0],
+    [100, 0],
+    [-(2**31), 2**31 - 1],
+    [2**31 - 1, -(2**31), 40],
+]
+
+
+@pytest.mark.backends("emulated", "cuda")
+@pytest.mark.parametrize("offsets", MALFORMED, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_malformed_offsets_end_and_stay_inside(op: str, offsets: list[int]) -> None:
+    """Nobody looks at them before the kernels do. What comes out is anything; a sanitizer sees what is touched outside."""
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=backends.device())
+    inputs = op_cases.draw(op, dtype=torch.float32)
+    inputs = {k: t[:1].repeat(1, 3, *[1] * (t.dim() - 2)) if t.shape[:2] == (2, 40) else t for k, t in inputs.items()}
+    inputs["initial_state"] = inputs["initial_state"][:1].repeat(len(offsets) - 1, 1, 1)
+    leaves = {k: t.to(backends.device()).requires_grad_() for k, t in inputs.items()}
+    outputs = getattr(madkernels, op)(**leaves, cu_seqlens=cu_seqlens, return_final_state=True)
+    torch.autograd.grad([o.sum() for o in outputs], list(leaves.values()))
+
+
+def test_no_document_of_some_steps_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="cu_seqlens has no document; the seqlen is 5"):
+        causal_conv(torch.zeros(1, 5, 2), torch.zeros(2, 3), cu_seqlens=torch.zeros(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(("seqlen", "taps"), [(8192, 8192), (8193, 8193), (16384, 64), (16385, 16385)])
+def test_long_convolutions_where_blocks_have_99_kilobytes(seqlen: int, taps: int) -> None:
+    """As on compute capability 8.6, 8.9 and 12.0."""
+    with backends.shared_memory(99 << 10):
+        long.check_conv(fft_conv, long.make_inputs(1, seqlen, 1, taps))
+
+
+@pytest.mark.parametrize(("kilobytes", "most"), [(99, 22), (163, 23), (227, 23)])
+def test_the_longest_convolution_follows_the_shared_memory(kilobytes: int, most: int) -> None:
+    u = torch.zeros(1, 1, 1).expand(1, 2**most, 1)
+    message = rf"this GPU takes sequences and filters of up to 2\^{most} samples together; got {2**most} and 2$"
+    with backends.shared_memory(kilobytes << 10), pytest.raises(RuntimeError, match=message):
+        fft_conv(u, torch.zeros(1, 2))
 
 
 def test_refuses_what_a_gpu_does_not_take() -> None:

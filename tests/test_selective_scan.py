@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -68,7 +70,32 @@ def whole(function: Any) -> Function:
 
 def check_scan(op: Any, inputs: dict[str, Tensor | None], **options: Any) -> None:
     options.setdefault("delta_softplus", True)
-    check(whole(op), whole(reference.selective_scan), inputs, **options)
+    slack = EXP2_ERRORS * abs(mean_error_of_exp2()) if backends.device().type == "cuda" else 0
+    check(whole(op), whole(reference.selective_scan), inputs, slack=slack, **options)
+
+
+# The 2^x of a GPU may be wrong in one direction on average, and a state adds its errors up over the steps that it remembers:
+# with a mean error put into the emulator's, the results of these tests were wrong by up to 48 times as much.
+EXP2_ERRORS = 64
+
+
+@cache
+def mean_error_of_exp2() -> float:
+    """Relative, over [-1, 0], as a state of the scan shows it after one step with nothing added."""
+    device = backends.device()
+    A = -torch.rand(64, 64, generator=torch.Generator().manual_seed(0)).to(device) / math.log2(math.e)
+    row, projection = torch.ones(1, 1, 64, device=device), torch.zeros(1, 1, 64, device=device)
+    options = {"initial_state": torch.ones(1, 64, 64, device=device), "return_final_state": True}
+    _, state = selective_scan(row, row, A, projection, projection, **options)
+    exact = torch.exp2((A * torch.tensor(math.log2(math.e), device=device)).double())
+    return float((state[0].double() / exact - 1).mean())
+
+
+@pytest.mark.backends("emulated", "cuda")
+def test_mean_error_of_exp2() -> None:
+    assert abs(mean_error_of_exp2()) <= 2**-22  # the largest single error, says CUDA
+    if backends.device().type != "cuda":
+        assert abs(mean_error_of_exp2()) <= 1e-9
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -307,7 +334,7 @@ def test_opcheck_step() -> None:
     inputs = make_inputs(2, 1, 12, 3)
     state = inputs.pop("initial_state")
     order = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-    arguments = (state, *(inputs[k] for k in order), True)
+    arguments = (state, *(inputs[k][:, 0] if inputs[k].dim() > 2 else inputs[k] for k in order), True)
     torch.library.opcheck(torch.ops.madkernels.selective_scan_step.default, arguments)
 
 
@@ -386,6 +413,7 @@ def test_refusals(change: dict[str, Tensor], message: str) -> None:
 
 
 @pytest.mark.backends("cpu", "emulated")  # looking at them on a GPU would wait for it
+@pytest.mark.backends("cpu")  # on a GPU the host would have to wait to see them
 @pytest.mark.parametrize(
     ("offsets", "message"),
     [

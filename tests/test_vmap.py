@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
+import op_cases
 import pytest
 import torch
 from checks import relative_rms
+from op_cases import OPS, SHAPES
 from torch import Tensor
 
-from madkernels import causal_conv, fft_conv, selective_scan
+from madkernels import causal_conv
 
-MODELS, BATCH, SEQLEN, DIM = 3, 2, 40, 6
-SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
-    "selective_scan": {
-        "u": (BATCH, SEQLEN, DIM), "delta": (BATCH, SEQLEN, DIM), "A": (DIM, 4), "B": (BATCH, SEQLEN, 4),
-        "C": (BATCH, SEQLEN, 4), "D": (DIM,), "z": (BATCH, SEQLEN, DIM), "delta_bias": (DIM,),
-        "initial_state": (BATCH, DIM, 4),
-    },
-    "causal_conv": {"x": (BATCH, SEQLEN, DIM), "weight": (DIM, 4), "bias": (DIM,), "initial_state": (BATCH, 3, DIM)},
-    "fft_conv": {
-        "u": (BATCH, SEQLEN, DIM), "filter": (3, 17), "skip": (DIM,), "pre_gate": (BATCH, SEQLEN, DIM),
-        "post_gate": (BATCH, SEQLEN, DIM), "initial_state": (BATCH, 16, DIM),
-    },
-}  # fmt: skip
-OPS: dict[str, Callable[..., Any]] = {
-    "selective_scan": lambda **t: selective_scan(**t | {"A": -t["A"].exp()}, delta_softplus=True, return_final_state=True),
-    "causal_conv": lambda **t: causal_conv(**t, activation="silu", return_final_state=True),
-    "fft_conv": lambda **t: fft_conv(**t, return_final_state=True),
-}
+MODELS = 3
 
 
 @pytest.fixture(params=OPS)
@@ -38,11 +20,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def draw(name: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        k: torch.randn(MODELS, *shape, generator=generator, dtype=torch.float64).requires_grad_()
-        for k, shape in SHAPES[name].items()
-    }
+    return {k: t.requires_grad_() for k, t in op_cases.draw(name, MODELS).items()}
 
 
 def apart(name: str, inputs: dict[str, Tensor], mapped: dict[str, int | None]) -> list[Tensor]:

@@ -26,28 +26,28 @@ struct Arguments {
 };
 
 // How time is cut: each stretch has a part of dweight.
-ConvSplit split_of(const CausalConv& p) {
+ConvSplit split_of(const Arguments& a) {
 #if MADKERNELS_GPU
-  return split_conv(p, multiprocessors());
+  return split_conv(a.params, OnDevice(a.x).multiprocessors());
 #else
-  return {kConvChunk, p.chunks()};
+  return {kConvChunk, a.params.chunks()};
 #endif
 }
 
 // A tensor with the dense axis that x has, and rows for it.
 Tensor like_x(const Tensor& t, const Arguments& a) {
   if (t.stride(a.params.dense_channels() ? 2 : 1) == 1) return t;
-  Tensor copy = torch::stable::empty_like(a.x);
+  Tensor copy = empty_rows(a.x);
   torch::stable::copy_(copy, t);
   return copy;
 }
 
 Arguments check(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool silu,
-                const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
-  MK_CHECK(x.dim() == 3, op, ": x has shape ", to_string(shape_of(x)), "; expected (batch, seqlen, dim)");
+                const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, Spelling spelling = {}) {
+  MK_CHECK(x.dim() == 3, op, ": x has shape ", spelling.shape(shape_of(x)), "; expected ", spelling.rows());
   MK_CHECK(weight.dim() == 2 && weight.size(1) >= 1, op, ": weight has shape ", to_string(shape_of(weight)),
            "; expected (dim, width) with a width of 1 at least");
-  const Checks checks(op, "x", x);
+  const Checks checks(op, "x", x, spelling);
   CausalConv p{};
   p.dtype = checks.dtype();
   p.batch = x.size(0), p.seqlen = x.size(1), p.dim = x.size(2), p.width = weight.size(1), p.silu = silu;
@@ -56,7 +56,7 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const Opt
   checks.type("weight", weight, {type, wide});
   checks.tensor("bias", bias, {p.dim}, weight.scalar_type());
   p.docs = checks.documents(cu_seqlens, p.batch, p.seqlen);
-  checks.tensor("initial_state", initial_state, {p.docs.count, p.width - 1, p.dim}, type);
+  checks.tensor(spelling.state(), initial_state, {p.docs.count, p.width - 1, p.dim}, type);
 
   const Tensor dense = with_dense_axis(x);
   const Tensor taps = torch::stable::to(weight, wide);
@@ -70,7 +70,7 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const Opt
   a.params.x = rows_of(a.x);
   a.params.weight = a.weight.data_ptr(), a.params.bias = data_or_null(a.bias);
   a.params.initial_state = data_or_null(a.initial_state);
-  a.split = split_of(a.params);
+  a.split = split_of(a);
   return a;
 }
 
@@ -114,7 +114,7 @@ void run(Arguments& a, const Tensor& out, void* final_state) {
 std::tuple<Tensor, Tensor> causal_conv(Tensor x, Tensor weight, OptionalTensor bias, bool silu, OptionalTensor initial_state,
                                        OptionalTensor cu_seqlens) {
   Arguments a = check("causal_conv", x, weight, bias, silu, initial_state, cu_seqlens);
-  Tensor out = torch::stable::empty_like(a.x), final_state = empty(a.states(), x.scalar_type(), x);
+  Tensor out = empty_rows(a.x), final_state = empty(a.states(), x.scalar_type(), x);
   run(a, out, final_state.data_ptr());
   return {out, final_state};
 }
@@ -128,12 +128,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(Tensor dout, Opt
   const CausalConv& p = a.params;
   const Checks checks(op, "x", x);
   const ScalarType type = x.scalar_type(), wide = checks.accumulate_type();
-  checks.tensor("dout", dout, {p.batch, p.seqlen, p.dim}, type);
+  checks.activation("dout", dout, {p.batch, p.seqlen, p.dim});
   checks.tensor("dfinal_state", dfinal_state, a.states(), type);
   const Tensor dout_rows = like_x(dout, a);
   const OptionalTensor dfinal = contiguous(dfinal_state);
 
-  Tensor dx = torch::stable::empty_like(a.x), dinitial = empty(a.states(), type, x);
+  Tensor dx = empty_rows(a.x), dinitial = empty(a.states(), type, x);
   // An empty document passes its final state's gradient on, which is no item's work.
   if (dfinal) {
     torch::stable::copy_(dinitial, *dfinal);
@@ -158,14 +158,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(Tensor dout, Opt
           initial_state ? dinitial : empty({0}, type, x)};
 }
 
-// x (batch, 1, dim), state (batch, width - 1, dim), updated in place -> (batch, 1, dim)
+// x (batch, dim), state (batch, width - 1, dim), updated in place -> (batch, dim)
 Tensor causal_conv_step(Tensor state, Tensor x, Tensor weight, OptionalTensor bias, bool silu) {
-  Arguments a = check("causal_conv_step", x, weight, bias, silu, state, std::nullopt);
-  MK_CHECK(a.params.seqlen == 1, "causal_conv_step: x has seqlen ", a.params.seqlen, "; expected 1");
+  Arguments a = check("causal_conv_step", with_time(x), weight, bias, silu, state, std::nullopt, {.step = true});
   MK_CHECK(state.is_contiguous(), "causal_conv_step: state must be contiguous, since it is updated in place");
-  Tensor out = torch::stable::empty_like(a.x);
+  Tensor out = empty_rows(a.x);
   run(a, out, state.data_ptr());
-  return out;
+  return torch::stable::squeeze(out, 1);
 }
 
 }  // namespace

@@ -76,14 +76,40 @@ inline const char* name_of(ScalarType type) {
     case ScalarType::Half: return "float16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
-    default: return "another dtype";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return "a dtype of another kind";
   }
 }
+
+// The arguments of one step of decoding have no time axis: they are checked and worked on with one of length 1.
+inline Tensor with_time(const Tensor& t) { return t.dim() > 0 ? torch::stable::unsqueeze(t, 1) : t; }
+inline OptionalTensor with_time(const OptionalTensor& t) { return t ? OptionalTensor(with_time(*t)) : std::nullopt; }
+inline Shape without_axis(Shape shape, size_t axis) {
+  if (shape.size() > axis) shape.erase(shape.begin() + static_cast<int64_t>(axis));
+  return shape;
+}
+
+// What messages call the arguments of an op, or of its step, which takes (batch, dim) for rows and `state` for the initial
+// state.
+struct Spelling {
+  bool step = false;
+
+  const char* state() const { return step ? "state" : "initial_state"; }
+  const char* rows() const { return step ? "(batch, dim)" : "(batch, seqlen, dim)"; }
+  std::string shape(const Shape& with_time) const { return to_string(step ? without_axis(with_time, 1) : with_time); }
+};
 
 // Checks the arguments of one op against its first tensor.
 class Checks {
  public:
-  Checks(const char* op, const char* name, const Tensor& like) : op_(op), first_(name), like_(like) {
+  Checks(const char* op, const char* name, const Tensor& like, Spelling spelling = {})
+      : op_(op), first_(name), like_(like), spelling_(spelling) {
     constexpr int64_t kMostOnGpu = INT32_MAX;  // indices of kernels there are int, offsets 64-bit
     for (int64_t i = 0; MADKERNELS_GPU && i < like.dim(); i++) {
       MK_CHECK(like.size(i) <= kMostOnGpu, op_, ": ", first_, " has an axis of ", like.size(i), "; a GPU takes up to ",
@@ -121,6 +147,7 @@ class Checks {
     std::string names;
     for (ScalarType type : wanted) {
       if (t.scalar_type() == type) return;
+      if (names == name_of(type)) continue;
       names += (names.empty() ? "" : " or ") + std::string(name_of(type));
     }
     MK_CHECK(false, op_, ": ", name, " has dtype ", name_of(t.scalar_type()), "; with ", first_, " in ",
@@ -133,9 +160,18 @@ class Checks {
   void tensor(const char* name, const OptionalTensor& t, const Shape& wanted, ScalarType dtype) const {
     if (t) tensor(name, *t, wanted, dtype);
   }
+  // Activations, with the time axis that a step's lack; in the dtype of the first.
+  void activation(const char* name, const Tensor& t, const Shape& wanted) const {
+    MK_CHECK(shape_of(t) == wanted, op_, ": ", name, " has shape ", spelling_.shape(shape_of(t)), "; expected ",
+             spelling_.shape(wanted));
+    tensor(name, t, wanted, like_.scalar_type());
+  }
+  void activation(const char* name, const OptionalTensor& t, const Shape& wanted) const {
+    if (t) activation(name, *t, wanted);
+  }
 
   // The documents of `cu_seqlens`; without it, one sequence a batch row. Its values are looked at on the CPU only, where
-  // that costs no synchronisation.
+  // that costs no synchronisation; kernels on a GPU stay inside the row whatever they are.
   Documents documents(const OptionalTensor& cu_seqlens, int64_t batch, int64_t seqlen) const {
     if (!cu_seqlens) return {nullptr, batch, seqlen};
     const Tensor& offsets = *cu_seqlens;
@@ -147,7 +183,8 @@ class Checks {
     MK_CHECK(offsets.size(0) == 1 || offsets.stride(0) == 1, op_, ": cu_seqlens must be contiguous");
     const auto* values = static_cast<const int32_t*>(offsets.data_ptr());
     const int64_t count = offsets.size(0) - 1;
-    if (offsets.is_cpu()) {
+    MK_CHECK(count > 0 || seqlen == 0, op_, ": cu_seqlens has no document; the seqlen is ", seqlen);
+    if (!MADKERNELS_GPU) {
       MK_CHECK(values[0] == 0, op_, ": cu_seqlens starts with ", values[0], "; expected 0");
       for (int64_t i = 0; i < count; i++) {
         MK_CHECK(values[i] <= values[i + 1], op_, ": cu_seqlens falls from ", values[i], " to ", values[i + 1], " at index ",
@@ -162,11 +199,19 @@ class Checks {
   const char* op_;
   const char* first_;
   const Tensor& like_;
+  Spelling spelling_;
 };
 
 // [batch, seqlen, dim] as kernels take it: one of the last two axes dense. Others are copied.
 inline Tensor with_dense_axis(const Tensor& t) {
   return t.stride(1) == 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
+}
+// Memory for rows like t, (batch, seqlen, dim), dense along the axis along which t is: never with the strides of t itself,
+// which may overlap where t is an expanded view.
+inline Tensor empty_rows(const Tensor& t) {
+  const Shape shape = shape_of(t);
+  if (t.stride(2) == 1) return torch::stable::new_empty(t, shape);
+  return torch::stable::transpose(torch::stable::new_empty(t, Shape{shape[0], shape[2], shape[1]}), 1, 2);
 }
 inline Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 inline Projection projection_of(const Tensor& t) {

@@ -16,8 +16,13 @@ namespace madkernels {
 
 using Stream = void*;
 
-// Of the current device: how much a launch should offer it.
+// Of the current device, which OnDevice of stream.h makes the tensors' own: how much a launch should offer it, and how much
+// shared memory a block may ask for.
 int multiprocessors();
+int most_shared_bytes();
+
+// Lets a kernel be launched with so much dynamic shared memory. Throws, with its name, where the current device has less.
+void allow_shared_memory(const char* name, const void* kernel, size_t bytes);
 
 constexpr int64_t kMostBlocks = 0x7fffffff;
 
@@ -45,9 +50,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
   check_blocks(name, blocks);
   if (blocks == 0) return;
   check_before_launch(name);
-  if (dynamic_shared > kGiven) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared));
-  }
+  if (dynamic_shared > kGiven) allow_shared_memory(name, reinterpret_cast<const void*>(kernel), dynamic_shared);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = dynamic_shared, config.stream = static_cast<cudaStream_t>(stream);

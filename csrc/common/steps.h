@@ -63,7 +63,8 @@ __device__ void store_steps(const Rows& rows, int b, int t, int channel, const f
   }
 }
 
-// The document that step t of batch row b lies in; never an empty one.
+// The document that step t of batch row b lies in; never an empty one. It holds t whatever the offsets, so that walks from
+// document to document end.
 struct Document {
   int index, begin, end;
 };
@@ -75,7 +76,7 @@ __device__ inline Document document_at(const Documents& docs, int b, int t) {
     const int middle = low + (high - low) / 2;
     (docs.cu_seqlens[middle] <= t ? low : high) = middle;
   }
-  return {low, docs.cu_seqlens[low], docs.cu_seqlens[low + 1]};
+  return {low, least(static_cast<int>(docs.begin(low)), t), most(static_cast<int>(docs.end(low)), t + 1)};
 }
 
 }  // namespace madkernels::device

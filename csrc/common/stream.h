@@ -9,13 +9,17 @@
 
 #include "common/cuda_errors.h"
 #endif
+#include "common/launch.h"
 
 namespace madkernels {
 
-// Held by an op's entry while it allocates and launches.
+// Held by an op's entry while it allocates and launches. What a kernel's split depends on is asked here, so that it is asked
+// of the tensor's device.
 class OnDevice {
-#if defined(MADKERNELS_CUDA)
  public:
+  int multiprocessors() const { return madkernels::multiprocessors(); }
+  int most_shared_bytes() const { return madkernels::most_shared_bytes(); }
+#if defined(MADKERNELS_CUDA)
   explicit OnDevice(const torch::stable::Tensor& t) : guard_(t.get_device_index()) {
     use_device(t.get_device_index());
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
@@ -26,7 +30,6 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 #else  // the emulator has one device and no streams
- public:
   explicit OnDevice(const torch::stable::Tensor&) {}
   void* stream() const { return nullptr; }
 #endif

@@ -38,8 +38,14 @@ struct Documents {
 
   MADKERNELS_ANYWHERE int64_t first(int64_t b) const { return cu_seqlens ? 0 : b; }
   MADKERNELS_ANYWHERE int64_t last(int64_t b) const { return cu_seqlens ? count : b + 1; }
-  MADKERNELS_ANYWHERE int64_t begin(int64_t doc) const { return cu_seqlens ? cu_seqlens[doc] : 0; }
-  MADKERNELS_ANYWHERE int64_t end(int64_t doc) const { return cu_seqlens ? cu_seqlens[doc + 1] : seqlen; }
+  // Inside the row, whatever the offsets: on a GPU nobody has looked at them.
+  MADKERNELS_ANYWHERE int64_t begin(int64_t doc) const { return cu_seqlens ? clamp(cu_seqlens[doc], 0) : 0; }
+  MADKERNELS_ANYWHERE int64_t end(int64_t doc) const { return cu_seqlens ? clamp(cu_seqlens[doc + 1], begin(doc)) : seqlen; }
+
+ private:
+  MADKERNELS_ANYWHERE int64_t clamp(int64_t offset, int64_t least) const {
+    return offset < least ? least : offset > seqlen ? seqlen : offset;
+  }
 };
 
 }  // namespace madkernels

@@ -5,6 +5,7 @@
 namespace madkernels {
 
 int multiprocessors() { return emulator::multiprocessors(); }
+int most_shared_bytes() { return emulator::most_shared_bytes(); }
 
 }  // namespace madkernels
 
@@ -12,6 +13,7 @@ int multiprocessors() { return emulator::multiprocessors(); }
 
 EXPORTED void madkernels_emulator_set_seed(uint64_t seed) { madkernels::emulator::set_seed(seed); }
 EXPORTED void madkernels_emulator_set_multiprocessors(int count) { madkernels::emulator::set_multiprocessors(count); }
+EXPORTED void madkernels_emulator_set_most_shared_bytes(int bytes) { madkernels::emulator::set_most_shared_bytes(bytes); }
 EXPORTED void madkernels_emulator_skip_barrier(const char* file, int line) {
   madkernels::emulator::skip_barrier(file, line);
 }

@@ -14,8 +14,8 @@
 namespace madkernels::emulator {
 namespace {
 
-constexpr size_t kMostShared = 227 << 10, kMostStatic = 48 << 10;  // bytes of a block, of compute capability 9.0
-constexpr unsigned char kPoison = 0xff;                            // NaN in every floating-point type
+constexpr size_t kMostStatic = 48 << 10;  // bytes of a block
+constexpr unsigned char kPoison = 0xff;   // NaN in every floating-point type
 
 struct Copy {
   void* to;
@@ -54,7 +54,7 @@ struct Block {
 
 struct State {
   uint64_t seed = 0, launches = 0;
-  int multiprocessors = 4;
+  int multiprocessors = 4, most_shared_bytes = 227 << 10;  // the latter of compute capability 9.0
   std::string skipped_file;
   unsigned skipped_line = 0;
 
@@ -168,15 +168,18 @@ bool is_skipped(const std::source_location& where) {
 void set_seed(uint64_t seed) { state.seed = seed, state.launches = 0; }
 void set_multiprocessors(int count) { state.multiprocessors = count; }
 int multiprocessors() { return state.multiprocessors; }
+void set_most_shared_bytes(int bytes) { state.most_shared_bytes = bytes; }
+int most_shared_bytes() { return state.most_shared_bytes; }
 void skip_barrier(const char* file, int line) {
   state.skipped_file = file, state.skipped_line = static_cast<unsigned>(line);
 }
 
 void run(const char* kernel, int64_t blocks, int threads, size_t dynamic_shared, const std::function<void()>& body) {
   state.kernel = kernel, state.body = &body, state.failure = nullptr;
-  if (dynamic_shared > kMostShared) {
+  if (static_cast<int64_t>(dynamic_shared) > state.most_shared_bytes) {
     throw std::runtime_error(std::string("kernel ") + kernel + ": " + std::to_string(dynamic_shared) +
-                             " bytes of dynamic shared memory; a block has at most " + std::to_string(kMostShared));
+                             " bytes of dynamic shared memory; a block has at most " +
+                             std::to_string(state.most_shared_bytes));
   }
   if (threads < 1 || threads > 1024)
     throw std::runtime_error(std::string("kernel ") + kernel + ": a block has 1 to 1024 threads");

@@ -24,6 +24,8 @@ struct Index {
 void set_seed(uint64_t seed);
 void set_multiprocessors(int count);
 int multiprocessors();
+void set_most_shared_bytes(int bytes);  // of a block
+int most_shared_bytes();
 // Makes the barrier at this line of a file (the end of its path) do nothing: a test can ask whether its absence is found.
 void skip_barrier(const char* file, int line);
 

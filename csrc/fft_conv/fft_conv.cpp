@@ -31,11 +31,11 @@ Rows rows_or_none(const OptionalTensor& t) { return t ? rows_of(*t) : Rows{}; }
 
 Arguments check(const char* op, const Tensor& u, const Tensor& filter, const OptionalTensor& skip,
                 const OptionalTensor& pre_gate, const OptionalTensor& post_gate, bool causal,
-                const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
-  MK_CHECK(u.dim() == 3, op, ": u has shape ", to_string(shape_of(u)), "; expected (batch, seqlen, dim)");
+                const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, Spelling spelling = {}) {
+  MK_CHECK(u.dim() == 3, op, ": u has shape ", spelling.shape(shape_of(u)), "; expected ", spelling.rows());
   MK_CHECK(filter.dim() == 2 && filter.size(1) >= 1, op, ": filter has shape ", to_string(shape_of(filter)),
            "; expected (groups, filter_len) with one tap at least");
-  const Checks checks(op, "u", u);
+  const Checks checks(op, "u", u, spelling);
   FftConv p{};
   p.dtype = checks.dtype();
   p.batch = u.size(0), p.seqlen = u.size(1), p.dim = u.size(2), p.groups = filter.size(0), p.taps = filter.size(1);
@@ -48,8 +48,8 @@ Arguments check(const char* op, const Tensor& u, const Tensor& filter, const Opt
     checks.shape("skip", *skip, {p.dim});
     checks.type("skip", *skip, {type, wide});
   }
-  checks.tensor("pre_gate", pre_gate, shape_of(u), type);
-  checks.tensor("post_gate", post_gate, shape_of(u), type);
+  checks.activation("pre_gate", pre_gate, shape_of(u));
+  checks.activation("post_gate", post_gate, shape_of(u));
   p.docs = checks.documents(cu_seqlens, p.batch, p.seqlen);
   p.ahead = causal ? 0 : (p.taps - 1) / 2;
   if (initial_state) {
@@ -107,10 +107,11 @@ struct OnGpu {
 
   OnGpu(const char* op, Arguments& a, bool backward) : on(a.u) {
     FftConv& p = a.params;
-    choose_classes(op, p);
+    const int most_on_chip = gpu::most_on_chip(on.most_shared_bytes());
+    choose_classes(op, p, most_on_chip);
     const int log2 = g.classes[g.count - 1].log2;
     g.channels_log2 = 0;
-    const int chip_log2 = g.on_chip > 0 ? g.classes[g.on_chip - 1].log2 : gpu::kMostOnChip;
+    const int chip_log2 = g.on_chip > 0 ? g.classes[g.on_chip - 1].log2 : most_on_chip;
     while (g.channels_log2 < 4 && (kPointsOfBlock >> (chip_log2 + g.channels_log2)) > 1) g.channels_log2++;
     const int64_t bytes = (p.dtype == DType::kFloat32 ? 4 : 2) << (g.on_chip < g.count ? 0 : g.channels_log2);
     copies = a.u.stride(1) != 1 && bytes < 16;
@@ -121,7 +122,7 @@ struct OnGpu {
     const int64_t tiles = (p.dim + (1 << g.channels_log2) - 1) >> g.channels_log2;
     // The backward's blocks: two a multiprocessor, slices of the sequences making up for few channels.
     p.slices =
-        std::clamp<int64_t>(2 * multiprocessors() / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(p.docs.count, 1));
+        std::clamp<int64_t>(2 * on.multiprocessors() / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(p.docs.count, 1));
 
     roots = points(int64_t{1} << log2, a), spectra = points(p.groups * g.points, a);
     int64_t most = backward && g.on_chip > 0 ? (tiles * p.slices << g.channels_log2) << chip_log2 : 0;
@@ -149,14 +150,15 @@ struct OnGpu {
   }
 
  private:
-  void choose_classes(const char* op, const FftConv& p) {
+  void choose_classes(const char* op, const FftConv& p, int most_on_chip) {
+    const int most = most_on_chip + gpu::kMostColumns;
     const int64_t first_tap = std::max<int64_t>(0, p.ahead - (p.seqlen - 1));
     const int64_t ahead = p.ahead - first_tap, taps = std::min(p.taps, p.seqlen + p.ahead + p.history) - first_tap;
     g.first_tap = static_cast<int>(first_tap), g.shift = static_cast<int>(p.history + ahead);
     int64_t longest = 0;
     for (int log2 = gpu::kLeastLog2; longest < p.seqlen; log2++) {
-      MK_CHECK(log2 <= gpu::kMostLog2, op, ": a GPU takes sequences and filters of up to 2^", gpu::kMostLog2 + 1,
-               " samples together; got ", p.seqlen + p.history, " and ", p.taps);
+      MK_CHECK(log2 <= most, op, ": this GPU takes sequences and filters of up to 2^", most + 1, " samples together; got ",
+               p.seqlen + p.history, " and ", p.taps);
       const int64_t samples = int64_t{2} << log2;
       // With all taps, or with no more than a sequence has inputs.
       longest = std::max(samples - taps + 1, p.ahead > 0 ? 0 : (samples + 1 - p.history) / 2) + ahead;
@@ -165,7 +167,7 @@ struct OnGpu {
       const int64_t seen = std::min(taps, samples - longest + ahead + 1);
       g.classes[g.count++] = {log2, static_cast<int>(longest), static_cast<int>(seen), g.points};
       g.points += int64_t{1} << log2;
-      if (log2 <= gpu::kMostOnChip) g.on_chip = g.count;
+      if (log2 <= most_on_chip) g.on_chip = g.count;
     }
   }
 };
@@ -337,7 +339,7 @@ std::tuple<Tensor, Tensor> fft_conv(Tensor u, Tensor filter, OptionalTensor skip
   Arguments a = check(op, u, filter, skip, pre_gate, post_gate, causal, initial_state, cu_seqlens);
   MK_CHECK(causal || !with_final_state, op, ": the final state is asked for of a convolution that is not causal");
   const ScalarType wide = Checks(op, "u", u).accumulate_type();
-  Tensor out = torch::stable::empty_like(a.u), final_state = empty(with_final_state ? a.states() : Shape{0}, wide, u);
+  Tensor out = empty_rows(a.u), final_state = empty(with_final_state ? a.states() : Shape{0}, wide, u);
   run_forward(op, a, out);
   if (with_final_state) {
     a.params.final_state = final_state.data_ptr();
@@ -355,12 +357,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fft_conv_backward(
   const FftConv& p = a.params;
   const Checks checks(op, "u", u);
   const ScalarType type = u.scalar_type(), wide = checks.accumulate_type();
-  checks.tensor("dout", dout, shape_of(u), type);
+  checks.activation("dout", dout, shape_of(u));
   checks.tensor("dfinal_state", dfinal_state, a.states(), wide);
 
-  Gradients to{torch::stable::empty_like(a.u)};
-  if (pre_gate) to.dpre_gate = torch::stable::empty_like(*a.pre_gate);
-  if (post_gate) to.dpost_gate = torch::stable::empty_like(*a.post_gate);
+  Gradients to{empty_rows(a.u)};
+  if (pre_gate) to.dpre_gate = empty_rows(*a.pre_gate);
+  if (post_gate) to.dpost_gate = empty_rows(*a.post_gate);
   if (initial_state) to.dinitial_state = empty({p.docs.count, p.history, p.dim}, wide, u);
   run_backward(op, a, with_dense_axis(dout), contiguous(dfinal_state), to);
 
@@ -380,18 +382,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fft_conv_backward(
           to.dinitial_state ? *to.dinitial_state : empty({0}, wide, u)};
 }
 
-// u (batch, 1, dim), state (batch, filter_len - 1, dim), updated in place -> (batch, 1, dim)
+// u (batch, dim), state (batch, filter_len - 1, dim), updated in place -> (batch, dim)
 Tensor fft_conv_step(Tensor state, Tensor u, Tensor filter, OptionalTensor skip, OptionalTensor pre_gate,
                      OptionalTensor post_gate) {
   const char* op = "fft_conv_step";
-  Arguments a = check(op, u, filter, skip, pre_gate, post_gate, true, std::nullopt, std::nullopt);
-  MK_CHECK(a.params.seqlen == 1, op, ": u has seqlen ", a.params.seqlen, "; expected 1");
+  Arguments a = check(op, with_time(u), filter, skip, with_time(pre_gate), with_time(post_gate), true, std::nullopt,
+                      std::nullopt, {.step = true});
   Checks(op, "u", u).tensor("state", state, a.states(), Checks(op, "u", u).accumulate_type());
   MK_CHECK(state.is_contiguous(), op, ": state must be contiguous, since it is updated in place");
-  Tensor out = torch::stable::empty_like(a.u);
+  Tensor out = empty_rows(a.u);
   a.params.out = rows_of(out), a.params.final_state = state.data_ptr();
   run_step(a);
-  return out;
+  return torch::stable::squeeze(out, 1);
 }
 
 }  // namespace

@@ -58,12 +58,25 @@ struct FftConvKernels {
 MADKERNELS_DECLARE_CPU_KERNELS(FftConvKernels, fft_conv)
 
 // Kernels on a GPU, for float32, bfloat16 and float16. Transforms have a power of two of points: in shared memory up to
-// 2^kMostOnChip of them; above, a pass over columns in global memory comes before and after.
+// 2^kMostOnChip of them; above, a pass over up to 2^kMostColumns columns in global memory comes before and after.
 namespace gpu {
 
 using ComplexFloat = fft::Point<float>;
 
-constexpr int kLeastLog2 = 5, kMostOnChip = 14, kMostLog2 = 22, kMostClasses = kMostLog2 - kLeastLog2 + 1;
+constexpr int kLeastLog2 = 5, kMostOnChip = 14, kMostColumns = 8, kMostClasses = kMostOnChip + kMostColumns - kLeastLog2 + 1;
+
+// Of the points of 2^channels channels: every 17th place is left out, and one at each channel's end.
+MADKERNELS_ANYWHERE constexpr int shared_bytes(int channels, int log2) {
+  return (((1 << log2) + (1 << (log2 - 4)) + 1) << channels) * static_cast<int>(sizeof(ComplexFloat));
+}
+
+// What fits into so many bytes of shared memory a block: one level less on GPUs with 99 KB (compute
+// capability 8.6, 8.9, 12.0).
+constexpr int most_on_chip(int shared) {
+  int log2 = kMostOnChip;
+  while (log2 > kLeastLog2 && shared_bytes(0, log2) > shared) log2--;
+  return log2;
+}
 
 // Sequences of up to `longest` outputs are transformed with 2^log2 points and see the first `taps` taps. Without packed
 // documents there is one class; with them a block chooses by the length of its document, which the host need not know.

@@ -17,8 +17,8 @@ using fft::Root;
 
 constexpr int kFftThreads = 256;  // with the registers that 16 points take, two blocks share a multiprocessor
 
-// The points in shared memory: 2^log2 of each of 2^channels channels, of which `node` of the tree is the root. Every 17th
-// place is left out, and one at each channel's end, so that neighbouring threads find different banks in each pass.
+// The points in shared memory: 2^log2 of each of 2^channels channels, of which `node` of the tree is the root. What
+// shared_bytes leaves out lets neighbouring threads find different banks in each pass.
 struct Shared {
   SharedPointer<ComplexFloat> points;
   int channels, log2, node;
@@ -26,10 +26,6 @@ struct Shared {
   __device__ int stride() const { return (1 << log2) + (1 << (log2 - 4)) + 1; }
   __device__ ComplexFloat& at(int channel, int i) const { return points[channel * stride() + i + (i >> 4)]; }
 };
-
-__host__ __device__ inline int shared_bytes(int channels, int log2) {
-  return (((1 << log2) + (1 << (log2 - 4)) + 1) << channels) * static_cast<int>(sizeof(ComplexFloat));
-}
 
 __device__ inline Shared shared_points(int channels, int log2, int node) {
   const int count = shared_bytes(channels, log2) / static_cast<int>(sizeof(ComplexFloat));
@@ -261,7 +257,9 @@ __device__ void store_rows(const typename Sink::Params& params, int klass, const
 constexpr int kColumnsLog2 = 5;
 
 // Levels that the pass over columns takes.
-__host__ __device__ inline int column_levels(int log2) { return log2 - 12 < 5 ? 5 : log2 - 12 > 8 ? 8 : log2 - 12; }
+__host__ __device__ inline int column_levels(int log2) {
+  return log2 - 12 < 5 ? 5 : log2 - 12 > kMostColumns ? kMostColumns : log2 - 12;
+}
 
 // Which of a two-level transform a block of threads works on.
 struct TwoLevelBlock {

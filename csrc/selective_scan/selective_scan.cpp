@@ -12,6 +12,9 @@
 namespace madkernels {
 namespace {
 
+// B or C with the axis of groups, which may be left out where there is one.
+Tensor with_groups(const Tensor& t) { return t.dim() == 3 ? torch::stable::unsqueeze(t, 2) : t; }
+
 // The arguments after checks, held while kernels use their memory.
 struct Arguments {
   Tensor u, delta, A, B, C;
@@ -24,32 +27,33 @@ struct Arguments {
 
 Arguments check(const char* op, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                 const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias, bool delta_softplus,
-                const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
-  MK_CHECK(u.dim() == 3, op, ": u has shape ", to_string(shape_of(u)), "; expected (batch, seqlen, dim)");
+                const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, Spelling spelling = {}) {
+  MK_CHECK(u.dim() == 3, op, ": u has shape ", spelling.shape(shape_of(u)), "; expected ", spelling.rows());
   MK_CHECK(A.dim() == 2, op, ": A has shape ", to_string(shape_of(A)), "; expected (dim, dstate)");
-  MK_CHECK(B.dim() == 4, op, ": B has shape ", to_string(shape_of(B)), "; expected (batch, seqlen, groups, dstate)");
-  const Checks checks(op, "u", u);
+  const Checks checks(op, "u", u, spelling);
   SelectiveScan p{};
   p.dtype = checks.dtype();
-  p.batch = u.size(0), p.seqlen = u.size(1), p.dim = u.size(2), p.dstate = A.size(1), p.groups = B.size(2);
-  const ScalarType type = u.scalar_type(), wide = checks.accumulate_type();
-  checks.tensor("delta", delta, {p.batch, p.seqlen, p.dim}, type);
+  p.batch = u.size(0), p.seqlen = u.size(1), p.dim = u.size(2), p.dstate = A.size(1),
+  p.groups = B.dim() == 4 ? B.size(2) : 1;
+  const ScalarType wide = checks.accumulate_type();
+  checks.activation("delta", delta, {p.batch, p.seqlen, p.dim});
   checks.tensor("A", A, {p.dim, p.dstate}, wide);
-  checks.tensor("B", B, {p.batch, p.seqlen, p.groups, p.dstate}, type);
-  checks.tensor("C", C, {p.batch, p.seqlen, p.groups, p.dstate}, type);
+  const Shape grouped{p.batch, p.seqlen, p.groups, p.dstate}, single{p.batch, p.seqlen, p.dstate};
+  checks.activation("B", B, B.dim() == 4 ? grouped : single);
+  checks.activation("C", C, C.dim() == 4 || p.groups != 1 ? grouped : single);
   MK_CHECK(p.groups >= 1 && p.dim % p.groups == 0, op, ": B has ", p.groups, " groups; expected a divisor of dim, ", p.dim);
   checks.tensor("D", D, {p.dim}, wide);
-  checks.tensor("z", z, {p.batch, p.seqlen, p.dim}, type);
+  checks.activation("z", z, {p.batch, p.seqlen, p.dim});
   checks.tensor("delta_bias", delta_bias, {p.dim}, wide);
   p.docs = checks.documents(cu_seqlens, p.batch, p.seqlen);
-  checks.tensor("initial_state", initial_state, {p.docs.count, p.dim, p.dstate}, wide);
+  checks.tensor(spelling.state(), initial_state, {p.docs.count, p.dim, p.dstate}, wide);
   p.delta_softplus = delta_softplus;
 
   Arguments a{with_dense_axis(u),
               with_dense_axis(delta),
               torch::stable::contiguous(A),
-              B,
-              C,
+              with_groups(B),
+              with_groups(C),
               contiguous(D),
               z ? OptionalTensor(with_dense_axis(*z)) : std::nullopt,
               contiguous(delta_bias),
@@ -66,12 +70,13 @@ Arguments check(const char* op, const Tensor& u, const Tensor& delta, const Tens
 
 #if MADKERNELS_GPU
 
-// A split of time, with the memory it needs.
-struct Split : ScanSplit {
+// The device, made current first, and a split of time that suits it, with the memory it needs.
+struct Split : OnDevice, ScanSplit {
   Tensor states_memory, elapsed_memory;
 
   explicit Split(const Arguments& a)
-      : ScanSplit(split_scan(a.params, multiprocessors())),
+      : OnDevice(a.u),
+        ScanSplit(split_scan(a.params, multiprocessors())),
         states_memory(workspace(a, needs_states(a.params) ? a.params.dstate : 0)),
         elapsed_memory(workspace(a, segments > 1 ? 1 : 0)) {
     states = states_memory.data_ptr(), elapsed = elapsed_memory.data_ptr();
@@ -90,13 +95,12 @@ void clear_spare(Tensor& checkpoints, const SelectiveScan& p) {
 }
 
 void run_forward(const Arguments& a) {
-  const OnDevice on(a.u);
-  gpu::selective_scan_forward(a.params, Split(a), on.stream());
+  const Split split(a);
+  gpu::selective_scan_forward(a.params, split, split.stream());
 }
 
-void run_backward(const Arguments& a, const SelectiveScanBackward& q, const ScanSplit& split) {
-  const OnDevice on(a.u);
-  gpu::selective_scan_backward(q, split, on.stream());
+void run_backward(const Arguments&, const SelectiveScanBackward& q, const Split& split) {
+  gpu::selective_scan_backward(q, split, split.stream());
 }
 
 #else
@@ -130,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor
   Arguments a = check("selective_scan", u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
   SelectiveScan& p = a.params;
   const ScalarType wide = A.scalar_type();
-  Tensor out = torch::stable::empty_like(a.u), final_state = empty(a.states(), wide, u);
+  Tensor out = empty_rows(a.u), final_state = empty(a.states(), wide, u);
   Tensor checkpoints = empty(save_checkpoints ? Shape{p.checkpoint_slots(), p.dstate, p.dim} : Shape{0}, wide, u);
   p.out = rows_of(out), p.final_state = final_state.data_ptr();
   p.checkpoints = save_checkpoints ? checkpoints.data_ptr() : nullptr;
@@ -151,15 +155,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   SelectiveScan& p = a.params;
   const ScalarType wide = A.scalar_type();
   const Checks checks(op, "u", u);
-  checks.tensor("dout", dout, a.rows(), u.scalar_type());
+  checks.activation("dout", dout, a.rows());
   checks.tensor("dfinal_state", dfinal_state, a.states(), wide);
   checks.tensor("checkpoints", checkpoints, {p.checkpoint_slots(), p.dstate, p.dim}, wide);
   const Tensor dout_rows = with_dense_axis(dout);
   const OptionalTensor dfinal = contiguous(dfinal_state);
 
   const Shape nothing{0};
-  Tensor du = torch::stable::empty_like(a.u), ddelta = torch::stable::empty_like(a.delta);
-  Tensor dz = a.z ? torch::stable::empty_like(*a.z) : empty(nothing, u.scalar_type(), u);
+  Tensor du = empty_rows(a.u), ddelta = empty_rows(a.delta);
+  Tensor dz = a.z ? empty_rows(*a.z) : empty(nothing, u.scalar_type(), u);
   Tensor dinitial = empty(a.states(), wide, u);
   const Shape parts{p.groups, p.blocks_per_group(), p.batch, p.seqlen, p.dstate};
   Tensor dB_parts = empty(parts, wide, u), dC_parts = empty(parts, wide, u);
@@ -183,16 +187,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                           dbias_parts.data_ptr()};
   run_backward(a, q, split);
 
-  const auto projection_gradient = [&](const Tensor& blocks) {  // -> (batch, seqlen, groups, dstate)
-    Tensor sums = sum_parts(blocks, 1);                         // (groups, batch, seqlen, dstate)
+  const auto projection_gradient = [&](const Tensor& blocks, const Tensor& of) {  // in the shape of B or C
+    Tensor sums = sum_parts(blocks, 1);                                           // (groups, batch, seqlen, dstate)
     sums = torch::stable::transpose(torch::stable::transpose(sums, 0, 1), 1, 2);
-    return torch::stable::contiguous(torch::stable::to(sums, u.scalar_type()));
+    return torch::stable::view(torch::stable::contiguous(torch::stable::to(sums, u.scalar_type())), shape_of(of));
   };
   return {du,
           ddelta,
           sum_parts(dA_parts, 0),
-          projection_gradient(dB_parts),
-          projection_gradient(dC_parts),
+          projection_gradient(dB_parts, B),
+          projection_gradient(dC_parts, C),
           D ? sum_parts(dD_parts, 0) : empty(nothing, wide, u),
           dz,
           delta_bias ? sum_parts(dbias_parts, 0) : empty(nothing, wide, u),
@@ -200,17 +204,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 }
 
 // One step of decoding is a scan of length one whose state is read and written in place.
-// state (batch, dim, dstate); u, delta, z (batch, 1, dim); B, C (batch, 1, groups, dstate) -> (batch, 1, dim)
+// state (batch, dim, dstate); u, delta, z (batch, dim); B, C (batch, dstate) or (batch, groups, dstate) -> (batch, dim)
 Tensor selective_scan_step(Tensor state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
                            OptionalTensor z, OptionalTensor delta_bias, bool delta_softplus) {
-  Arguments a = check("selective_scan_step", u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, std::nullopt);
+  Arguments a = check("selective_scan_step", with_time(u), with_time(delta), A, with_time(B), with_time(C), D, with_time(z),
+                      delta_bias, delta_softplus, state, std::nullopt, {.step = true});
   SelectiveScan& p = a.params;
-  MK_CHECK(p.seqlen == 1, "selective_scan_step: u has seqlen ", p.seqlen, "; expected 1");
   MK_CHECK(state.is_contiguous(), "selective_scan_step: state must be contiguous, since it is updated in place");
-  Tensor out = torch::stable::empty_like(a.u);
+  Tensor out = empty_rows(a.u);
   p.out = rows_of(out), p.initial_state = state.data_ptr(), p.final_state = state.data_ptr();
   run_forward(a);
-  return out;
+  return torch::stable::squeeze(out, 1);
 }
 
 }  // namespace

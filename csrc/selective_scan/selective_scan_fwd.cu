@@ -92,7 +92,8 @@ __device__ Document walk_documents(float (&h)[kStates], const float (&log2)[kSta
                                    SharedPointer<float> B, SharedPointer<float> C, int t, int rows) {
   for (int i = 0; i < rows;) {
     const int64_t matrix = static_cast<int64_t>(document.index) * p.dim + at.channel;
-    if (t + i == document.begin) load_row(h, p.initial_state, matrix, p.dstate, run);
+    // Threads behind the last channel read none: where it is updated in place, another thread has it.
+    if (t + i == document.begin) load_row(h, at.live ? p.initial_state : nullptr, matrix, p.dstate, run);
     const int stop = least(document.end - t, rows);
     if (run.count == kStates) {
       walk<kStates, true, kSums>(h, log2, columns, B, C, i, stop, run.count);

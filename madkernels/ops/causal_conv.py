@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from madkernels import reference
-from madkernels.ops.registration import differentiate_gradient, if_given, register_autocast, register_vmap, rows_like
+from madkernels.ops.registration import (
+    differentiate,
+    differentiate_gradient,
+    if_given,
+    or_empty,
+    refuse_tangents,
+    register_autocast,
+    register_gradient,
+    register_vmap,
+    rows_like,
+)
 
 _forward = torch.ops.madkernels.causal_conv.default
 _backward = torch.ops.madkernels.causal_conv_backward.default
@@ -73,9 +83,10 @@ def causal_conv_step(
         ValueError: an unknown activation.
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
     """
+    refuse_tangents("causal_conv_step", state, x, weight, bias)
     with torch.no_grad():
-        out: Tensor = _step(state, x.unsqueeze(1), weight, bias, _is_silu(activation))
-    return out.squeeze(1)
+        out: Tensor = _step(state, x, weight, bias, _is_silu(activation))
+    return out
 
 
 def _is_silu(activation: str | None) -> bool:
@@ -112,7 +123,31 @@ def _backward_fake(
 
 @torch.library.register_fake("madkernels::causal_conv_step")
 def _step_fake(state: Tensor, x: Tensor, *parameters: Any) -> Tensor:
-    return rows_like(x)
+    return x.new_empty(x.shape)
+
+
+def _by_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Sequence[Tensor]:
+    activation = "silu" if silu else None
+    options: dict[str, Any] = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "return_final_state": True}
+    return tuple(reference.causal_conv(x, weight, bias, activation=activation, **options))
+
+
+def _gradient_by_reference(dout: Tensor, dstate: Tensor | None, *inputs: Any) -> Sequence[Tensor]:
+    *tensors, silu, initial_state, cu_seqlens = inputs
+    gradients = differentiate(_function(silu, cu_seqlens), [*tensors, initial_state], [dout, dstate])
+    return or_empty(gradients, dout)
+
+
+def _function(silu: bool, cu_seqlens: Tensor | None) -> Callable[[Sequence[Any]], Sequence[Tensor]]:
+    """The reference as a function of what it can be differentiated in."""
+    return lambda arguments: _by_reference(*[*arguments[:-1], silu, arguments[-1], cu_seqlens])
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -138,24 +173,13 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
     dout, dstate, *tensors, initial_state, cu_seqlens = ctx.saved_tensors
-
-    def convolve(arguments: Sequence[Any]) -> Sequence[Tensor]:
-        *inputs, state = arguments
-        outputs = reference.causal_conv(
-            *inputs,
-            activation="silu" if ctx.silu else None,
-            initial_state=state,
-            cu_seqlens=cu_seqlens,
-            return_final_state=True,
-        )
-        return tuple(outputs)
-
-    cotangents, arguments = differentiate_gradient(convolve, [*tensors, initial_state], [dout, dstate], weights)
+    function = _function(ctx.silu, cu_seqlens)
+    cotangents, arguments = differentiate_gradient(function, [*tensors, initial_state], [dout, dstate], weights)
     return (*cotangents, *arguments[:-1], None, arguments[-1], None)
 
 
-torch.library.register_autograd("madkernels::causal_conv", _forward_gradient, setup_context=_save_forward)
-torch.library.register_autograd("madkernels::causal_conv_backward", _second_gradient, setup_context=_save_backward)
+register_gradient("madkernels::causal_conv", _forward_gradient, _save_forward, _by_reference)
+register_gradient("madkernels::causal_conv_backward", _second_gradient, _save_backward, _gradient_by_reference)
 register_autocast(_forward, "madkernels::causal_conv", activations=(0, 4))
 register_autocast(_step, "madkernels::causal_conv_step", activations=(1,))
 register_vmap("madkernels::causal_conv", _forward, (2, 0, 0, None, 2, None), (2, 2))

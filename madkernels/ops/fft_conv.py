@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from madkernels import reference
-from madkernels.ops.registration import differentiate_gradient, if_given, register_autocast, register_vmap, rows_like
+from madkernels.ops.registration import (
+    differentiate,
+    differentiate_gradient,
+    if_given,
+    or_empty,
+    refuse_tangents,
+    register_autocast,
+    register_gradient,
+    register_vmap,
+    rows_like,
+)
 
 _forward = torch.ops.madkernels.fft_conv.default
 _backward = torch.ops.madkernels.fft_conv_backward.default
@@ -86,10 +96,10 @@ def fft_conv_step(
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
     """
+    refuse_tangents("fft_conv_step", state, u, filter, skip, pre_gate, post_gate)
     with torch.no_grad():
-        rows = [None if t is None else t.unsqueeze(1) for t in (u, pre_gate, post_gate)]
-        out: Tensor = _step(state, rows[0], filter, skip, *rows[1:])
-    return out.squeeze(1)
+        out: Tensor = _step(state, u, filter, skip, pre_gate, post_gate)
+    return out
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -125,7 +135,29 @@ def _backward_fake(
 
 @torch.library.register_fake("madkernels::fft_conv_step")
 def _step_fake(state: Tensor, u: Tensor, *parameters: Any) -> Tensor:
-    return rows_like(u)
+    return u.new_empty(u.shape)
+
+
+def _by_reference(
+    u: Tensor, filter: Tensor, skip: Tensor | None, pre_gate: Tensor | None, post_gate: Tensor | None, causal: bool,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, with_final_state: bool,
+) -> Sequence[Tensor]:  # fmt: skip
+    found = reference.fft_conv(
+        u, filter, skip=skip, pre_gate=pre_gate, post_gate=post_gate, causal=causal, initial_state=initial_state,
+        cu_seqlens=cu_seqlens, return_final_state=with_final_state,
+    )  # fmt: skip
+    return (found, u.new_empty(0, dtype=_wide(u))) if isinstance(found, Tensor) else found
+
+
+def _gradient_by_reference(dout: Tensor, dstate: Tensor | None, *inputs: Any) -> Sequence[Tensor]:
+    *tensors, causal, initial_state, cu_seqlens = inputs
+    gradients = differentiate(_function(causal, cu_seqlens), [*tensors, initial_state], [dout, dstate])
+    return or_empty(gradients, dout)
+
+
+def _function(causal: bool, cu_seqlens: Tensor | None) -> Callable[[Sequence[Any]], Sequence[Tensor]]:
+    """The reference as a function of what it can be differentiated in."""
+    return lambda arguments: _by_reference(*[*arguments[:-1], causal, arguments[-1], cu_seqlens, causal])
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -155,21 +187,13 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
     dout, dstate, *tensors, initial_state, cu_seqlens = ctx.saved_tensors
-
-    def convolve(arguments: Sequence[Any]) -> Sequence[Tensor]:
-        u, filter, skip, pre_gate, post_gate, state = arguments
-        outputs = reference.fft_conv(
-            u, filter, skip=skip, pre_gate=pre_gate, post_gate=post_gate, causal=ctx.causal,
-            initial_state=state, cu_seqlens=cu_seqlens, return_final_state=True,
-        )  # fmt: skip
-        return tuple(outputs)
-
-    cotangents, arguments = differentiate_gradient(convolve, [*tensors, initial_state], [dout, dstate], weights)
+    function = _function(ctx.causal, cu_seqlens)
+    cotangents, arguments = differentiate_gradient(function, [*tensors, initial_state], [dout, dstate], weights)
     return (*cotangents, *arguments[:-1], None, arguments[-1], None)
 
 
-torch.library.register_autograd("madkernels::fft_conv", _forward_gradient, setup_context=_save_forward)
-torch.library.register_autograd("madkernels::fft_conv_backward", _second_gradient, setup_context=_save_backward)
+register_gradient("madkernels::fft_conv", _forward_gradient, _save_forward, _by_reference)
+register_gradient("madkernels::fft_conv_backward", _second_gradient, _save_backward, _gradient_by_reference)
 register_autocast(_forward, "madkernels::fft_conv", activations=(0, 3, 4))
 register_autocast(_step, "madkernels::fft_conv_step", activations=(1, 4, 5))
 register_vmap("madkernels::fft_conv", _forward, (2, 0, 0, 2, 2, None, 2, None, None), (2, 2))

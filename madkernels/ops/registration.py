@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from madkernels.tangents import has_tangent
+
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
@@ -36,9 +38,12 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def rows_like(t: Tensor) -> Tensor:
-    """What an op allocates for a tensor like `t` (batch, seqlen, dim): of its layout, or contiguous if no axis is dense."""
-    dense = t.stride(1) == 1 or t.stride(2) == 1
-    return torch.empty_like(t) if dense else torch.empty_like(t, memory_format=torch.contiguous_format)
+    """What an op allocates for a tensor like `t` (batch, seqlen, dim): dense along time where only time is dense in `t`,
+    else contiguous. Its other strides are not those of `t`, which may be an expanded view."""
+    batch, seqlen, dim = t.shape
+    if t.stride(2) != 1 and t.stride(1) == 1:
+        return t.new_empty(batch, dim, seqlen).transpose(1, 2)
+    return t.new_empty(t.shape)
 
 
 def if_given(argument: Tensor | None, gradient: Tensor) -> Tensor | None:
@@ -46,8 +51,69 @@ def if_given(argument: Tensor | None, gradient: Tensor) -> Tensor | None:
     return None if argument is None else gradient
 
 
+Function = Callable[[Sequence[Any]], Sequence[Tensor]]
+
+
+def register_gradient(
+    name: str, gradient: Callable[..., Any], save: Callable[..., None], by_reference: Callable[..., Sequence[Tensor]]
+) -> None:
+    """What an op needs for derivatives: reverse mode by `gradient` from what `save` kept, as of torch's register_autograd;
+    forward mode by torch's own, through `by_reference`, which takes the op's arguments and gives its results."""
+    library = _WithForwardMode(name.partition("::")[0], by_reference)
+    _libraries.append(library)
+    torch.library.register_autograd(name, gradient, setup_context=save, lib=library)
+
+
+_libraries: list[torch.library.Library] = []  # what is registered is taken back when they go
+
+
+class _WithForwardMode(torch.library.Library):
+    """Passes register_autograd's kernel on, but for calls that it does not serve: it drops tangents, and torch.func.grad
+    refuses it."""
+
+    def __init__(self, namespace: str, by_reference: Callable[..., Sequence[Tensor]]) -> None:
+        super().__init__(namespace, "IMPL")  # type: ignore[no-untyped-call]
+        self.by_reference = by_reference
+
+    def impl(self, op_name: Any, fn: Callable[..., Any], *rest: Any, **options: Any) -> Any:
+        def kernel(keyset: Any, *args: Any) -> Any:
+            in_func_grad = torch._C._are_functorch_transforms_active() and torch._C._any_requires_grad(*args)
+            return self.by_reference(*args) if in_func_grad or has_tangent(args) else fn(keyset, *args)
+
+        return super().impl(op_name, kernel, *rest, **options)  # type: ignore[no-untyped-call]
+
+
+def refuse_tangents(name: str, *values: Any) -> None:
+    """Raises for a step, which writes over the state that a tangent belongs to."""
+    if has_tangent(values):
+        op = name.removesuffix("_step")
+        raise NotImplementedError(
+            f"{name} has no derivative, since it updates its state in place; {op} has: give it a sequence of length 1, the "
+            "state as initial_state, and return_final_state=True"
+        )
+
+
+def differentiate(function: Function, arguments: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]) -> list[Any]:
+    """The gradients of ``sum(cotangents * function(arguments))``, None where an argument is absent; differentiable again."""
+    with torch.enable_grad():
+        inputs = [_differentiable(t) for t in arguments]
+        found = iter(_gradients(function, inputs, cotangents))
+    return [None if t is None else next(found) for t in arguments]
+
+
+def _gradients(function: Function, inputs: Sequence[Any], seeds: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    pairs = [(o, s) for o, s in zip(function(inputs), seeds, strict=True) if s is not None]
+    outputs, given = [o for o, _ in pairs], [t for t in inputs if t is not None]
+    return torch.autograd.grad(outputs, given, [s for _, s in pairs], create_graph=True, materialize_grads=True)
+
+
+def or_empty(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Gradients as the ops return them: empty where the argument is absent."""
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+
+
 def differentiate_gradient(
-    function: Callable[[Sequence[Any]], Sequence[Tensor]],
+    function: Function,
     arguments: Sequence[Tensor | None],
     cotangents: Sequence[Tensor | None],
     weights: Sequence[Tensor],
@@ -67,11 +133,7 @@ def differentiate_gradient(
     with torch.enable_grad():
         inputs = [_differentiable(t) for t in arguments]
         seeds = [_differentiable(t) for t in cotangents]
-        pairs = [(o, s) for o, s in zip(function(inputs), seeds, strict=True) if s is not None]
-        given = [t for t in inputs if t is not None]
-        first = torch.autograd.grad(
-            [o for o, _ in pairs], given, [s for _, s in pairs], create_graph=True, materialize_grads=True
-        )
+        first = _gradients(function, inputs, seeds)
         kept = [w for t, w in zip(arguments, weights, strict=True) if t is not None]
         wanted = [t for t in (*seeds, *inputs) if t is not None]
         found = iter(torch.autograd.grad(first, wanted, kept, create_graph=create_graph, materialize_grads=True))
@@ -84,16 +146,19 @@ def _differentiable(t: Tensor | None) -> Tensor | None:
     return t.detach().requires_grad_()
 
 
-def register_vmap(name: str, op: Callable[..., Any], arguments: Sequence[int | None], results: Sequence[int]) -> None:
+Axis = int | tuple[int, int] | None
+
+
+def register_vmap(name: str, op: Callable[..., Any], arguments: Sequence[Axis], results: Sequence[int]) -> None:
     """Under vmap, one call for all maps: each is so many more channels, and channels do not mix.
 
-    Gradients are taken outside, as by ``torch.func.vmap(f)(...).sum().backward()``: torch's custom operators do not go
-    through ``torch.func.grad``.
+    Gradients are best taken outside, as by ``torch.func.vmap(f)(...).sum().backward()``: those of ``torch.func.grad`` go
+    through the reference.
 
     Args:
         name, op: what is registered.
-        arguments: the axis of channels (or of groups of channels) of each argument; None for what has none, and cannot be
-            mapped: offsets and flags.
+        arguments: the axis of channels (or of groups of channels) of each argument, (axis, rank) where it may be left out of
+            a tensor of this rank; None for what has none, and cannot be mapped: offsets and flags.
         results: the axis of channels of each result; of one that comes back empty it is ignored.
     """
 
@@ -106,17 +171,19 @@ def register_vmap(name: str, op: Callable[..., Any], arguments: Sequence[int | N
     torch.library.register_vmap(name, rule)
 
 
-def _fold(value: Any, dim: int | None, axis: int | None, size: int) -> Any:
+def _fold(value: Any, dim: int | None, axis: Axis, size: int) -> Any:
     """The mapped axis `dim` into `axis` of what is left, map after map; an argument that is not mapped is repeated."""
     if not isinstance(value, Tensor) or axis is None:
         if dim is not None:
             raise ValueError("offsets of packed documents are the same for all maps; vmap cannot map over cu_seqlens")
         return value
+    rank = value.dim() - (dim is not None)
+    axis, full_rank = axis if isinstance(axis, tuple) else (axis, rank)
     if dim is None:
         value = value.unsqueeze(axis).expand(*value.shape[:axis], size, *value.shape[axis:])
     else:
         value = value.movedim(dim, axis)
-    return value.flatten(axis, axis + 1)
+    return value.flatten(axis, axis + 1) if rank == full_rank else value
 
 
 def _unfold(value: Tensor, axis: int, size: int) -> tuple[Tensor, int | None]:

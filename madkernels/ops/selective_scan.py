@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from madkernels import reference
-from madkernels.ops.registration import differentiate_gradient, if_given, register_autocast, register_vmap, rows_like
+from madkernels.ops.registration import (
+    differentiate,
+    differentiate_gradient,
+    if_given,
+    or_empty,
+    refuse_tangents,
+    register_autocast,
+    register_gradient,
+    register_vmap,
+    rows_like,
+)
 
 _forward = torch.ops.madkernels.selective_scan.default
 _backward = torch.ops.madkernels.selective_scan_backward.default
@@ -69,9 +79,8 @@ def selective_scan(
     Differentiable in all tensors, the states included, and a second time through the reference. The same inputs give the
     same bits, whatever the number of threads.
     """
-    grouped = [t.unsqueeze(2) if t.dim() == 3 else t for t in (B, C)]
-    tensors = (u, delta, A, *grouped, D, z, delta_bias)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, initial_state))
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    save = _needs_gradient(*tensors, initial_state)
     out, state, _ = _forward(*tensors, delta_softplus, initial_state, cu_seqlens, save)
     return (out, state) if return_final_state else out
 
@@ -102,21 +111,19 @@ def selective_scan_step(
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
     """
-    grouped = [t.unsqueeze(1) if t.dim() == 2 else t for t in (B, C)]
-    z = None if z is None else z.unsqueeze(1)
+    refuse_tangents("selective_scan_step", state, u, delta, A, B, C, D, z, delta_bias)
     with torch.no_grad():
-        out: Tensor = _step(
-            state, u.unsqueeze(1), delta.unsqueeze(1), A, *(t.unsqueeze(1) for t in grouped), D, z, delta_bias,
-            delta_softplus,
-        )  # fmt: skip
-    return out.squeeze(1)
+        out: Tensor = _step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return out
+
+
+def _needs_gradient(*values: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
 def _forward_and_save(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """For vmap, under which the public function cannot see whether a gradient will be asked for."""
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    found: tuple[Tensor, Tensor, Tensor] = _forward(*arguments[:-1], arguments[-1] or save)
+    found: tuple[Tensor, Tensor, Tensor] = _forward(*arguments[:-1], arguments[-1] or _needs_gradient(*arguments))
     return found
 
 
@@ -158,7 +165,28 @@ def _backward_fake(
 
 @torch.library.register_fake("madkernels::selective_scan_step")
 def _step_fake(state: Tensor, u: Tensor, *parameters: Any) -> Tensor:
-    return rows_like(u)
+    return u.new_empty(u.shape)
+
+
+def _by_reference(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    save_checkpoints: bool = False,
+) -> Sequence[Tensor]:  # fmt: skip
+    options: dict[str, Any] = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "return_final_state": True}
+    out, state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, **options)
+    return out, state, A.new_empty(0)  # no checkpoints: its gradients are torch's own
+
+
+def _gradient_by_reference(dout: Tensor, dstate: Tensor | None, *inputs: Any) -> Sequence[Tensor]:
+    *tensors, softplus, initial_state, cu_seqlens, _ = inputs
+    gradients = differentiate(_function(softplus, cu_seqlens), [*tensors, initial_state], [dout, dstate])
+    return or_empty(gradients, dout)
+
+
+def _function(softplus: bool, cu_seqlens: Tensor | None) -> Callable[[Sequence[Any]], Sequence[Tensor]]:
+    """The reference as a function of what it can be differentiated in."""
+    return lambda arguments: _by_reference(*[*arguments[:-1], softplus, arguments[-1], cu_seqlens])[:2]
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -189,19 +217,14 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
     dout, dstate, *tensors, initial_state, cu_seqlens = ctx.saved_tensors
-
-    def scan(arguments: Sequence[Any]) -> Sequence[Tensor]:
-        u, delta, A, B, C, D, z, bias, state = arguments
-        options = {"initial_state": state, "cu_seqlens": cu_seqlens, "return_final_state": True}
-        outputs = reference.selective_scan(u, delta, A, B, C, D, z, bias, ctx.delta_softplus, **options)
-        return tuple(outputs)
-
-    cotangents, arguments = differentiate_gradient(scan, [*tensors, initial_state], [dout, dstate], weights)
+    function = _function(ctx.delta_softplus, cu_seqlens)
+    cotangents, arguments = differentiate_gradient(function, [*tensors, initial_state], [dout, dstate], weights)
     return (*cotangents, *arguments[:-1], None, arguments[-1], None, None)
 
 
-torch.library.register_autograd("madkernels::selective_scan", _forward_gradient, setup_context=_save_forward)
-torch.library.register_autograd("madkernels::selective_scan_backward", _second_gradient, setup_context=_save_backward)
+register_gradient("madkernels::selective_scan", _forward_gradient, _save_forward, _by_reference)
+register_gradient("madkernels::selective_scan_backward", _second_gradient, _save_backward, _gradient_by_reference)
 register_autocast(_forward, "madkernels::selective_scan", activations=(0, 1, 3, 4, 6))
 register_autocast(_step, "madkernels::selective_scan_step", activations=(1, 2, 4, 5, 7))
-register_vmap("madkernels::selective_scan", _forward_and_save, (2, 2, 0, 2, 2, 0, 2, 0, None, 1, None, None), (2, 1, 2))
+_CHANNELS = (2, 2, 0, (2, 4), (2, 4), 0, 2, 0, None, 1, None, None)  # B and C have groups of them, if they have the axis
+register_vmap("madkernels::selective_scan", _forward_and_save, _CHANNELS, (2, 1, 2))

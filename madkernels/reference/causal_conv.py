@@ -8,9 +8,9 @@ What lies before a sequence is its initial state (its last width - 1 inputs), or
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from madkernels.reference.activations import silu
 from madkernels.reference.documents import document_bounds
 
 
@@ -50,7 +50,7 @@ def causal_conv(
     if bias is not None:
         out = out + bias.to(dtype)
     if activation == "silu":
-        out = F.silu(out)
+        out = silu(out)
     out = out.to(x.dtype)
     return (out, history[:, seqlen:].clone()) if return_final_state else out
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from madkernels.reference.activations import silu
 from madkernels.reference.documents import document_bounds
 
 
@@ -100,4 +101,4 @@ def _per_channel(projection: Tensor, dim: int) -> Tensor:
 def _skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     if D is not None:
         y = y + u * D
-    return y if z is None else y * F.silu(z.to(y.dtype))
+    return y if z is None else y * silu(z.to(y.dtype))
