@@ -160,6 +160,14 @@ def test_kernel_leaves_logits_alone_without_gradients(kernel: ModuleType) -> Non
     assert torch.equal(logits, before)
 
 
+def test_kernel_takes_targets_of_any_stride(kernel: ModuleType) -> None:
+    logits = torch.randn(4, 20, device=KERNEL_DEVICE)
+    targets = torch.tensor([3, 0, 7, 0, 3, 0, 19, 0], device=KERNEL_DEVICE)[::2]
+    for view in (targets, targets[:1].expand(4)):
+        wanted = F.cross_entropy(logits, view, reduction="none")
+        torch.testing.assert_close(kernel.losses(logits.clone(), view, -100, True), wanted)
+
+
 def test_kernel_reads_nothing_at_targets_out_of_range(kernel: ModuleType) -> None:
     targets = torch.tensor([20, -1, 2**40], device=KERNEL_DEVICE)
     assert kernel.losses(torch.randn(3, 20, device=KERNEL_DEVICE), targets, -100, True).isnan().all()

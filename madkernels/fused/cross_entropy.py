@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from madkernels.tangents import has_tangent
+
 CHUNK_TOKENS = 2048
+_PLAIN = "F.cross_entropy(F.linear(x, weight, bias), targets)"
 
 
 def linear_cross_entropy(
@@ -48,8 +51,11 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes or dtypes that do not fit. RuntimeError: a second derivative is asked for; there is none.
+        NotImplementedError: a derivative in forward mode, or a transform of torch.func.
     """
     _check(x, weight, targets, bias, chunk_tokens)
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     learned = (x, weight) if bias is None else (x, weight, bias)
@@ -58,6 +64,13 @@ def linear_cross_entropy(
         x, weight, targets, bias, ignore_index, chunk_tokens, differentiate
     )
     return loss
+
+
+def _refuse_transforms(*learned: Tensor | None) -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(f"linear_cross_entropy does not go through torch.func; {_PLAIN} does")
+    if has_tangent(learned):
+        raise NotImplementedError(f"linear_cross_entropy has no forward-mode derivative; {_PLAIN} has")
 
 
 def _check(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk_tokens: int) -> None:
@@ -101,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # what was saved would pass for a constant
-            raise RuntimeError("linear_cross_entropy has no second derivative; F.cross_entropy(F.linear(...)) has")
+            raise RuntimeError(f"linear_cross_entropy has no second derivative; {_PLAIN} has")
         (dloss,) = grad_outputs
         scored, dx, dweight, dbias = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes

@@ -27,7 +27,7 @@ def losses(logits: Tensor, targets: Tensor, ignore_index: int, differentiate: bo
     rows, vocab = logits.shape
     found = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(triton.next_power_of_2(vocab), BLOCK)
-    arguments = (logits, logits.stride(0), targets, found, vocab, ignore_index, differentiate, block)
+    arguments = (logits, logits.stride(0), targets.contiguous(), found, vocab, ignore_index, differentiate, block)
     _row[(rows,)](*arguments, num_warps=8)  # pyright: ignore[reportCallIssue]
     return found
 
