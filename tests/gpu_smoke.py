@@ -61,8 +61,8 @@ def main() -> None:
     for dtype, (seqlen, dstate) in itertools.product(DTYPES, ((41, 16), (70, 19), (900, 3))):
         scan(dtype, 2, seqlen, 67, dstate)
     scan(torch.bfloat16, 1, 100, 9, 4, [0, 40, 40, 100])
-    for dtype, (seqlen, width) in itertools.product(DTYPES, ((41, 4), (130, 3), (20, 7))):
-        conv(dtype, 2, seqlen, 37, width)
+    for dtype, (seqlen, dim, width) in itertools.product(DTYPES, ((41, 37, 4), (130, 38, 3), (20, 37, 7))):
+        conv(dtype, 2, seqlen, dim, width)
     conv(torch.bfloat16, 1, 100, 9, 4, [0, 40, 40, 100])
     for dtype, (seqlen, dim) in itertools.product(DTYPES, ((41, 37), (1100, 9), (20000, 2))):
         long_conv(dtype, 2, seqlen, dim, seqlen)

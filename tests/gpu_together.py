@@ -56,9 +56,9 @@ def main() -> int:
         error = max(abs(a - b) / a for a, b in losses)
         ratio = seconds["apart"][-1] / seconds["together"][-1]
         found[arch] = {"apart": seconds["apart"][-1], "together": seconds["together"][-1], "ratio": ratio, "error": error}
+        if arguments.json:  # after each, since the next may be stopped
+            arguments.json.write_text(json.dumps(found, indent=1))
         print(f"{arch}: {len(runs)} runs, apart over together {ratio:.2f}, losses differ by {error:.1e}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1))
     return int(any(one["error"] > TOLERANCE for one in found.values()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import backends
@@ -46,6 +47,32 @@ def test_a_stage_that_fails_does_not_lose_the_others(checks: gpu_check.Checks) -
         assert line.endswith(wanted)
 
 
+def test_a_stage_that_times_out_leaves_nobody_behind(checks: gpu_check.Checks) -> None:
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    assert not checks.run("slow", python(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"), 3)
+    pid = int((checks.out / "slow.log").read_text())
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:1]:
+        assert time.monotonic() < deadline, "the child of a stage outlives it"
+        time.sleep(0.05)
+
+
+def test_a_command_that_is_not_there_fails_alone(checks: gpu_check.Checks, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not checks.run("absent", ["no-such-command"], 5)
+    assert checks.outcomes[-1].detail == "no-such-command: No such file or directory"
+    monkeypatch.setenv("PATH", str(checks.out))
+    assert gpu_check.commit() == "unknown: there is no git here"
+
+
+def test_all_stages_have_nine_minutes_together(tmp_path: Path) -> None:
+    assert gpu_check.SECONDS <= 9 * 60
+    assert max(gpu_check.LIMITS.values()) < gpu_check.SECONDS / 2
+    checks = gpu_check.Checks(tmp_path, seconds=1)
+    assert not checks.run("slow", python("import time; time.sleep(60)"), 30)
+    assert not checks.run("late", python("print('here')"), 30)
+    assert [o.result for o in checks.outcomes] == ["timed out", "no time left"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_says_that_there_is_no_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -54,12 +81,6 @@ def test_says_that_there_is_no_gpu(
     assert gpu_check.main() == 2
     assert "torch sees no GPU" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_limits_add_up_to_nine_minutes() -> None:
-    """Stages that run once for each op or tool count as often."""
-    times = {"bench-{op}": len(gpu_check.OPS), "sanitizer-{tool}": 2}
-    assert sum(limit * times.get(stage, 1) for stage, limit in gpu_check.LIMITS.items()) <= 9 * 60
 
 
 def test_what_the_sanitizer_is_given_runs(monkeypatch: pytest.MonkeyPatch) -> None:
