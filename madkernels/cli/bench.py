@@ -23,9 +23,11 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 def bench(
     op: Annotated[str, typer.Argument(help=" or ".join(OPS))],
     shapes: Annotated[
-        str,
-        typer.Option(help="Names of cases, comma-separated; 'all'; or a JSON file with a list of cases."),
-    ] = "mamba-130m",
+        str | None,
+        typer.Option(
+            help="Names of cases, comma-separated; 'all'; or a JSON file with a list of cases. Default: the first."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help=f"One or more of {', '.join(DTYPES)}, timed in the same rounds.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 and so on.")] = "cpu",
     direction: Annotated[str, typer.Option("--pass", help="fwd, bwd or both.")] = "both",
@@ -77,12 +79,14 @@ def _benchmark(op: str) -> Benchmark:
     return known[op]
 
 
-def _cases(benchmark: Benchmark, shapes: str, quick: bool) -> Sequence[Case]:
+def _cases(benchmark: Benchmark, shapes: str | None, quick: bool) -> Sequence[Case]:
     if quick:
         return [case for case in benchmark.cases if case.quick]
+    named = {case.name: case for case in benchmark.cases if not case.quick}
+    if shapes is None:
+        return list(named.values())[:1]
     if shapes.endswith(".json"):
         return _read_cases(type(benchmark.cases[0]), Path(shapes))
-    named = {case.name: case for case in benchmark.cases if not case.quick}
     if shapes == "all":
         return list(named.values())
     for name in shapes.split(","):

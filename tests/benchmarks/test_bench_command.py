@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from madkernels import cuda
 from madkernels.benchmarks import harness, report
-from madkernels.benchmarks.cases import ConvCase
+from madkernels.benchmarks.cases import Case, ConvCase
 from madkernels.benchmarks.harness import Measured, Result
-from madkernels.cli.bench import bench
+from madkernels.cli.bench import OPS, _benchmark, bench
 
 app = typer.Typer()
 app.command()(bench)
@@ -151,3 +151,19 @@ def test_figures() -> None:
     assert found["float32"]["backward"]["fastest_peer"] is None
     assert found["float32"]["peak_memory"] == pytest.approx(2.5)
     assert found["bfloat16"]["forward"]["times_float32"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_a_case_to_begin_with(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `madkernels bench OP` times with nothing else said."""
+    taken: list[str] = []
+
+    def measure(benchmark: Any, case: Case, *_: Any) -> Measured:
+        taken.append(case.name)
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(harness, "measure", measure)
+    with pytest.raises(ValueError, match="seen enough"):
+        run(op)
+    first = next(case for case in _benchmark(op).cases if not case.quick)
+    assert taken == [first.name]
