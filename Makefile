@@ -6,6 +6,7 @@
 #   make cuda-check  compile every CUDA kernel and write docs/cuda-resources.md: registers, spills, shared memory (needs nvcc)
 #   make gpu-check   on a machine with a GPU, offline, 9 minutes at most: build, op tests, compute-sanitizer, benchmarks; results in
 #                    the folder OUT; WHEELS: a folder of wheels of pytest and hypothesis, where they are not installed
+#   make documents  runs the commands and the Python of README.md and docs/, from the pages
 #   make sanitize  the op tests over kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 #
 #   make gpu-training  on a machine with a GPU, offline: training steps of presets of 70M and 1B and of a slice of 7B, against plain
@@ -18,7 +19,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: install demo test lint format sanitize cuda-check gpu-check gpu-training wheel clean
+.PHONY: install demo test lint format documents sanitize cuda-check gpu-check gpu-training wheel clean
 
 install: .venv/installed
 
@@ -54,6 +55,9 @@ format: install
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
 
+documents: install
+	$(BIN)/python tests/documents.py
+
 # The sanitizers' runtime has to be loaded before Python; leaks are Python's own, so they are not reported.
 sanitize: install
 	rm -rf build/sanitized
@@ -77,8 +81,11 @@ gpu-check:
 gpu-training:
 	PYTHONPATH=. $(PYTHON) tests/gpu_training.py --json $(or $(OUT),out)/training.json
 
+# The wheel is built from the source distribution, so that both are known to work.
 wheel: install
-	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	rm -rf dist
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist dist/madkernels-*.tar.gz
 
 clean:
 	rm -rf build dist .venv *.egg-info madkernels/_C*.so

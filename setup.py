@@ -4,6 +4,7 @@ Environment variables: MADKERNELS_CUDA=auto|on|off (auto: where nvcc is found an
 MADKERNELS_CUDA_ARCHS="80;90a" (if absent: those of the GPUs here, else these two), MADKERNELS_SANITIZE=ON.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -35,6 +36,16 @@ def gpu_archs() -> str:
     return ";".join(sorted(("90a" if c == "90" else c for c in found), key=lambda c: (len(c.rstrip("a")), c))) or "80;90a"
 
 
+def check_torch() -> None:
+    """Ends in a sentence where the build would not find the torch that is to run it, as in an isolated build."""
+    if importlib.util.find_spec("torch") is None:
+        sys.exit(
+            "madkernels: torch is not importable here. Install torch first, then madkernels beside it, without build isolation:\n"
+            "    pip install torch 'setuptools>=77' 'cmake>=3.26' ninja 'pybind11>=2.13'\n"
+            "    pip install --no-build-isolation ."
+        )
+
+
 def torch_capabilities() -> list[str]:
     """The compute capabilities of the GPUs that torch sees."""
     import torch
@@ -49,6 +60,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if ext.optional:  # _C_cuda, which is built with _C
             return
+        check_torch()
         destination = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         sanitize = os.environ.get("MADKERNELS_SANITIZE", "OFF")
         build = ROOT / "build" / (sys.implementation.cache_tag + ("-sanitize" if sanitize != "OFF" else ""))
