@@ -104,6 +104,11 @@ def document_of(cu_seqlens: Tensor, seqlen: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
 
 
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x). The gradient of torch's own has, in a compiled graph, another layout than the graph was made for."""
+    return torch.logaddexp(x, x.new_zeros(()))
+
+
 def wide(x: Tensor) -> Tensor:
     """In float32 at least: rates are exponentiated and summed over the sequence."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels.models.layers.base import State, check_positive, wide
+from madkernels.models.layers.base import State, check_positive, softplus, wide
 from madkernels.models.layers.mamba import initial_step_bias
 from madkernels.models.layers.mamba2 import A_RANGE
 from madkernels.models.layers.matrix_state import MatrixStateLayer, recur
@@ -79,7 +79,7 @@ class GatedDeltaNet(DeltaMixer):
         self.gate = nn.Linear(dim, heads * self.value_dim, bias=False)
 
     def log_decay(self, x: Tensor) -> Tensor:
-        delta = F.softplus(wide(self.delta(x)) + wide(self.delta_bias))
+        delta = softplus(wide(self.delta(x)) + wide(self.delta_bias))
         return (-wide(self.A_log).exp() * delta).unsqueeze(-1)
 
     def read_out(self, y: Tensor, x: Tensor) -> Tensor:

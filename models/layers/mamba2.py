@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels.models.layers.base import Layer, State, check_positive, wide
+from madkernels.models.layers.base import Layer, State, check_positive, softplus, wide
 from madkernels.models.layers.mamba import initial_step_bias
 from madkernels.models.layers.matrix_state import recur
 from madkernels.models.layers.recurrence import linear_recurrence
@@ -40,7 +40,7 @@ class Mamba2(Layer):
         mixed = self.conv(mixed, cu_seqlens, state)
         u, B, C = mixed.split([self.inner, self.dstate, self.dstate], -1)
         u = u.unflatten(-1, (self.heads, self.head_dim))
-        delta = F.softplus(wide(delta) + wide(self.delta_bias)).unsqueeze(-1)  # (batch, seqlen, heads, 1)
+        delta = softplus(wide(delta) + wide(self.delta_bias)).unsqueeze(-1)  # (batch, seqlen, heads, 1)
         log_decay = -wide(self.A_log).exp()[:, None] * delta
         q, k = C.unsqueeze(2), B.unsqueeze(2)
         y = recur(linear_recurrence, q, k, delta * u, log_decay, cu_seqlens=cu_seqlens, state=state)

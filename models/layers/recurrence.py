@@ -3,21 +3,43 @@ delta rule have in common (Yang et al. 2023, arXiv 2312.06635; Dao and Gu 2024, 
 2412.06464).
 
 Within a chunk every step reads every earlier one under the decay between them; across chunks only the states at their
-borders are passed on. Decays are differences of running sums of logarithms, never ratios, so that none overflows.
-Arithmetic is in float32 at least. Documents of a packed row are told by their numbers: what would pass between two of them
-is masked.
+borders are passed on, one after the other. The decay between two steps is the exponential of the sum of what lies between
+them, never a ratio, so that none overflows, and what was forgotten before leaves no rounding behind. Arithmetic is in
+float32 at least, under autocast too. Documents of a packed row are told by their numbers: what would pass between two of
+them is masked.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from madkernels.models.layers.chain import chain
+
+MOST_DECAY = 1000.0  # of a step, as a logarithm: nothing is left, in float64 neither
 SCALAR_CHUNK = 64  # decays that are one number a head: scores are matrix products
 VECTOR_CHUNK = 16  # decays of each key channel: scores are summed channel by channel
 
 
+def _without_autocast(recurrence: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Products of states stay in the dtype that they are given in."""
+
+    @wraps(recurrence)
+    def call(q: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        if not torch.amp.is_autocast_available(q.device.type):  # of tensors without memory
+            return recurrence(q, *args, **options)
+        with torch.autocast(q.device.type, enabled=False):
+            return recurrence(q, *args, **options)
+
+    return call
+
+
+@_without_autocast
 def linear_recurrence(
     q: Tensor,
     k: Tensor,
@@ -34,7 +56,8 @@ def linear_recurrence(
     Args:
         q, k: (batch, seqlen, heads, key_dim); one head serves all where v has more.
         v: (batch, seqlen, heads, value_dim).
-        log_decay: at most 0; (batch, seqlen, heads, key_dim), or 1 for key_dim where a head decays as one.
+        log_decay: at most 0; (batch, seqlen, heads, key_dim), or 1 for key_dim where a head decays as one. At -inf what came
+            before is forgotten.
         state: before the first step, (batch, heads, key_dim, value_dim); zeros if absent.
         document: number of each step's document, (seqlen,); nothing passes between two of them.
         bonus: (heads, key_dim).
@@ -42,21 +65,25 @@ def linear_recurrence(
     Returns:
         y (batch, seqlen, heads, value_dim) in v's dtype, and the state after the last step, in float32 at least.
     """
+    if torch.compiler.is_exporting():
+        return _exported_linear_recurrence(q, k, v, log_decay, state, document, bonus)
+    if q.shape[1] == 0:
+        return v, _first(state, q, k, v)
     chunk = SCALAR_CHUNK if log_decay.shape[-1] == 1 else VECTOR_CHUNK
     c = _Chunks(q.shape[1], chunk, document, q.device)
     queries, keys, values, steps = (c.cut(t) for t in (q, k, v, log_decay))  # (batch, heads, chunks, steps, ...)
-    after = steps.cumsum(-2)  # from the chunk's start to after each step
-    total = after[..., -1:, :]
-    read = after if bonus is None else after - steps  # a query with a bonus sees the state before its step
-    scores = _scores(queries, keys, _decay(read, after, c.visible(diagonal=0 if bonus is None else -1)))
+    decays = _Decays(steps, before_its_step=bonus is not None)
+    scores = _scores(queries, keys, decays.between(c.visible(diagonal=0 if bonus is None else -1)))
     if bonus is not None:
         scores = scores + torch.diag_embed((queries * keys * bonus.to(queries.dtype)[:, None, None]).sum(-1))
-    gathered = (keys * (total - after).exp() * c.kept).mT @ values  # (batch, heads, chunks, key_dim, value_dim)
-    states = _at_borders(gathered, total.squeeze(-2), c, state)
-    y = scores @ values + (queries * read.exp() * c.reached) @ states[:, :, :-1]
+    gathered = (keys * decays.to_the_end() * c.kept).mT @ values  # (batch, heads, chunks, key_dim, value_dim)
+    transition = (decays.over_all() * c.passed[:, None]).expand(gathered.shape[:-1])
+    states = chain(transition, gathered, _first(state, q, k, v))
+    y = scores @ values + (queries * decays.since_the_start() * c.reached) @ states[:, :, :-1]
     return c.join(y).to(v.dtype), states[:, :, -1]
 
 
+@_without_autocast
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -82,32 +109,78 @@ def delta_rule(
     Returns:
         y (batch, seqlen, heads, value_dim) in v's dtype, and the state after the last step, in float32 at least.
     """
+    if torch.compiler.is_exporting():
+        return _exported_delta_rule(q, k, v, beta, log_decay, state, document)
+    if q.shape[1] == 0:
+        return v, _first(state, q, k, v)
     c = _Chunks(q.shape[1], SCALAR_CHUNK, document, q.device)
     queries, keys, values, rates, steps = (c.cut(t) for t in (q, k, v, beta, log_decay))
-    after = steps.cumsum(-2)
-    total = after[..., -1:, :]
-    decay, since_start = _decay(after, after, c.visible(diagonal=0)), after.exp() * c.reached
+    decays = _Decays(steps)
+    decay, since_start = decays.between(c.visible(diagonal=0)), decays.since_the_start() * c.reached
     earlier = (rates * _scores(keys, keys, decay)).tril(-1)
     written = torch.cat([values, keys * since_start], -1) * rates
     written = torch.linalg.solve_triangular(earlier, written, upper=False, unitriangular=True)
     fresh, forgotten = written.split([v.shape[-1], k.shape[-1]], -1)  # u = fresh - forgotten S, with S at the chunk's start
-    scores = _scores(queries, keys, decay)
-    reading = queries * since_start
-    gathering = (keys * (total - after).exp() * c.kept).mT
-    passing = total.exp() * c.passed[:, None, None]
-    now = values.new_zeros(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1]) if state is None else state.to(values.dtype)
-    parts = []
-    for n in range(c.chunks):
-        u = fresh[:, :, n] - forgotten[:, :, n] @ now
-        parts.append(scores[:, :, n] @ u + reading[:, :, n] @ now)
-        now = passing[:, :, n] * now + gathering[:, :, n] @ u
-    y = torch.stack(parts, 2) if parts else values
-    return c.join(y).to(v.dtype), now
+    gathering = (keys * decays.to_the_end() * c.kept).mT
+    passing = (decays.over_all() * c.passed[:, None]).unsqueeze(-1) * torch.eye(k.shape[-1], device=k.device)
+    states = chain(passing - gathering @ forgotten, gathering @ fresh, _first(state, q, k, v))
+    entering = states[:, :, :-1]
+    u = fresh - forgotten @ entering
+    y = _scores(queries, keys, decay) @ u + (queries * since_start) @ entering
+    return c.join(y).to(v.dtype), states[:, :, -1]
 
 
-def _decay(read: Tensor, after: Tensor, visible: Tensor) -> Tensor:
-    """(batch, heads, chunks, t, s, key_dim or 1): what is left at t of what was written at s."""
-    return (read.unsqueeze(-2) - after.unsqueeze(-3)).masked_fill(~visible[..., None], -torch.inf).exp()
+def _first(state: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The state before the first step, in float32 at least."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if state is not None:
+        return state.to(dtype)
+    return v.new_zeros(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1], dtype=dtype)
+
+
+class _Decays:
+    """What is left of a state within each chunk, from the log decays of its steps (batch, heads, chunks, steps, key_dim or
+    1).
+
+    Running sums are in float64, where a difference of two keeps the digits of what is between them.
+
+    Args:
+        before_its_step: whether a query sees the state before its own step, or after it.
+    """
+
+    def __init__(self, steps: Tensor, *, before_its_step: bool = False) -> None:
+        self.steps, self.before_its_step = steps.clamp_min(-MOST_DECAY), before_its_step
+        self.after = self.steps.double().cumsum(-2)
+        self.read = F.pad(self.after[..., :-1, :], (0, 0, 1, 0)) if before_its_step else self.after
+
+    def since_the_start(self) -> Tensor:
+        """Of the state that enters the chunk, at each query."""
+        return self._left(self.read)
+
+    def to_the_end(self) -> Tensor:
+        """Of what each step writes, at the end of the chunk."""
+        return self._left(self.after[..., -1:, :] - self.after)
+
+    def over_all(self) -> Tensor:
+        """Of the state that enters the chunk, at its end: (batch, heads, chunks, key_dim or 1)."""
+        return self._left(self.after[..., -1, :])
+
+    def between(self, visible: Tensor) -> Tensor:
+        """(batch, heads, chunks, t, s, key_dim or 1): at query t, of what was written at s."""
+        scalar = self.steps.shape[-1] == 1
+        sums = (self.read.unsqueeze(-2) - self.after.unsqueeze(-3)).to(self.steps.dtype) if scalar else self._added_up()
+        return sums.masked_fill(~visible[..., None], -torch.inf).exp()
+
+    def _added_up(self) -> Tensor:
+        """The sums between pairs of steps as a product: of many channels that is faster than differences in float64, and
+        exact too, since all that is added has one sign."""
+        t = torch.arange(self.steps.shape[-2], device=self.steps.device)
+        until = t[:, None] > t if self.before_its_step else t[:, None] >= t
+        added = until[:, None, :] & (t > t[:, None])  # (t, s, step)
+        return (added.flatten(0, 1).to(self.steps.dtype) @ self.steps).unflatten(-2, (len(t), len(t)))
+
+    def _left(self, sums: Tensor) -> Tensor:
+        return sums.to(self.steps.dtype).exp()
 
 
 def _scores(queries: Tensor, keys: Tensor, decay: Tensor) -> Tensor:
@@ -117,29 +190,24 @@ def _scores(queries: Tensor, keys: Tensor, decay: Tensor) -> Tensor:
     return (queries.unsqueeze(-2) * keys.unsqueeze(-3) * decay).sum(-1)
 
 
-def _at_borders(gathered: Tensor, total: Tensor, c: _Chunks, state: Tensor | None) -> Tensor:
-    """States before the first chunk, between chunks, and after the last: (batch, heads, chunks + 1, key_dim, value_dim)."""
-    first = gathered.new_zeros(*gathered.shape[:2], *gathered.shape[3:]) if state is None else state.to(gathered.dtype)
-    sources = torch.cat([first.unsqueeze(2), gathered], 2)
-    since = F.pad(total, (0, 0, 1, 0)).cumsum(2)  # (batch, heads, chunks + 1, key_dim or 1)
-    decay = (since.unsqueeze(3) - since.unsqueeze(2)).masked_fill(~c.carried[..., None], -torch.inf).exp()
-    if decay.shape[-1] == 1:
-        return (decay.squeeze(-1) @ sources.flatten(3)).view(*sources.shape)
-    return (decay.permute(0, 1, 4, 2, 3) @ sources.movedim(3, 2)).movedim(2, 3)
+def _steps_of_a_chunk(seqlen: int, most: int) -> int:
+    """No more than there are; a graph that serves several lengths has whole chunks."""
+    if seqlen == 1:
+        return 1
+    return most if torch.compiler.is_compiling() else min(most, seqlen)
 
 
 class _Chunks:
     """How a sequence is cut, and what of it may be seen from where."""
 
     def __init__(self, seqlen: int, chunk: int, document: Tensor | None, device: torch.device) -> None:
-        self.seqlen, self.chunk = seqlen, max(min(chunk, seqlen), 1)
-        self.chunks = -(-seqlen // self.chunk)
+        self.seqlen, self.chunk = seqlen, _steps_of_a_chunk(seqlen, chunk)
+        self.chunks = (seqlen + self.chunk - 1) // self.chunk
         self.pad = self.chunks * self.chunk - seqlen
         self.document = None
         ones = torch.ones(self.chunks, device=device, dtype=torch.bool)
         self.passed = ones  # (chunks,): whether a state comes through the chunk
         self.reached = self.kept = torch.ones(1, 1, device=device, dtype=torch.bool)  # (chunks, steps, 1), here of 1
-        self.carried = torch.ones(self.chunks + 1, self.chunks + 1, device=device, dtype=torch.bool).tril()
         if document is not None:
             # The steps that fill up the last chunk belong to the last document.
             self.document = torch.cat([document, document[-1:].expand(self.pad)]).view(self.chunks, self.chunk)
@@ -148,7 +216,6 @@ class _Chunks:
             self.reached = (self.document == before[:-1, None]).unsqueeze(-1)  # steps that see the state before the chunk
             self.kept = (self.document == last[:, None]).unsqueeze(-1)  # steps that the state behind it holds
             self.passed = before[:-1] == last
-            self.carried = self.carried & (before[:, None] == before)
 
     def cut(self, t: Tensor) -> Tensor:
         """(batch, seqlen, heads, dim) to (batch, heads, chunks, steps, dim), in float32 at least, filled up with zeros."""
@@ -163,3 +230,41 @@ class _Chunks:
         """Whether step t of a chunk sees its step s: (chunks or 1, t, s)."""
         before = torch.ones(self.chunk, self.chunk, device=self.kept.device, dtype=torch.bool).tril(diagonal)
         return before if self.document is None else before & (self.document.unsqueeze(-1) == self.document.unsqueeze(-2))
+
+
+# ---- in exported graphs ----
+#
+# There a recurrence is one operator: how many chunks a length has, torch cannot follow for all lengths at once. It has no
+# gradient: what is exported is there to be run.
+
+
+@torch.library.custom_op("madkernels::linear_recurrence", mutates_args=())
+def _exported_linear_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    document: Tensor | None,
+    bonus: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return _fresh(linear_recurrence(q, k, v, log_decay, state, document=document, bonus=bonus))
+
+
+@torch.library.custom_op("madkernels::delta_rule", mutates_args=())
+def _exported_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor | None, document: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _fresh(delta_rule(q, k, v, beta, log_decay, state, document=document))
+
+
+def _fresh(results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What an operator may return: no view of its arguments."""
+    y, state = results
+    return y.clone(memory_format=torch.contiguous_format), state.clone(memory_format=torch.contiguous_format)
+
+
+@_exported_linear_recurrence.register_fake
+@_exported_delta_rule.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), _first(None, q, k, v)

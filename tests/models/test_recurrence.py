@@ -9,6 +9,8 @@ import torch
 from checks import relative_error, relative_rms
 from torch import Tensor
 
+from madkernels.models import HybridLM
+from madkernels.models.layers.chain import chain
 from madkernels.models.layers.recurrence import delta_rule, linear_recurrence
 
 Inputs = dict[str, Tensor]
@@ -132,3 +134,108 @@ def test_lower_precision_keeps_a_wide_state(dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     assert state.dtype == torch.float32
     assert relative_error(y, exact) < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+# ---- float32, resets, long rows
+
+
+def test_what_is_forgotten_leaves_no_rounding_behind() -> None:
+    """After one step that forgets all, later outputs are as they would be alone: 1 + e^-.001 + ... of 100 terms."""
+    ones, decay = torch.ones(1, 200, 1, 1), torch.full((1, 200, 1, 1), -1e-3)
+    alone = torch.exp(-1e-3 * torch.arange(100, dtype=torch.float64)).cumsum(0)
+    for forget in (-1e8, -torch.inf):
+        decay[:, 100] = forget
+        for keys in (ones, ones.expand(1, 200, 1, 3)):  # a decay that is one number, and of each channel
+            y, _ = linear_recurrence(keys, keys, ones, decay.expand(keys.shape))
+            wanted = keys.shape[-1] * torch.cat([alone, alone])
+            torch.testing.assert_close(y.flatten().double(), wanted, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
+@pytest.mark.parametrize("at", [0, 1, 15, 16, 63, 64, 69])
+def test_resets(at: int, vector: bool) -> None:
+    """A log decay of -inf, of all channels or of one: values and gradients, of a bonus and of the delta rule too."""
+    inputs = draw(70, vector=vector)
+    inputs["log_decay"][:, at, :, -1:] = -torch.inf
+    inputs["log_decay"][0, at] = -torch.inf
+    compare(linear_recurrence, linear_by_steps, inputs)
+    compare(linear_recurrence, linear_by_steps, inputs | {"bonus": torch.randn(3, 5, dtype=torch.float64)})
+    if not vector:
+        inputs["k"] = torch.nn.functional.normalize(inputs["k"].detach(), dim=-1)
+        rates = torch.rand(2, 70, 3, 1, dtype=torch.float64)
+        compare(delta_rule, delta_by_steps, {k: t.detach() for k, t in inputs.items()} | {"beta": rates})
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector", "delta"])
+@pytest.mark.parametrize("strength", [1.0, 16.0])
+def test_float32_at_length(kind: str, strength: float) -> None:
+    """8,192 steps, of which the first half forgets fast: the second half, and the gradients, are exact to float32."""
+    seqlen, half = 8192, 4096 + 7
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(1, seqlen, 2, 8, generator=generator) for name in "qkv"}
+    decay = torch.rand(1, seqlen, 2, 8 if kind == "vector" else 1, generator=generator)
+    inputs["log_decay"] = torch.cat([-2 * strength * decay[:, :half], -0.01 * decay[:, half:]], 1)
+    if kind == "delta":
+        inputs["k"] = torch.nn.functional.normalize(inputs["k"], dim=-1)
+        inputs["beta"] = torch.rand(1, seqlen, 2, 1, generator=generator)
+    weights = torch.randn(1, seqlen, 2, 8, generator=generator)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaves = {k: t.to(dtype).requires_grad_() for k, t in inputs.items()}
+        y, _ = (delta_rule if kind == "delta" else linear_recurrence)(**leaves)
+        return [y.detach()[:, half:], *torch.autograd.grad((y * weights.to(dtype)).sum(), list(leaves.values()))]
+
+    for found, exact in zip(run(torch.float32), run(torch.float64), strict=True):
+        assert relative_error(found, exact) < 1e-6
+
+
+@pytest.mark.parametrize("arch", ["rwkv6-time-mixer", "mamba2:dstate=16,head_dim=16"])
+def test_documents_do_not_feel_what_is_packed_before_them(arch: str) -> None:
+    torch.manual_seed(0)
+    layer = HybridLM(arch, vocab_size=8, dim=16).backbone.layers[0]
+    x = torch.randn(1, 4096, 16)
+    alone = layer(x[:, 4000:])
+    packed = layer(x, cu_seqlens=torch.tensor([0, 1500, 4000, 4096], dtype=torch.int32))
+    assert relative_error(packed[:, 4000:], alone) < 1e-6
+
+
+# ---- from chunk to chunk
+
+
+def chain_inputs(matrix: bool, batch: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(batch, 2, 3, 4, 4) if matrix else (batch, 2, 3, 4), (batch, 2, 3, 4, 5), (batch, 2, 4, 5)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("matrix", [False, True], ids=["diagonal", "matrix"])
+def test_chain(matrix: bool) -> None:
+    inputs = chain_inputs(matrix)
+    assert torch.autograd.gradcheck(chain, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(chain, inputs, check_fwd_over_rev=True)
+    torch.library.opcheck(torch.ops.madkernels.chain.default, tuple(inputs))
+    mapped = torch.func.vmap(chain, in_dims=(0, None, 0))(
+        *(torch.stack([t, 2 * t]) if i != 1 else t for i, t in enumerate(inputs))
+    )
+    torch.testing.assert_close(mapped[1], chain(2 * inputs[0], inputs[1], 2 * inputs[2]))
+
+
+@pytest.mark.parametrize("arch", ["mamba2:dstate=8,head_dim=8", "gated-linear-attention", "gated-deltanet"])
+def test_one_graph_for_many_lengths(arch: str) -> None:
+    """Compiled for a second length, and for more; exported for all."""
+    torch.manual_seed(0)
+    layer = HybridLM(arch, vocab_size=8, dim=16).backbone.layers[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    lengths = torch.export.Dim("seqlen", min=2, max=4096)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (torch.randn(2, 40, 16),), dynamic_shapes={"x": {1: lengths}}).module()
+    for seqlen in (20, 30, 47, 130, 2):
+        x = torch.randn(2, seqlen, 16, requires_grad=True)
+        wanted = layer(x)
+        (gradient,) = torch.autograd.grad(wanted.square().sum(), x)
+        found = compiled(x)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x)[0], gradient)
+        torch.testing.assert_close(exported(x.detach()), wanted)
+    torch._dynamo.reset()
