@@ -35,6 +35,9 @@ SAME = 1e-6  # relative: minima that are one
 FLAT = 1e-6  # scaled gradient at a minimum
 NEAR = 1e-3  # relative: parameters that are one
 CURVED = 1e-11  # relative: eigenvalues above this are positive
+SAMPLE = 5000  # rows beyond which seeds begin, and intervals are drawn, on so many of them
+CLOSE = 1e-3  # delta at which a minimum of those rows is taken to that of all
+TOGETHER = 1e-6  # logarithms and exponents: seeds that came to one minimum go on as one
 TIED = np.array([[0.0, 0.0, 0.0, 1.0, -1.0]])  # alpha - beta = 0
 
 
@@ -84,7 +87,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Surface:
-    """L(N, D) = E + A / N^alpha + B / D^beta, in nats per token."""
+    """L(N, D) = E + A / N^alpha + B / D^beta, in nats per token. Without positive exponents no split of a budget is the best."""
 
     E: float
     A: float
@@ -95,23 +98,26 @@ class Surface:
     @property
     def a(self) -> float:
         """The exponent of the optimal size, N_opt ~ C^a."""
-        return self.beta / (self.alpha + self.beta)
+        return self.beta / (self.alpha + self.beta) if self.alpha + self.beta else float("nan")
 
     @property
     def b(self) -> float:
         """The exponent of the optimal data, D_opt ~ C^b."""
-        return self.alpha / (self.alpha + self.beta)
+        return self.alpha / (self.alpha + self.beta) if self.alpha + self.beta else float("nan")
 
     def loss(self, params: ArrayLike, tokens: ArrayLike) -> Array:
         size, data = np.asarray(params, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
         return np.asarray(self.E + self.A * size**-self.alpha + self.B * data**-self.beta)
 
     def optimum(self, flops: float, factor: float = FLOPS) -> Allocation:
-        """The best split of a budget C = factor N D: there, alpha A / N^alpha = beta B / D^beta."""
-        balance = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        params = balance * (flops / factor) ** self.a
-        tokens = flops / factor / params
-        return Allocation(flops, params, tokens, float(self.loss(params, tokens)))
+        """The best split of a budget C = factor N D: there, alpha A / N^alpha = beta B / D^beta. NaN where there is none."""
+        if not (self.alpha > 0 and self.beta > 0):
+            return Allocation(flops, *[float("nan")] * 3)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # of a surface far beyond any run
+            balance = np.log(self.alpha / self.beta) + np.log(self.A) - np.log(self.B)
+            params = np.exp((balance + self.beta * np.log(flops / factor)) / (self.alpha + self.beta))
+            tokens = flops / factor / params
+            return Allocation(flops, float(params), float(tokens), float(self.loss(params, tokens)))
 
 
 @dataclass(frozen=True)
@@ -192,21 +198,47 @@ def fit(points: Points, delta: float = HUBER, *, tied: bool = False) -> Fit:
     if not delta > 0:
         raise ValueError(f"delta: {delta}; expected a positive number")
     basis = _basis(tied)
-    weights = np.ones((1, len(points)))
-    found = minimise(points.problem, _seeds(points.problem, weights, tied)[0], weights, delta, basis)
+    found = _from_seeds(points.problem, delta, tied, basis)
     best = int(np.argmin(np.where(np.isfinite(found.value), found.value, np.inf)))
     surface = _surface(found.theta[best], points.centre)
     objective = float(found.value[best]) * _unit(delta)
     return Fit(surface, objective, delta, tied, len(points), _proof(points, found, best, basis), found.theta[best])
 
 
+def _from_seeds(problem: Problem, delta: float, tied: bool, basis: Array) -> Minimum:
+    """Minima by seed. In a large table seeds walk on SAMPLE of its rows first; from there it is not far to those of all rows."""
+    some = problem.where(_sample(len(problem))) if len(problem) > SAMPLE else problem
+    weights = np.ones((1, len(some)))
+    found = minimise(some, _seeds(some, weights, tied)[0], weights, delta, basis)
+    if some is problem:
+        return found
+    alike = np.abs(found.theta[:, None] - found.theta).max(2) < TOGETHER
+    first = np.where(alike.any(1), alike.argmax(1), np.arange(len(alike)))
+    distinct, seeds = np.unique(first, return_inverse=True)
+    return minimise(problem, found.theta[distinct], np.ones((1, len(problem))), delta, basis, mild=CLOSE).where(seeds)
+
+
+def _sample(count: int) -> NDArray[np.intp]:
+    """SAMPLE rows of `count`, always the same."""
+    return np.sort(np.random.default_rng(0).choice(count, SAMPLE, replace=False))
+
+
+def part_of(points: Points, fitted: Fit) -> tuple[Points, Fit, float]:
+    """What intervals are drawn on: SAMPLE rows of a large table, else all; the fit to them; and how much narrower the intervals
+    of all rows are, 1 / root of how many times more there are."""
+    if len(points) <= SAMPLE:
+        return points, fitted, 1.0
+    some = points.where(_sample(len(points)))
+    return some, fit(some, fitted.delta, tied=fitted.tied), float(np.sqrt(len(some) / len(points)))
+
+
 def _check(points: Points, tied: bool) -> None:
     needed = PARAMETERS - tied
     if len(points) < needed:
         raise ValueError(f"{len(points)} points cannot determine {needed} parameters")
-    for name, values in (("size", points.params), ("number of tokens", points.tokens)):
-        if len(np.unique(values)) < 2:
-            raise ValueError(f"all points have one {name}: the surface cannot be told from them")
+    for name, values in (("size", points.params), ("number of tokens", points.tokens), ("loss", points.loss)):
+        if values.min() == values.max():
+            raise ValueError(f"all points have one {name}, {values[0]:g}: the surface cannot be told from them")
 
 
 def _surface(theta: Array, centre: tuple[float, float]) -> Surface:
@@ -278,12 +310,13 @@ class Bootstrap:
     """Surfaces fitted to resamples of the points.
 
     unconverged: resamples whose gradient did not vanish. cold: those whose better minimum came from their own seed, not from
-    the minimum of all points.
+    the minimum of all points. rows: how many were resampled.
     """
 
     surfaces: list[Surface]
     unconverged: int
     cold: int
+    rows: int
 
     def draws(self, name: str) -> Array:
         """Of one of NAMES, (resamples,)."""
@@ -294,14 +327,14 @@ class Bootstrap:
         return interval(self.draws(name), level)
 
     def losses(self, flops: float) -> Array:
-        """The least loss at a budget, (resamples,)."""
+        """The least loss at a budget, (resamples,); NaN where a surface has none."""
         return np.array([surface.optimum(flops).loss for surface in self.surfaces])
 
 
 def interval(draws: Array, level: float = 0.95) -> Interval:
     """Between percentiles, with the standard deviation (population form)."""
-    low, high = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
-    with np.errstate(over="ignore"):  # of a parameter that is not determined
+    with np.errstate(over="ignore", invalid="ignore"):  # of a parameter that is not determined
+        low, high = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
         return Interval(float(low), float(high), float(draws.std()))
 
 
@@ -312,16 +345,28 @@ def resamples(points: int, count: int, seed: int) -> Array:
 
 
 def bootstrap(points: Points, fitted: Fit, count: int = 4000, seed: int = 42) -> Bootstrap:
-    """Each resample is fitted from the minimum of all points and from its own best seed; the better one is kept."""
-    weights = resamples(len(points), count, seed)
-    warm = minimise(points.problem, np.repeat(fitted.theta[None], count, 0), weights, fitted.delta, fitted.basis)
-    starts = np.concatenate([_coldest(points.problem, weights[i : i + CHUNK], fitted.tied) for i in range(0, count, CHUNK)])
-    cold = minimise(points.problem, starts, weights, fitted.delta, fitted.basis)
+    """Each resample is fitted from the minimum of all points and from its own best seed; the better one is kept.
+
+    Of a large table SAMPLE rows are resampled, and what their parameters differ by is brought to the number of all rows.
+    """
+    some, own, narrower = part_of(points, fitted)
+    problem, weights = some.problem, resamples(len(some), count, seed)
+    warm = minimise(problem, np.repeat(own.theta[None], count, 0), weights, fitted.delta, fitted.basis)
+    starts = np.concatenate([_coldest(problem, weights[i : i + CHUNK], fitted.tied) for i in range(0, count, CHUNK)])
+    cold = minimise(problem, starts, weights, fitted.delta, fitted.basis)
     better = cold.value < warm.value * (1 - SAME)
     theta = np.where(better[:, None], cold.theta, warm.theta)
     norm = np.where(better, cold.gradient_norm, warm.gradient_norm)
-    surfaces = [_surface(row, points.centre) for row in theta]
-    return Bootstrap(surfaces, int((norm > FLAT).sum()), int(better.sum()))
+    if some is not points:
+        theta = _recentred(fitted.theta, points.centre, some.centre) + narrower * (theta - own.theta)
+    surfaces = [_surface(row, some.centre) for row in theta]
+    return Bootstrap(surfaces, int((norm > FLAT).sum()), int(better.sum()), len(some))
+
+
+def _recentred(theta: Array, old: tuple[float, float], new: tuple[float, float]) -> Array:
+    """(5,), about other means of ln N and ln D."""
+    a, b, e, alpha, beta = theta
+    return np.array([a + alpha * (old[0] - new[0]), b + beta * (old[1] - new[1]), e, alpha, beta])
 
 
 def _coldest(problem: Problem, weights: Array, tied: bool) -> Array:

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 PARAMETERS = 5  # a, b, e, alpha, beta
-CHUNK = 128  # rows at a time, so that (rows, points) arrays stay in cache
+CHUNK = 128  # rows at a time
+BLOCK = 2**18  # elements of the (rows, points) arrays that are held at a time
 STEPS = 200  # at each delta
 TOLERANCE = 1e-8  # of the scaled gradient, where a row is done
 MILD = 3e-2  # the way begins below this, where most residuals of a log-loss are inside
@@ -39,6 +40,12 @@ class Problem:
     z: Array
     y: Array
 
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def where(self, chosen: NDArray[np.intp] | slice) -> Problem:
+        return Problem(self.x[chosen], self.z[chosen], self.y[chosen])
+
 
 @dataclass(frozen=True)
 class Minimum:
@@ -48,6 +55,9 @@ class Minimum:
     value: Array
     gradient_norm: Array
     hessian: Array
+
+    def where(self, rows: NDArray[np.intp]) -> Minimum:
+        return Minimum(self.theta[rows], self.value[rows], self.gradient_norm[rows], self.hessian[rows])
 
 
 @dataclass
@@ -65,6 +75,11 @@ class Point:
         for name in ("theta", "value", "gradient", "hessian", "size"):
             getattr(self, name)[rows[of]] = getattr(other, name)[of]
 
+    def add(self, other: Point) -> None:
+        """The sums over other points at the same theta."""
+        for name in ("value", "gradient", "hessian", "size"):
+            getattr(self, name).__iadd__(getattr(other, name))
+
 
 def shares(problem: Problem, theta: Array) -> tuple[Array, Array, Array, Array]:
     """Residuals (rows, n), and what part of the loss is due to size, to data, and irreducible."""
@@ -77,7 +92,16 @@ def shares(problem: Problem, theta: Array) -> tuple[Array, Array, Array, Array]:
 
 
 def evaluate(problem: Problem, theta: Array, weights: Array, delta: float) -> Point:
-    """theta (rows, 5), weights (rows, n)."""
+    """theta (rows, 5), weights (rows or 1, n). Points are taken in blocks, so a table of millions of runs takes no more memory."""
+    step = max(BLOCK // max(len(theta), 1), 1)
+    blocks = [slice(i, i + step) for i in range(0, len(problem), step)]
+    total = _evaluate(problem.where(blocks[0]), theta, weights[:, blocks[0]], delta)
+    for block in blocks[1:]:
+        total.add(_evaluate(problem.where(block), theta, weights[:, block], delta))
+    return total
+
+
+def _evaluate(problem: Problem, theta: Array, weights: Array, delta: float) -> Point:
     r, p, q, o = shares(problem, theta)
     inside = np.abs(r) < delta
     value = (weights * np.where(inside, r * r / (2 * delta), np.abs(r) - delta / 2)).sum(1)
@@ -112,31 +136,38 @@ def _hessian(x: Array, z: Array, p: Array, q: Array, o: Array, pull: Array, curv
     return hessian
 
 
-def minimise(problem: Problem, start: Array, weights: Array, delta: float, basis: Array | None = None) -> Minimum:
-    """From each row of start (rows, 5), under its weights (rows or 1, n).
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # of steps that go too far, which are not taken
+def minimise(
+    problem: Problem, start: Array, weights: Array, delta: float, basis: Array | None = None, mild: float = MILD
+) -> Minimum:
+    """From each row of start (rows, 5), under its weights (rows or 1, n); the way begins at a delta below `mild`.
 
     Steps stay in the span of `basis`, (5, k) or (rows, 5, k): the whole space if absent. What it excludes (tied exponents, a
     value held fixed) holds at the start and so at the end.
     """
     rows = len(start)
-    weights = np.broadcast_to(weights, (rows, weights.shape[1]))
     inside = np.eye(PARAMETERS) if basis is None else basis
     inside = np.broadcast_to(inside, (rows, *inside.shape[-2:]))
     parts = [slice(i, i + CHUNK) for i in range(0, rows, CHUNK)]
-    found = [_minimise(problem, start[part], weights[part], delta, inside[part]) for part in parts]
+    found = [_minimise(problem, start[part], _weights_of(weights, part), delta, inside[part], mild) for part in parts]
     return Minimum(*(np.concatenate([getattr(m, name) for m in found]) for name in Minimum.__annotations__))
 
 
-def _minimise(problem: Problem, start: Array, weights: Array, delta: float, basis: Array) -> Minimum:
-    for mild in _milder(delta):
-        start = _descend(problem, start, weights, mild, basis).theta
+def _weights_of(weights: Array, rows: NDArray[np.intp] | slice) -> Array:
+    """Of some rows; those of all are not copied."""
+    return weights if len(weights) == 1 else weights[rows]
+
+
+def _minimise(problem: Problem, start: Array, weights: Array, delta: float, basis: Array, mild: float) -> Minimum:
+    for milder in _milder(delta, mild):
+        start = _descend(problem, start, weights, milder, basis).theta
     point = _descend(problem, start, weights, delta, basis)
     return Minimum(point.theta, point.value, _norm(point, basis), point.hessian)
 
 
-def _milder(delta: float) -> list[float]:
+def _milder(delta: float, mild: float) -> list[float]:
     """Deltas on the way down, by tens."""
-    return [delta * 10.0**i for i in range(20, 0, -1) if delta * 10.0**i <= MILD]
+    return [delta * 10.0**i for i in range(20, 0, -1) if delta * 10.0**i <= mild]
 
 
 def _norm(point: Point, basis: Array) -> Array:
@@ -155,7 +186,7 @@ def _descend(problem: Problem, theta: Array, weights: Array, delta: float, basis
         if not len(rows):
             break
         step = _step(point, basis, damping, rows)
-        trial = evaluate(problem, point.theta[rows] + step, weights[rows], delta)
+        trial = evaluate(problem, point.theta[rows] + step, _weights_of(weights, rows), delta)
         better = trial.value < point.value[rows]
         promised = -(point.gradient[rows] * step).sum(1)
         stuck[rows] = ~better & (promised < UNSEEN * point.value[rows])

@@ -21,28 +21,42 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import erf
 from scipy.stats import chi2
 
-from madkernels.scaling.laws import LAD, NAMES, TIED, Fit, Interval, Points
+from madkernels.scaling.laws import LAD, NAMES, TIED, Fit, Interval, Points, part_of
 from madkernels.scaling.newton import Array, minimise
 
 LOGARITHMS = ("E", "A", "B")  # walked along in the logarithm
 STEP = 0.01  # the first one outwards
 EXACT = 1e-6  # to which an end is known
+TINY = 1e-300  # of a parameter that is nothing
+EXACT_MEAN = 1e-30  # of Huber's function, in place of that of points without any scatter
 FAR = 30.0  # beyond this a parameter is not bounded
 
 
 def profile(points: Points, fitted: Fit, level: float = 0.95) -> dict[str, Interval]:
-    """By parameter; 0 or infinity where the points do not bound it. A tied fit has no interval for a and b."""
+    """By parameter; 0 or infinity where the points do not bound it. A tied fit has no interval for a and b.
+
+    Of a large table it is that of some of its rows, brought to the number of all.
+    """
     names = [name for name in NAMES if not (fitted.tied and name in ("a", "b"))]
-    mean = fitted.objective / fitted.count
-    highest = _refuted_mean(mean, fitted.delta, float(chi2.ppf(level, 1)) / (2 * fitted.count)) * fitted.count
-    at = [getattr(fitted.surface, name) for name in names]
-    at = [float(np.log(value)) if name in LOGARITHMS else value for name, value in zip(names, at, strict=True)]
-    ends = _ends(points, fitted, names * 2, np.array(at * 2), np.repeat([-1.0, 1.0], len(names)), highest / fitted.unit)
+    some, own, narrower = part_of(points, fitted)
+    mean = max(own.objective / own.count, EXACT_MEAN)
+    highest = _refuted_mean(mean, own.delta, float(chi2.ppf(level, 1)) / (2 * own.count)) * own.count
+    at, there = np.array(_along(own, names) * 2), np.array(_along(fitted, names) * 2)
+    ends = _ends(some, own, names * 2, at, np.repeat([-1.0, 1.0], len(names)), highest / own.unit)
+    if some is not points:
+        ends = there + narrower * (ends - at)
     found = {}
     for name, low, high in zip(names, *ends.reshape(2, -1), strict=True):
-        low, high = (float(np.exp(low)), float(np.exp(high))) if name in LOGARITHMS else (float(low), float(high))
+        with np.errstate(over="ignore"):
+            low, high = (float(np.exp(low)), float(np.exp(high))) if name in LOGARITHMS else (float(low), float(high))
         found[name] = Interval(low, high)
     return found
+
+
+def _along(fitted: Fit, names: list[str]) -> list[float]:
+    """The parameters, as they are walked along."""
+    values = [getattr(fitted.surface, name) for name in names]
+    return [float(np.log(np.clip(v, TINY, 1 / TINY))) if name in LOGARITHMS else v for name, v in zip(names, values, strict=True)]
 
 
 def _refuted_mean(mean: float, delta: float, drop: float) -> float:
