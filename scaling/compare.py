@@ -9,15 +9,16 @@ itself: they hold the scatter about the curves, not what another seed of all run
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from rich.table import Table as Shown
 
-from madkernels.scaling.isoflop import Best, Curve, curves_of, draw_minima, exponents, line, lowest
+from madkernels.scaling.isoflop import Best, Curve, below_all, curves_of, draw_minima, exponents, line, lowest
 from madkernels.scaling.laws import Interval, Points, interval
 from madkernels.scaling.newton import Array
-from madkernels.scaling.table import Columns, Dropped, Table, by_group, of_kind, select
+from madkernels.scaling.outlying import outlying, tell
+from madkernels.scaling.table import Columns, Cut, Dropped, Table, by_group, of_kind, select
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Frontier:
     """The least loss of an architecture at each of its budgets, with draws for intervals.
 
     curves, best: by budget; a minimum at the edge of the sizes is the lowest run. a: exponent of the best size, NaN where
-    fewer than two minima are inside. losses: (draws, budgets). exponents: (draws,), NaN as a.
+    fewer than two minima are inside. losses: (draws, budgets). exponents: (draws,), NaN as a. left_out: budgets, and why.
+    warnings: rows and minima that look wrong.
     """
 
     curves: list[Curve]
@@ -34,6 +36,7 @@ class Frontier:
     losses: Array
     exponents: Array
     left_out: list[str]
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def budgets(self) -> list[float]:
@@ -82,21 +85,29 @@ class Sampling:
 
 
 def frontiers(
-    table: Table, columns: Columns, group: str, budget: str, how: Sampling
+    table: Table, columns: Columns, group: str, budget: str, how: Sampling, cut: Cut | None = None
 ) -> tuple[dict[str, Frontier], list[Dropped]]:
-    """By the values of the column `group`, of its rows of kind isoflop; and the rows that were dropped."""
-    found, dropped = {}, []
+    """By the values of the column `group`, of its rows of kind isoflop; and what was dropped.
+
+    Dropped are rows, and architectures of which nothing can be told. ValueError where those are all.
+    """
+    for name in (group, columns.params, columns.loss, budget, *filter(None, (columns.tokens, columns.flops))):
+        table.column(name)
+    found, dropped, failed = {}, [], []
     for i, (name, rows) in enumerate(by_group(of_kind(table, "isoflop"), group)):
         try:
-            selection = select(rows, columns)
+            selection = select(rows, columns, cut)
+            selection = tell(selection, outlying(selection.points))
             curves = selection.table.numbers(budget)
-            found[name] = frontier(selection.points, selection.flops, curves, replace(how, seed=how.seed + i))
+            made = frontier(selection.points, selection.flops, curves, replace(how, seed=how.seed + i))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            failed.append(Dropped(name, str(error)))
+            continue
+        found[name] = replace(made, warnings=selection.warnings + made.warnings)
         dropped += selection.dropped
     if not found:
-        raise ValueError("there are no IsoFLOP runs")
-    return found, dropped
+        raise ValueError("; ".join(f"{f.place}: {f.why}" for f in failed) or "there are no IsoFLOP runs")
+    return found, dropped + failed
 
 
 def frontier(points: Points, flops: Array, budgets: Array, how: Sampling) -> Frontier:
@@ -111,9 +122,8 @@ def frontier(points: Points, flops: Array, budgets: Array, how: Sampling) -> Fro
     if len(inside) > 1:
         a = line(np.log([b.flops for b in inside]), np.log([b.params for b in inside])).exponent
     drawn = draw_minima(curves, how.shape, how.resamples, np.random.default_rng(how.seed))
-    return Frontier(
-        curves, best, a, drawn[:, :, 2], exponents(curves, drawn)[:, 0] if how.resamples else np.empty(0), left_out
-    )
+    slopes = exponents(curves, drawn)[:, 0] if how.resamples else np.empty(0)
+    return Frontier(curves, best, a, drawn[:, :, 2], slopes, left_out, below_all(curves, best))
 
 
 def compare(frontiers: Mapping[str, Frontier]) -> list[Difference]:
@@ -160,6 +170,19 @@ def _roots(compute: Array, gaps: Array) -> Array:
     roots = -offset / np.where(slope == 0, np.inf, slope)
     inside = (slope != 0) & (roots >= compute.min()) & (roots <= compute.max())
     return np.where(inside, roots, np.nan)
+
+
+def frontier_table(by_name: Mapping[str, Frontier]) -> Shown:
+    """The best size, its tokens and its loss, by architecture and budget."""
+    out = Shown(title="Least loss at each budget", caption="edge: the smallest or the largest size, so only a bound.")
+    out.add_column("architecture", no_wrap=True)
+    for name in ("budget", "parameters", "tokens", "loss", ""):
+        out.add_column(name, justify="right", no_wrap=True)
+    for name, found in by_name.items():
+        for b in found.best:
+            figures = (f"{value:.3g}" for value in (b.budget, b.params, b.tokens))
+            out.add_row(name, *figures, f"{b.loss:.4f}", "edge" if b.edge else "")
+    return out
 
 
 def difference_table(differences: list[Difference]) -> Shown:

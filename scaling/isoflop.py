@@ -11,10 +11,11 @@ arXiv 2203.15556; the parabola's bias: arXiv 2603.22339).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.interpolate import Akima1DInterpolator
 
 from madkernels.scaling.laws import Interval, Points, interval
@@ -25,6 +26,9 @@ NOWHERE = 2.0  # outside of the sizes, which are scaled to -1 .. 1
 FINE = 2001  # places along an Akima spline
 SHORT, OVER = 0.12, 0.03  # decades by which a run may fall short of its budget, or exceed it
 COMPUTES = 1500  # of approach 1, as published
+BELOW = 0.01  # of the loss: a minimum so far below every run is told
+EDGE = 1e-12  # relative: the ends of a training curve belong to it
+DRAWN = 2**22  # losses with noise added that are held at a time
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,10 @@ class Best:
 
 @dataclass(frozen=True)
 class Optimum:
-    """Best sizes that the laws go through, budgets that are left out and why, and 95 % intervals of a and b if drawn."""
+    """Best sizes that the laws go through, budgets that are left out and why, and 95 % intervals of a and b if drawn.
+
+    warnings: minima that lie below every run.
+    """
 
     best: list[Best]
     left_out: list[str]
@@ -63,6 +70,7 @@ class Optimum:
     data: PowerLaw
     intervals: dict[str, Interval]
     unusable: int = 0  # resamples in which fewer than two budgets had a minimum
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def isoflop(
     drawn = exponents(curves, draw_minima(curves, shape, resamples, np.random.default_rng(seed)))
     usable = drawn[np.isfinite(drawn).all(1)] if resamples else drawn
     intervals = {name: interval(usable[:, i]) for i, name in enumerate("ab")} if len(usable) else {}
-    return Optimum(best, left_out, size, data, intervals, len(drawn) - len(usable))
+    return Optimum(best, left_out, size, data, intervals, len(drawn) - len(usable), below_all(curves, found))
 
 
 def nearest_budgets(flops: Array, budgets: Sequence[float]) -> Array:
@@ -115,29 +123,40 @@ def curves_of(points: Points, flops: Array, budgets: Array, shape: str) -> tuple
     if shape not in NEEDED:
         raise ValueError(f"shape: {shape!r} is not known; expected {', '.join(NEEDED)}")
     known = np.isfinite(budgets)
-    curves = [_curve(points, flops, budgets, budget) for budget in np.unique(budgets[known])]
+    order = np.flatnonzero(known)[np.lexsort((points.params[known], budgets[known]))]
+    parts = np.split(order, np.flatnonzero(np.diff(budgets[order])) + 1) if len(order) else []
+    curves = [_curve(points, flops, float(budgets[part[0]]), part) for part in parts]
     left_out = [] if known.all() else [f"{(~known).sum()} runs are near no budget"]
     left_out += [why for c in curves if (why := _too_few(c, shape))]
     return [c for c in curves if not _too_few(c, shape)], left_out
 
 
-def _curve(points: Points, flops: Array, budgets: Array, budget: float) -> Curve:
-    chosen = np.flatnonzero(budgets == budget)
-    chosen = chosen[np.argsort(points.params[chosen], kind="stable")]
+def _curve(points: Points, flops: Array, budget: float, chosen: NDArray[np.intp]) -> Curve:
+    """Of rows in order of size."""
     x, compute = np.log(points.params[chosen]), np.log(flops[chosen])
     degree = min(2, len(np.unique(x)) - 1)  # a straight line where C = 6 N D holds exactly
     cost = np.polynomial.polynomial.polyfit(x - x.mean(), compute - np.log(points.tokens[chosen]), degree)
-    return Curve(float(budget), float(compute.mean()), x, points.loss[chosen], cost)
+    return Curve(budget, float(compute.mean()), x, points.loss[chosen], cost)
 
 
 def _too_few(curve: Curve, shape: str) -> str | None:
     sizes = len(np.unique(curve.x))
-    few = f"budget {curve.budget:.3g}: {sizes} sizes; the {shape} takes {NEEDED[shape]}"
+    few = f"budget {curve.budget:.3g}: {sizes} size{'s' if sizes > 1 else ''}; the {shape} takes {NEEDED[shape]}"
     return few if sizes < NEEDED[shape] else None
 
 
 def _edge(best: Best) -> str:
     return f"budget {best.budget:.3g}: the least loss is at the edge of the sizes, {best.params:.3g} parameters"
+
+
+def below_all(curves: Sequence[Curve], best: Sequence[Best]) -> list[str]:
+    """Budgets whose minimum lies below every run: their curve does not go with them."""
+    return [
+        f"budget {b.budget:.3g}: the curve's minimum, {b.loss:.4g}, lies below every run of it, the lowest of which is "
+        f"{c.y.min():.4g}; look for a run that diverged, or for sizes too far apart"
+        for c, b in zip(curves, best, strict=True)
+        if b.loss < c.y.min() * (1 - BELOW)
+    ]
 
 
 def lowest(curve: Curve, shape: str) -> Best:
@@ -214,9 +233,12 @@ def draw_minima(curves: Sequence[Curve], shape: str, count: int, rng: np.random.
     noise = np.concatenate([about_parabola(c.x, c.y)[1] for c in curves])
     found = np.empty((count, len(curves), 3))
     for i, curve in enumerate(curves):
-        drawn = through(curve, shape)(curve.x)[:, None] + rng.choice(noise, (len(curve.x), count))
-        at, loss = minima(curve.x, drawn, shape)
-        found[:, i] = np.stack([at, curve.tokens(at), np.where(np.isfinite(at), loss, drawn.min(0))], 1)
+        smooth, step = through(curve, shape)(curve.x)[:, None], max(DRAWN // len(curve.x), 1)
+        for first in range(0, count, step):
+            drawn = smooth + rng.choice(noise, (len(curve.x), min(step, count - first)))
+            at, loss = minima(curve.x, drawn, shape)
+            rows = np.stack([at, curve.tokens(at), np.where(np.isfinite(at), loss, drawn.min(0))], 1)
+            found[first : first + len(rows), i] = rows
     return found
 
 
@@ -237,41 +259,46 @@ def _slopes(compute: Array, rows: Array) -> Array:
 # ---- approach 1
 
 
+def training_curves(params: Array, along: Array) -> Iterator[NDArray[np.intp]]:
+    """By size, upwards: the rows of its training curve in order of tokens, or of operations."""
+    order = np.lexsort((along, params))
+    yield from np.split(order, np.flatnonzero(np.diff(params[order])) + 1)
+
+
 def envelope(points: Points, flops: Array) -> Optimum:
     """Approach 1. flops: (n,), at which the loss of each point was reached. Points of one size are one training curve.
 
     At each of 1500 computes the curve of least loss gives size and tokens; computes where that is the smallest or the
     largest size whose curve reaches there are left out, for the best may lie beyond it. ValueError where none is left.
     """
-    sizes = np.unique(points.params)
     computes = np.geomspace(flops.min(), flops.max(), COMPUTES)
-    curves = [_training_curve(points, flops, size, computes) for size in sizes]
-    losses, tokens = (np.array(parts) for parts in zip(*curves, strict=True))  # (sizes, computes)
-    rows = [_lowest(column) for column in losses.T]
-    best = [
-        Best(float(compute), float(compute), float(sizes[row]), float(tokens[row, i]), float(losses[row, i]))
-        for i, (compute, row) in enumerate(zip(computes, rows, strict=True))
-        if row is not None
-    ]
+    rows = _lowest_curves(points, flops, computes)
+    best = [Best(float(c), float(c), *row) for c, row in zip(computes, rows.tolist(), strict=True) if np.isfinite(row).all()]
     if len({b.params for b in best}) < 2:
         raise ValueError("the envelope of the training curves has fewer than two sizes inside the range of sizes")
     size, data = _laws(best)
     return Optimum(best, [], size, data, {})
 
 
-def _training_curve(points: Points, flops: Array, size: float, computes: Array) -> tuple[Array, Array]:
-    """Loss and tokens of a size at each compute; NaN where it did not get."""
-    chosen = np.flatnonzero(points.params == size)
-    chosen = chosen[np.argsort(flops[chosen], kind="stable")]
-    known, wanted = np.log(flops[chosen]), np.log(computes)
-    loss = np.interp(wanted, known, points.loss[chosen], np.nan, np.nan)
-    return loss, np.exp(np.interp(wanted, known, np.log(points.tokens[chosen])))
-
-
-def _lowest(losses: Array) -> int | None:
-    """Of (sizes,), NaN where a size has none; None where it is at the edge."""
-    reach = np.flatnonzero(np.isfinite(losses))
-    if len(reach) < 3:
-        return None
-    lowest = reach[losses[reach].argmin()]
-    return None if lowest in (reach[0], reach[-1]) else int(lowest)
+def _lowest_curves(points: Points, flops: Array, computes: Array) -> Array:
+    """Size, tokens and loss of the lowest curve at each compute, (computes, 3); NaN where that is the first or the last size
+    that reaches there."""
+    found = np.full((len(computes), 3), np.nan)
+    least = np.full(len(computes), np.inf)
+    first, last = np.full(len(computes), np.nan), np.full(len(computes), np.nan)
+    for chosen in training_curves(points.params, flops):
+        known = np.log(flops[chosen])
+        reach = slice(*np.searchsorted(computes, flops[chosen[[0, -1]]] * [1 - EDGE, 1 + EDGE]))
+        wanted = np.log(computes[reach])
+        if not len(wanted):
+            continue
+        loss = np.interp(wanted, known, points.loss[chosen])
+        tokens = np.exp(np.interp(wanted, known, np.log(points.tokens[chosen])))
+        size = np.full(len(wanted), points.params[chosen[0]])
+        lower = np.flatnonzero(loss < least[reach])
+        found[reach][lower] = np.stack([size, tokens, loss], 1)[lower]
+        least[reach][lower] = loss[lower]
+        first[reach] = np.where(np.isnan(first[reach]), size, first[reach])
+        last[reach] = size
+    found[(found[:, 0] == first) | (found[:, 0] == last)] = np.nan
+    return found

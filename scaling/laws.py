@@ -85,9 +85,13 @@ class Allocation:
     loss: float
 
 
+def no_optimum(flops: float) -> Allocation:
+    return Allocation(flops, float("nan"), float("nan"), float("nan"))
+
+
 @dataclass(frozen=True)
 class Surface:
-    """L(N, D) = E + A / N^alpha + B / D^beta, in nats per token. Without positive exponents no split of a budget is the best."""
+    """L(N, D) = E + A / N^alpha + B / D^beta, in nats per token."""
 
     E: float
     A: float
@@ -110,9 +114,12 @@ class Surface:
         return np.asarray(self.E + self.A * size**-self.alpha + self.B * data**-self.beta)
 
     def optimum(self, flops: float, factor: float = FLOPS) -> Allocation:
-        """The best split of a budget C = factor N D: there, alpha A / N^alpha = beta B / D^beta. NaN where there is none."""
+        """The best split of a budget C = factor N D: there, alpha A / N^alpha = beta B / D^beta.
+
+        NaN where an exponent is not positive: the more on one side then, the better.
+        """
         if not (self.alpha > 0 and self.beta > 0):
-            return Allocation(flops, *[float("nan")] * 3)
+            return no_optimum(flops)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # of a surface far beyond any run
             balance = np.log(self.alpha / self.beta) + np.log(self.A) - np.log(self.B)
             params = np.exp((balance + self.beta * np.log(flops / factor)) / (self.alpha + self.beta))
@@ -206,8 +213,8 @@ def fit(points: Points, delta: float = HUBER, *, tied: bool = False) -> Fit:
 
 
 def _from_seeds(problem: Problem, delta: float, tied: bool, basis: Array) -> Minimum:
-    """Minima by seed. In a large table seeds walk on SAMPLE of its rows first; from there it is not far to those of all rows."""
-    some = problem.where(_sample(len(problem))) if len(problem) > SAMPLE else problem
+    """Minima by seed. In a large table seeds walk on SAMPLE of its rows first; from there the minima of all are near."""
+    some = problem.where(sample(len(problem))) if len(problem) > SAMPLE else problem
     weights = np.ones((1, len(some)))
     found = minimise(some, _seeds(some, weights, tied)[0], weights, delta, basis)
     if some is problem:
@@ -218,17 +225,19 @@ def _from_seeds(problem: Problem, delta: float, tied: bool, basis: Array) -> Min
     return minimise(problem, found.theta[distinct], np.ones((1, len(problem))), delta, basis, mild=CLOSE).where(seeds)
 
 
-def _sample(count: int) -> NDArray[np.intp]:
+def sample(count: int) -> NDArray[np.intp]:
     """SAMPLE rows of `count`, always the same."""
     return np.sort(np.random.default_rng(0).choice(count, SAMPLE, replace=False))
 
 
 def part_of(points: Points, fitted: Fit) -> tuple[Points, Fit, float]:
-    """What intervals are drawn on: SAMPLE rows of a large table, else all; the fit to them; and how much narrower the intervals
-    of all rows are, 1 / root of how many times more there are."""
+    """What intervals are drawn on: SAMPLE rows of a large table, else all; the fit to them; and a factor for the ends.
+
+    Errors fall with the root of the number of rows, so the factor is the root of the part that was taken.
+    """
     if len(points) <= SAMPLE:
         return points, fitted, 1.0
-    some = points.where(_sample(len(points)))
+    some = points.where(sample(len(points)))
     return some, fit(some, fitted.delta, tied=fitted.tied), float(np.sqrt(len(some) / len(points)))
 
 
@@ -272,14 +281,17 @@ def _cells(tied: bool) -> Array:
 def _seeds(problem: Problem, weights: Array, tied: bool) -> Array:
     """theta (rows, blocks, 5), the best cell of each block under each row of weights (rows, n)."""
     cells = _cells(tied)
-    solved, errors = _project(problem, weights, cells.reshape(-1, 2))
+    solved, errors = projected(problem, weights, cells.reshape(-1, 2))
     shape = (len(weights), *cells.shape[:2])
     best = errors.reshape(shape).argmin(2)[:, :, None, None]
     return np.take_along_axis(solved.reshape(*shape, PARAMETERS), best, 2)[:, :, 0]
 
 
-def _project(problem: Problem, weights: Array, cells: Array) -> tuple[Array, Array]:
-    """theta (rows, cells, 5) and squared relative error (rows, cells), with E, A, B solved for and kept above a floor."""
+def projected(problem: Problem, weights: Array, cells: Array) -> tuple[Array, Array]:
+    """theta (rows, cells, 5) and squared relative error (rows, cells) at exponents (cells, 2) under weights (rows, n).
+
+    E, A and B are solved for, and kept above a floor.
+    """
     loss = np.exp(problem.y)
     terms = np.stack([np.exp(-np.outer(cells[:, 0], problem.x)), np.exp(-np.outer(cells[:, 1], problem.z))])
     terms = np.concatenate([terms, np.ones_like(terms[:1])]) / loss  # (3, cells, n): shares of the loss by unit of A, B, E
@@ -371,6 +383,6 @@ def _recentred(theta: Array, old: tuple[float, float], new: tuple[float, float])
 
 def _coldest(problem: Problem, weights: Array, tied: bool) -> Array:
     """The best cell of the whole grid, theta (rows, 5)."""
-    solved, errors = _project(problem, weights, _cells(tied).reshape(-1, 2))
+    solved, errors = projected(problem, weights, _cells(tied).reshape(-1, 2))
     best: Array = solved[np.arange(len(weights)), errors.argmin(1)]
     return best

@@ -92,7 +92,7 @@ def shares(problem: Problem, theta: Array) -> tuple[Array, Array, Array, Array]:
 
 
 def evaluate(problem: Problem, theta: Array, weights: Array, delta: float) -> Point:
-    """theta (rows, 5), weights (rows or 1, n). Points are taken in blocks, so a table of millions of runs takes no more memory."""
+    """theta (rows, 5), weights (rows or 1, n). Points are taken in blocks, so that memory does not grow with them."""
     step = max(BLOCK // max(len(theta), 1), 1)
     blocks = [slice(i, i + step) for i in range(0, len(problem), step)]
     total = _evaluate(problem.where(blocks[0]), theta, weights[:, blocks[0]], delta)

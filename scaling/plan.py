@@ -10,7 +10,6 @@ The batch is the same for all runs of a budget.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -20,10 +19,12 @@ from typing import Any, get_type_hints
 
 import torch
 
+from madkernels.files import write_whole
 from madkernels.models import HybridLM, counting, normalise
 from madkernels.models.presets import architecture
 from madkernels.models.spec import Architecture, parse
 from madkernels.scaling.recipe import LMRun, Recipe
+from madkernels.scaling.table import csv_text, read_table
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def isoflop(
         ValueError: the ladder has fewer widths than `sizes`, a budget is too small for one step, or an architecture does not
             go with a width.
     """
+    for template in archs.values():  # a name that is not known is told before the sizes
+        architecture(template, min(dims), blocks, seqlen=setting.seqlen)
     if len(dims) < sizes:
         raise ValueError(f"{len(dims)} widths do not make {sizes} sizes; give more widths")
     rows = []
@@ -217,27 +220,31 @@ def _with_seeds(rows: Sequence[Planned], setting: Setting) -> list[Planned]:
 
 def write_plan(rows: Sequence[Planned], path: Path) -> None:
     """A line a run."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Planned)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_whole(path, csv_text([f.name for f in fields(Planned)], map(asdict, rows)))
 
 
 def read_plan(path: Path) -> list[Planned]:
     """ValueError says what column is missing, or which line cannot be read."""
     kinds: dict[str, Any] = get_type_hints(Planned)
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := kinds.keys() - set(reader.fieldnames or ()):
-            raise ValueError(f"{path} is no plan: it has no column {', '.join(sorted(missing))}")
-        rows = []
-        for number, line in enumerate(reader, 2):
-            try:
-                row = Planned(**{name: kind(line[name]) for name, kind in kinds.items()})
-                counts(parse(row.arch), row.dim, row.vocab_size, row.seqlen)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-            rows.append(row)
-    if not rows:
+    table = read_table(path)
+    if missing := kinds.keys() - table.columns.keys():
+        raise ValueError(f"{path} is no plan: it has no column {', '.join(sorted(missing))}")
+    if not len(table):
         raise ValueError(f"{path} has no runs")
+    rows = []
+    for number in range(len(table)):
+        try:
+            row = Planned(**{name: _value(name, kind, table.column(name)[number]) for name, kind in kinds.items()})
+            counts(parse(row.arch), row.dim, row.vocab_size, row.seqlen)
+        except ValueError as error:
+            raise ValueError(f"{table.place(number)}: {error}") from None
+        rows.append(row)
     return rows
+
+
+def _value(name: str, kind: type, cell: str) -> Any:
+    try:
+        return kind(cell)
+    except ValueError:
+        expected = {int: "a whole number", float: "a number"}[kind]
+        raise ValueError(f"{name} is {cell!r}; expected {expected}") from None

@@ -56,7 +56,9 @@ def profile(points: Points, fitted: Fit, level: float = 0.95) -> dict[str, Inter
 def _along(fitted: Fit, names: list[str]) -> list[float]:
     """The parameters, as they are walked along."""
     values = [getattr(fitted.surface, name) for name in names]
-    return [float(np.log(np.clip(v, TINY, 1 / TINY))) if name in LOGARITHMS else v for name, v in zip(names, values, strict=True)]
+    return [
+        float(np.log(np.clip(v, TINY, 1 / TINY))) if name in LOGARITHMS else v for name, v in zip(names, values, strict=True)
+    ]
 
 
 def _refuted_mean(mean: float, delta: float, drop: float) -> float:

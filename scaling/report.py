@@ -20,9 +20,10 @@ from madkernels.scaling.correlate import COEFFICIENTS, FEW, coefficient_text, co
 from madkernels.scaling.isoflop import through
 from madkernels.scaling.laws import Bootstrap, Fit, interval
 from madkernels.scaling.state import attention_share, hybrid_ratio, overtrained, state_law
-from madkernels.scaling.table import Columns, Selection, Table, by_group, select
+from madkernels.scaling.table import Columns, Cut, Selection, Table, by_group, kinds_of, select, shortened
 
 RESAMPLES = 500  # of each surface
+TOLD_GAPS = 100
 
 
 @dataclass
@@ -34,24 +35,35 @@ class Report:
     group: str
     budget: str
     how: Sampling
+    cut: Cut | None
     frontiers: dict[str, Frontier]
     colours: dict[str, str]
     gaps: list[str] = field(default_factory=list)
 
 
-def page(table: Table, scores: Table | None, columns: Columns, group: str, budget: str, how: Sampling, title: str) -> str:
+def page(
+    table: Table,
+    scores: Table | None,
+    columns: Columns,
+    group: str,
+    budget: str,
+    how: Sampling,
+    title: str,
+    cut: Cut | None = None,
+) -> str:
     """Rows of `madkernels scale run`; sections for which there are no rows are left out. ValueError without IsoFLOP rows."""
-    found, dropped = frontiers(table, columns, group, budget, how)
+    found, dropped = frontiers(table, columns, group, budget, how, cut)
     colours = dict(zip(found, cycle(pages.COLOURS), strict=False))
-    report = Report(table, columns, group, budget, how, found, colours, [f"{row.place}: {row.why}" for row in dropped])
-    report.gaps += [f"{name}: {why}" for name, f in found.items() for why in f.left_out]
+    gaps = [f"{row.place}: {row.why}" for row in dropped]
+    gaps += [f"{name}: {why}" for name, f in found.items() for why in f.left_out + f.warnings]
+    report = Report(table, columns, group, budget, how, cut, found, colours, gaps)
     sections = [_isoflop(report), _best_sizes(report), _losses(report), _surfaces(report)]
     sections += [_states(report), _overtrained(report), _hybrids(report)]
     sections += [_scores(report, scores)] if scores else []
     budgets = sorted({b for f in found.values() for b in f.budgets})
     facts = f"{len(table)} runs of {len(found)} architectures; budgets {', '.join(f'{b:.3g}' for b in budgets)} operations."
     head = f"<h1>{pages.text(title)}</h1>{pages.note(facts)}"
-    return pages.document(title, [head, pages.gaps(report.gaps), *sections])
+    return pages.document(title, [head, pages.gaps(shortened(report.gaps, TOLD_GAPS)), *sections])
 
 
 def _named(report: Report, name: str) -> str:
@@ -209,12 +221,11 @@ def _contours(drawn: list[tuple[str, Selection, Fit]]) -> str:
 
 def _selections(report: Report, wanted: Callable[[str], bool]) -> dict[str, Selection]:
     """By architecture, rows of the wanted kinds; all rows where there is no column `kind`."""
-    kinds = report.table.columns.get("kind", ["isoflop"] * len(report.table))
-    rows = report.table.where(np.array([wanted(kind) for kind in kinds], dtype=bool))
+    rows = report.table.where(np.array([wanted(kind) for kind in kinds_of(report.table)], dtype=bool))
     found = {}
     for name, part in by_group(rows, report.group):
         try:
-            found[name] = select(part, report.columns)
+            found[name] = select(part, report.columns, report.cut)
         except ValueError as error:
             report.gaps.append(f"{name}: {error}")
     return found

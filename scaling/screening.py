@@ -51,6 +51,11 @@ def why_not(loss: float) -> str | None:
     return None
 
 
+def acceptable(loss: Array) -> Flags:
+    """Of (n,), where there is no :func:`why_not`."""
+    return np.asarray((loss > 0) & (loss <= ABSURD), dtype=np.bool_)
+
+
 def highest(loss: Array, count: int) -> Flags:
     """The `count` highest of (n,)."""
     if not 0 <= count < len(loss):

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from rich.table import Table as Shown
 
 from madkernels.scaling import laws
 from madkernels.scaling.isoflop import Optimum, envelope, isoflop, nearest_budgets
-from madkernels.scaling.laws import LAD, NAMES, Bootstrap, Fit, Interval
+from madkernels.scaling.laws import LAD, NAMES, Allocation, Bootstrap, Fit, Interval, no_optimum
 from madkernels.scaling.newton import Array
 from madkernels.scaling.profile import profile
 from madkernels.scaling.screening import Screening, Without, screen, sensitivity
@@ -56,14 +57,24 @@ def as_json(summary: Summary, budgets: Sequence[float]) -> dict[str, Any]:
         "intervals": _intervals(summary),
         "sensitivity": [_without(without) for without in summary.without],
         "outlying": {name: _places(summary, name) for name in ("undertrained", "high", "low")},
-        "optimum": [asdict(found.surface.optimum(flops)) for flops in budgets],
+        "optimum": [asdict(best) for best in optima(found, budgets)],
     }
+
+
+def optima(found: Fit, budgets: Sequence[float]) -> list[Allocation]:
+    """At each budget; NaN where there is none, or the fit has not converged, so that its digits mean nothing."""
+    return [found.surface.optimum(flops) if found.proof.converged else no_optimum(flops) for flops in budgets]
 
 
 def _intervals(summary: Summary) -> dict[str, Any]:
     intervals: dict[str, Any] = {"level": LEVEL, "profile": {name: asdict(found) for name, found in summary.profile.items()}}
     if drawn := summary.bootstrap:
-        counts = {"resamples": len(drawn.surfaces), "unconverged": drawn.unconverged, "better_from_own_seed": drawn.cold}
+        counts = {
+            "resamples": len(drawn.surfaces),
+            "rows": drawn.rows,
+            "unconverged": drawn.unconverged,
+            "better_from_own_seed": drawn.cold,
+        }
         intervals["bootstrap"] = counts | {name: asdict(drawn.interval(name, LEVEL)) for name in NAMES}
     return intervals
 
@@ -77,7 +88,7 @@ def _without(without: Without) -> dict[str, Any]:
 
 def _places(summary: Summary, name: str) -> list[str]:
     flags = getattr(summary.screening, name)
-    return [place for place, flag in zip(summary.selection.table.places, flags, strict=True) if flag]
+    return [summary.selection.table.place(row) for row in np.flatnonzero(flags).tolist()]
 
 
 def best_sizes(selection: Selection, approach: int, budget: str | None, shape: str, resamples: int, seed: int) -> Optimum:
@@ -111,7 +122,7 @@ def best_as_json(best: Optimum, selection: Selection, approach: int, shape: str)
         "left_out": best.left_out,
         "points": len(selection.points),
         "dropped": [asdict(dropped) for dropped in selection.dropped],
-        "warnings": selection.warnings,
+        "warnings": selection.warnings + best.warnings,
     }
 
 
@@ -139,7 +150,8 @@ def tables(summary: Summary, group: str, budgets: Sequence[float]) -> list[Shown
 def parameter_table(summary: Summary, title: str) -> Shown:
     """Parameters and their intervals; the proof is the caption."""
     drawn, found = summary.bootstrap, summary.fit
-    out = Shown(title=title, caption=f"{found.count} points. {found.proof}")
+    few = f" Intervals from {laws.SAMPLE:,} of them, brought to the number of all." if found.count > laws.SAMPLE else ""
+    out = Shown(title=title, caption=f"{found.count:,} points. {found.proof}.{few}")
     out.add_column("")
     for head in ("fit", "profile, 95 %", *(("bootstrap, 95 %", "sd") if drawn else ())):
         out.add_column(head, justify="right")
@@ -162,9 +174,9 @@ def _span(interval: Interval | None) -> str:
 
 def sensitivity_table(summary: Summary) -> Shown:
     out = Shown(title="What the fit would be without some points")
-    out.add_column("without", no_wrap=True)
+    out.add_column("without")
     for name in ("dropped", *NAMES[:-1]):
-        out.add_column(name, justify="right")
+        out.add_column(name, justify="right", no_wrap=True)
     for row in summary.without:
         figures = [f"{getattr(row.fit.surface, name):.4g}" if row.fit else "-" for name in NAMES[:-1]]
         note = "" if row.fit is None or row.fit.proof.converged else " (not converged)"
@@ -173,14 +185,21 @@ def sensitivity_table(summary: Summary) -> Shown:
 
 
 def optimum_table(summary: Summary, budgets: Sequence[float]) -> Shown:
+    found = summary.fit
+    if not found.proof.converged:
+        return Shown(title="Compute-optimal: no optimum, for the fit has not converged")
+    if not (found.surface.alpha > 0 and found.surface.beta > 0):
+        return Shown(title="Compute-optimal: no optimum, for alpha or beta is not positive")
     out = Shown(title="Compute-optimal, C = 6 N D")
     for name in ("budget", "parameters", "tokens", "tokens a parameter", "loss", *(("95 %",) if summary.bootstrap else ())):
         out.add_column(name, justify="right")
-    for flops in budgets:
-        best = summary.fit.surface.optimum(flops)
-        cells = [f"{v:.3g}" for v in (flops, best.params, best.tokens, best.tokens / best.params)] + [f"{best.loss:.4f}"]
+    for best in optima(found, budgets):
+        ratio = best.tokens / best.params if best.params else float("nan")
+        cells = [f"{v:.3g}" for v in (best.flops, best.params, best.tokens, ratio)] + [f"{best.loss:.4f}"]
         if summary.bootstrap:
-            drawn = laws.interval(summary.bootstrap.losses(flops), LEVEL)
-            cells.append(f"{drawn.low:.4f} to {drawn.high:.4f}")
+            losses = summary.bootstrap.losses(best.flops)
+            drawn = losses[np.isfinite(losses)]
+            within = laws.interval(drawn, LEVEL) if len(drawn) > 1 else None
+            cells.append(f"{within.low:.4f} to {within.high:.4f}" if within else "-")
         out.add_row(*cells)
     return out

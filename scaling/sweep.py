@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from madkernels.files import write_whole
 from madkernels.runs.engines import Engine
 from madkernels.runs.execute import Outcome, Progress, execute, left
 from madkernels.runs.store import Results, Store
 from madkernels.scaling.data import Corpus
 from madkernels.scaling.plan import Planned
 from madkernels.scaling.recipe import LMRun
+from madkernels.scaling.table import csv_text
 
 CSV = "runs.csv"
 MEASURED = ("loss", "train_loss", "seconds", "left_out")
@@ -49,10 +50,9 @@ def _told(result: dict[str, Any]) -> str:
 def write_csv(rows: Sequence[Planned], runs: Sequence[LMRun], results: Results, path: Path) -> None:
     """A line a run of the plan: the plan's columns, what was measured, and the status."""
     found = {row["key"]: row for row in results.rows()}
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*(f.name for f in fields(Planned)), *MEASURED, "status"])
-        writer.writeheader()
-        for row, run in zip(rows, runs, strict=True):
-            result = found[run.key()]
-            measured = {name: (result["metrics"] or {}).get(name) for name in MEASURED}
-            writer.writerow(asdict(row) | measured | {"status": result["status"]})
+    lines = []
+    for row, run in zip(rows, runs, strict=True):
+        result = found[run.key()]
+        measured = {name: (result["metrics"] or {}).get(name) for name in MEASURED}
+        lines.append(asdict(row) | measured | {"status": result["status"]})
+    write_whole(path, csv_text([*(f.name for f in fields(Planned)), *MEASURED, "status"], lines))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+import io
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,75 +14,157 @@ from numpy.typing import NDArray
 
 from madkernels.scaling.laws import FLOPS, Points
 from madkernels.scaling.newton import Array
-from madkernels.scaling.screening import highest, why_not
+from madkernels.scaling.screening import acceptable, highest, why_not
 
-UNFINISHED = ("planned", "running", "failed")  # in a column `status`
+SEPARATORS = ",;\t|"
+FINISHED = ("", "done", "finished", "completed", "complete", "success", "succeeded", "ok")  # in a column `status`
+UNFINISHED = (
+    "crashed",
+    "failed",
+    "killed",
+    "pending",
+    "preempted",
+    "preempting",
+    "queued",
+    "running",
+)  # in a column `state`
+KINDS = ("isoflop", "overtrained", "state")  # of the runs of `madkernels scale plan`
 FAR_OFF = 10.0  # times 6 N D: more than attention, embeddings or inactive experts account for
+TOLD = 10  # rows that are told of a kind
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells by column, all of one length, and where each row stands."""
+    """Cells by column, all of one length, and where each row stands: (rows, 2), which of `files` and the line in it."""
 
     columns: dict[str, list[str]]
-    places: list[str]  # such as "runs.csv, line 7"
+    files: tuple[str, ...]
+    origin: NDArray[np.intp]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.origin)
+
+    def place(self, row: int) -> str:
+        """Such as "runs.csv, line 7"."""
+        file, line = self.origin[row]
+        return f"{self.files[file]}, line {line}"
 
     def column(self, name: str) -> list[str]:
         """ValueError, with the columns that there are, if it is not one."""
         if name not in self.columns:
-            raise ValueError(f"there is no column {name!r}; there are: {', '.join(self.columns)}")
+            known = ", ".join(self.columns)
+            raise ValueError(f"{', '.join(self.files)}: there is no column {name!r}; there are: {known}")
         return self.columns[name]
 
     def numbers(self, name: str) -> Array:
         """(rows,), NaN for empty cells. ValueError, with the line, for other cells that are no number."""
-        return np.array([_number(cell, name, place) for cell, place in zip(self.column(name), self.places, strict=True)])
+        cells = self.column(name)
+        try:
+            return np.array([float(cell) if cell else np.nan for cell in cells], dtype=np.float64)
+        except ValueError:
+            row = next(row for row, cell in enumerate(cells) if cell and not _is_number(cell))
+            expected = "expected a number such as 1.4e9, without units, percent signs or commas"
+            raise ValueError(f"{self.place(row)}: {name} is {cells[row]!r}; {expected}") from None
 
     def where(self, chosen: NDArray[np.bool_]) -> Table:
-        rows = np.flatnonzero(chosen)
-        columns = {name: [cells[row] for row in rows] for name, cells in self.columns.items()}
-        return Table(columns, [self.places[row] for row in rows])
+        return self.rows(np.flatnonzero(chosen))
+
+    def rows(self, chosen: NDArray[np.intp]) -> Table:
+        columns = {name: [cells[row] for row in chosen] for name, cells in self.columns.items()}
+        return Table(columns, self.files, self.origin[chosen])
 
 
-def _number(cell: str, name: str, place: str) -> float:
-    if not cell.strip():
-        return float("nan")
+def _is_number(cell: str) -> bool:
     try:
-        return float(cell)
+        float(cell)
     except ValueError:
-        raise ValueError(f"{place}: {name} is {cell!r}; expected a number") from None
+        return False
+    return True
+
+
+# ---- files
 
 
 def read_table(*paths: Path) -> Table:
-    """The rows of all files, which must have the same columns, in any order."""
-    tables = [_read(path) for path in paths]
-    names = list(tables[0].columns)
-    for path, table in zip(paths, tables, strict=True):
-        if set(table.columns) != set(names):
-            different = ", ".join(sorted(set(table.columns) ^ set(names)))
-            raise ValueError(f"{path}: its columns are not those of {paths[0]}; different: {different}")
-    columns = {name: [cell for table in tables for cell in table.columns[name]] for name in names}
-    return Table(columns, [place for table in tables for place in table.places])
+    """The rows of all files, which must have the same columns, in any order. ValueError names the file and the line."""
+    names = tuple(path.name for path in paths)
+    names = names if len(set(names)) == len(names) else tuple(map(str, paths))
+    read = [_read(path, name) for path, name in zip(paths, names, strict=True)]
+    columns, _ = read[0]
+    for name, (other, _) in zip(names, read, strict=True):
+        if different := set(other) ^ set(columns):
+            told = ", ".join(sorted(different))
+            raise ValueError(f"{name}: its columns are not those of {names[0]}; different: {told}")
+    joined = {name: list(itertools.chain.from_iterable(other[name] for other, _ in read)) for name in columns}
+    lines = [np.stack([np.full(len(at), file), at], 1) for file, (_, at) in enumerate(read)]
+    return Table(joined, names, np.concatenate(lines).astype(np.intp))
 
 
-def _read(path: Path) -> Table:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        names = next(reader, None)
-        if not names:
-            raise ValueError(f"{path} is empty; expected a CSV file with a line of column names")
-        rows = [(cells, f"{path.name}, line {reader.line_num}") for cells in reader if cells]
-    for cells, place in rows:
-        if len(cells) != len(names):
-            raise ValueError(f"{place}: {len(cells)} cells; expected {len(names)}")
-    return Table({name: [cells[i] for cells, _ in rows] for i, name in enumerate(names)}, [place for _, place in rows])
+def _read(path: Path, name: str) -> tuple[dict[str, list[str]], NDArray[np.intp]]:
+    """Cells by column, without the blanks around them, and the line of each row. Rows of nothing but blanks are none."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return _parse(file, name)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; expected a CSV file, one run a row") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); save it as CSV in UTF-8") from None
+
+
+def _parse(lines: Iterator[str], name: str) -> tuple[dict[str, list[str]], NDArray[np.intp]]:
+    before = 0
+    for head in lines:
+        if head.strip(SEPARATORS + " \r\n"):
+            break
+        before += 1
+    else:
+        raise ValueError(f"{name} is empty; expected a CSV file with a line of column names")
+    reader = csv.reader(itertools.chain([head], lines), delimiter=_separator(head), skipinitialspace=True, strict=True)
+    rows, at = [], []
+    try:
+        names = [cell.strip() for cell in next(reader)]
+        _check_names(names, name, before + 1)
+        for cells in reader:
+            if len(cells) != len(names):
+                if not any(map(str.strip, cells)):
+                    continue
+                raise ValueError(f"{name}, line {before + reader.line_num}: {len(cells)} cells; expected {len(names)}")
+            rows.append(cells)
+            at.append(before + reader.line_num)
+    except csv.Error as error:
+        raise ValueError(f"{name}, line {before + reader.line_num}: {error}; expected quotes in pairs") from None
+    columns = [list(map(str.strip, cells)) for cells in zip(*rows, strict=True)] or [[] for _ in names]
+    kept = np.flatnonzero([any(cells) for cells in zip(*columns, strict=True)])
+    if len(kept) < len(at):
+        columns = [[cells[row] for row in kept] for cells in columns]
+    named = {column: cells for column, cells in zip(names, columns, strict=True) if column}
+    return named, np.array(at, dtype=np.intp)[kept]
+
+
+def _separator(head: str) -> str:
+    """The one that makes the most columns."""
+    return max(SEPARATORS, key=lambda mark: len(head.split(mark)))
+
+
+def _check_names(names: Sequence[str], file: str, line: int) -> None:
+    if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+        raise ValueError(f"{file}, line {line}: the column {', '.join(twice)} is given twice; rename or remove one")
+
+
+def csv_text(names: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+# ---- rows that are used
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that is not fitted."""
+    """A row, or a whole group of them, that is not fitted."""
 
     place: str
     why: str
@@ -111,64 +195,96 @@ class Columns:
             raise ValueError("the data of a run comes from --tokens or from --flops: none is given")
 
 
-def select(table: Table, columns: Columns, drop_highest: int = 0) -> Selection:
-    """Rows that are finished and have a sensible loss, without the `drop_highest` of the highest losses.
+@dataclass(frozen=True)
+class Cut:
+    """Losses that are left out: the `highest` highest, and those above `above`."""
+
+    highest: int = 0
+    above: float = np.inf
+
+    def __post_init__(self) -> None:
+        if not self.above > 0:
+            raise ValueError(f"--max-loss: {self.above}; expected a positive number of nats")
+
+
+def select(table: Table, columns: Columns, cut: Cut | None = None) -> Selection:
+    """Rows that are finished and have a sensible loss, without those that the cut takes.
 
     ValueError where sizes or data are no positive numbers in a row that is otherwise to be used.
     """
+    cut = cut or Cut()
     loss = table.numbers(columns.loss)
-    reasons = [_reason(value, status) for value, status in zip(loss, _statuses(table), strict=True)]
-    kept = np.array([reason is None for reason in reasons], dtype=bool)
-    if drop_highest:
-        rows = np.flatnonzero(kept)[highest(loss[kept], drop_highest)]
-        for row in rows:
-            reasons[row], kept[row] = f"the loss is {loss[row]:g}: among the {drop_highest} highest", False
-    dropped = [Dropped(place, why) for place, why in zip(table.places, reasons, strict=True) if why]
+    reasons = _reasons(table, loss, cut.above)
+    kept = np.ones(len(table), dtype=bool)
+    kept[list(reasons)] = False
+    if cut.highest:
+        rows = np.flatnonzero(kept)[highest(loss[kept], cut.highest)]
+        reasons |= {int(row): f"the loss is {loss[row]:g}: among the {cut.highest} highest" for row in rows}
+        kept[rows] = False
+    dropped = [Dropped(table.place(row), reasons[row]) for row in sorted(reasons)]
     if not kept.any():
-        raise ValueError(
-            "no row can be used: " + "; ".join(f"{d.place}: {d.why}" for d in dropped[:3]) if dropped else "no rows"
-        )
-    table = table.where(kept)
-    params = _positive(table, columns.params)
-    tokens = _positive(table, columns.tokens) if columns.tokens else None
-    flops = _positive(table, columns.flops) if columns.flops else FLOPS * params * (0 if tokens is None else tokens)
-    points = Points(params, flops / (FLOPS * params) if tokens is None else tokens, loss[kept])
-    return Selection(points, flops, table, dropped, _far_off(table, columns, points))
+        told = "; ".join(f"{d.place}: {d.why}" for d in dropped[:3])
+        raise ValueError(f"no row can be used: {told}" if dropped else f"{', '.join(table.files)}: no rows")
+    table, loss = table.where(kept), loss[kept]
+    params, tokens, flops = _work(table, columns)
+    points = Points(params, tokens, loss)
+    return Selection(points, flops, table, dropped, [*_twice(table, points, flops), *_far_off(table, columns, points)])
 
 
-def by_group(table: Table, group: str | None) -> Iterator[tuple[str, Table]]:
-    """Parts of the table with one value in the column, in the order of their first rows; all of it where there is none."""
-    if group is None:
-        yield "", table
-        return
-    names = table.column(group)
-    for name in dict.fromkeys(names):
-        yield name, table.where(np.array([other == name for other in names]))
+def _reasons(table: Table, loss: Array, most: float) -> dict[int, str]:
+    """By row, why it is no result to fit."""
+    reasons = {row: f"the loss is {loss[row]:g}: above --max-loss {most:g}" for row in np.flatnonzero(loss > most).tolist()}
+    reasons |= {row: str(why_not(loss[row])) for row in np.flatnonzero(~acceptable(loss)).tolist()}
+    for name, cells in table.columns.items():
+        known = {cell: _unfinished(name.lower(), cell.lower()) for cell in set(cells)} if _tells(name) else {}
+        if any(known.values()):
+            reasons |= {row: f"the run is {cell}" for row, cell in enumerate(cells) if known[cell]}
+    return reasons
 
 
-def of_kind(table: Table, *kinds: str) -> Table:
-    """Rows of some kinds of plan, where the file has a column `kind`."""
-    if "kind" not in table.columns:
-        return table
-    return table.where(np.array([cell in kinds for cell in table.column("kind")], dtype=bool))
+def _tells(name: str) -> bool:
+    return name.lower() in ("status", "state")
 
 
-def _statuses(table: Table) -> Sequence[str]:
-    return table.columns.get("status", [""] * len(table))
+def _unfinished(name: str, cell: str) -> bool:
+    """Whether a run is not done, by the words of a column `status`, or by those of trackers in a column `state`."""
+    return cell not in FINISHED if name == "status" else cell in UNFINISHED
 
 
-def _reason(loss: float, status: str) -> str | None:
-    if status in UNFINISHED:
-        return f"the run is {status}"
-    return why_not(loss)
+def _work(table: Table, columns: Columns) -> tuple[Array, Array, Array]:
+    """Parameters, tokens and operations, (rows,)."""
+    params = _positive(table, columns.params, table.numbers(columns.params))
+    tokens = _positive(table, columns.tokens, table.numbers(columns.tokens)) if columns.tokens else None
+    with np.errstate(over="ignore", under="ignore"):
+        if columns.flops:
+            flops = _positive(table, columns.flops, table.numbers(columns.flops))
+        else:
+            flops = _positive(table, "6 N D", FLOPS * params * (0 if tokens is None else tokens))
+        if tokens is None:
+            tokens = _positive(table, "C / (6 N)", flops / (FLOPS * params))
+    return params, tokens, flops
 
 
-def _positive(table: Table, name: str) -> Array:
-    values = table.numbers(name)
-    for value, place in zip(values, table.places, strict=True):
-        if not (np.isfinite(value) and value > 0):
-            raise ValueError(f"{place}: {name} is {value:g}; expected a positive number")
+def _positive(table: Table, name: str, values: Array) -> Array:
+    wrong = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+    if len(wrong):
+        raise ValueError(f"{table.place(wrong[0])}: {name} is {values[wrong[0]]:g}; expected a positive number")
     return values
+
+
+def _twice(table: Table, points: Points, flops: Array) -> list[str]:
+    """Rows with the size, data, operations and loss of an earlier one: of one run, they make intervals too narrow."""
+    cells = np.stack([points.params, points.tokens, flops, points.loss])
+    order = np.lexsort(cells)
+    again = (cells[:, order[1:]] == cells[:, order[:-1]]).all(0)
+    if not again.any():
+        return []
+    first = order[np.maximum.accumulate(np.where(np.r_[True, ~again], np.arange(len(order)), 0))]
+    pairs = sorted(zip(order[1:][again].tolist(), first[1:][again].tolist(), strict=True))
+    told = ", ".join(f"{table.place(row)} as {table.place(other)}" for row, other in pairs[:3])
+    more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+    advice = "if they are one run, remove all but one, else intervals come out too narrow"
+    return [f"rows of one size, data and loss: {told}{more}; {advice}"]
 
 
 def _far_off(table: Table, columns: Columns, points: Points) -> list[str]:
@@ -179,8 +295,48 @@ def _far_off(table: Table, columns: Columns, points: Points) -> list[str]:
         name, expected = "tokens", points.tokens
     if name not in table.columns:
         return []
-    return [
-        f"{place}: {name} is {value:.3g}, far from the {about:.3g} of C = 6 N D"
-        for value, about, place in zip(table.numbers(name), expected, table.places, strict=True)
-        if value > 0 and not 1 / FAR_OFF < value / about < FAR_OFF
-    ]
+    values = table.numbers(name)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        far = (values > 0) & ~((values > expected / FAR_OFF) & (values < expected * FAR_OFF))
+    lines = [f"{name} is {values[i]:.3g}, far from the {expected[i]:.3g} of C = 6 N D" for i in np.flatnonzero(far)[:TOLD]]
+    return by_row(table, np.flatnonzero(far), lines)
+
+
+def by_row(table: Table, rows: NDArray[np.intp], lines: Sequence[str]) -> list[str]:
+    """What is said of the first rows, each with its place, and how many more there are."""
+    told = [f"{table.place(row)}: {line}" for row, line in zip(rows.tolist(), lines, strict=False)]
+    return told + ([f"and {len(rows) - len(told)} more rows like these"] if len(rows) > len(told) else [])
+
+
+def shortened(lines: list[str], most: int) -> list[str]:
+    return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more"]
+
+
+# ---- parts of a table
+
+
+def by_group(table: Table, group: str | None) -> Iterator[tuple[str, Table]]:
+    """Parts of the table with one value in the column, in the order of their first rows; all of it where there is none."""
+    if group is None:
+        yield "", table
+        return
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(table.column(group)):
+        rows.setdefault(name, []).append(row)
+    for name, chosen in rows.items():
+        yield name, table.rows(np.array(chosen))
+
+
+def kinds_of(table: Table) -> list[str]:
+    """By row, one of KINDS. Rows of other kinds, or of a file without them, are as those that sizes are compared in."""
+    return [cell if cell in KINDS else KINDS[0] for cell in table.columns.get("kind", [""] * len(table))]
+
+
+def of_kind(table: Table, *kinds: str) -> Table:
+    """Rows of some of KINDS. ValueError where all are of others."""
+    found = kinds_of(table)
+    if found and not set(found) & set(kinds):
+        raise ValueError(
+            f"{', '.join(table.files)}: no rows of kind {' or '.join(kinds)}: all are {', '.join(sorted(set(found)))}"
+        )
+    return table.where(np.array([kind in kinds for kind in found], dtype=bool))

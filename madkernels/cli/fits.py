@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,28 +13,34 @@ import typer
 if TYPE_CHECKING:  # numpy and scipy are loaded when a command runs, not to print its help
     from rich.console import Console
 
-    from madkernels.scaling.table import Dropped
+    from madkernels.scaling.compare import Frontier, Sampling
+    from madkernels.scaling.table import Columns, Dropped, Table
 
 File = Annotated[Path, typer.Argument(help="A CSV file, one run a row.")]
 Params = Annotated[str, typer.Option(help="Column of parameters.")]
 Tokens = Annotated[str | None, typer.Option(help="Column of tokens trained on.")]
-Flops = Annotated[str | None, typer.Option(help="Column of operations; without tokens D = C / (6 N).")]
+Flops = Annotated[str | None, typer.Option(help="Column of operations; without tokens D = C / (6 N), without it C = 6 N D.")]
 Loss = Annotated[str, typer.Option(help="Column of the loss, in nats a token.")]
 Group = Annotated[str | None, typer.Option(help="Column; one fit for each of its values.")]
-DropHighest = Annotated[int, typer.Option(min=0, help="Leave out so many of the highest losses.")]
+DropHighest = Annotated[int, typer.Option(min=0, help="Leave out so many of the highest losses, of each group.")]
+MaxLoss = Annotated[float | None, typer.Option(help="Leave out losses above this: runs that diverged.")]
 Resamples = Annotated[int, typer.Option("--bootstrap", min=0, help="Resamples for intervals.")]
 Seed = Annotated[int, typer.Option(help="Of the resamples.")]
-Json = Annotated[str | None, typer.Option("--json", help="Write JSON to this file, or to standard output: -.")]
+Json = Annotated[str | None, typer.Option("--json", help="Write JSON to this new file, or to standard output: -.")]
+Force = Annotated[bool, typer.Option("--force", help="Write over a file that is there.")]
+
+TOLD = 20  # lines of warnings
 
 
 def fit(
     file: File,
-    params: Params,
-    loss: Loss,
+    params: Params = "params",
+    loss: Loss = "loss",
     tokens: Tokens = None,
     flops: Flops = None,
     group: Group = None,
     drop_highest: DropHighest = 0,
+    max_loss: MaxLoss = None,
     approach: Annotated[int, typer.Option(min=1, max=3, help="1: envelope, 2: a curve a budget, 3: surface.")] = 3,
     budget: Annotated[
         str | None, typer.Option(help="Approach 2: column of budgets, or budgets with commas between.")
@@ -49,34 +53,66 @@ def fit(
     seed: Seed = 42,
     at: Annotated[list[float] | None, typer.Option(help="A budget to find the optimal size for; give several.")] = None,
     to_json: Json = None,
+    force: Force = False,
 ) -> None:
-    """Fit L(N, D) = E + A / N^alpha + B / D^beta, or find the best sizes, and show how sure that is."""
+    """Fit L(N, D) = E + A / N^alpha + B / D^beta, or find the best sizes, and show how sure that is.
+
+    Without --tokens and --flops the columns tokens, flops and budget of scale run are taken. With --group, a part that
+    cannot be fitted is told, and the others are fitted.
+    """
     from madkernels.scaling import summary
     from madkernels.scaling.laws import LAD
-    from madkernels.scaling.table import Columns, by_group, of_kind, read_table, select
+    from madkernels.scaling.outlying import outlying, spikes, tell
+    from madkernels.scaling.table import Columns, Cut, by_group, of_kind, read_table, select
 
     if approach == 3 and tokens and flops:
         raise ValueError("approach 3 takes the data of a run from --tokens or from --flops: both are given")
+    if wrong := [flops for flops in at or [] if not (math.isfinite(flops) and flops > 0)]:
+        raise ValueError(f"--at: {wrong[0]}; expected a positive number of operations")
+    _may_write(to_json, force)
+    cut = Cut(drop_highest, math.inf if max_loss is None else max_loss)
+    table = read_table(file)
+    if tokens is None and flops is None:
+        there = [name if name in table.columns else None for name in ("tokens", "flops", "budget")]
+        tokens, flops = there[0], there[1] if approach < 3 or there[0] is None else None
+        budget = budget or there[2]
     columns = Columns(params, loss, tokens, flops)
+    for name in filter(None, (params, loss, tokens, flops, group)):
+        table.column(name)
     # Runs with more or less state are of other architectures; one size at several budgets is no curve over sizes.
-    rows = of_kind(read_table(file), "isoflop", *(["overtrained"] if approach == 3 else []))
-    parts = {name: select(part, columns, drop_highest) for name, part in by_group(rows, group)}
+    rows = of_kind(table, "isoflop", *(["overtrained"] if approach == 3 else []))
+    _tell_kinds(len(table) - len(rows))
     console = _console(to_json)
+
+    def fitted(name: str, part: Table) -> dict[str, Any]:
+        selection = select(part, columns, cut)
+        selection = tell(selection, spikes(selection.points) if approach == 1 else outlying(selection.points))
+        _tell(selection.dropped, selection.warnings, name)
+        if approach == 3:
+            told = summary.summarise(selection, LAD if lad else delta, tied, bootstrap, seed)
+            found, tables = summary.as_json(told, at or []), summary.tables(told, name, at or [])
+        else:
+            best = summary.best_sizes(selection, approach, budget, shape, bootstrap, seed)
+            _tell([], best.warnings, name)
+            found = summary.best_as_json(best, selection, approach, shape)
+            tables = [summary.best_table(best, approach, name)]
+        for shown in tables:
+            console.print(shown)
+        return found
+
+    if group is None:
+        _write(fitted("", rows), to_json)
+        return
     found: dict[str, Any] = {}
-    for name, selection in parts.items():
-        _tell(selection.dropped, selection.warnings)
-        with _named(name):
-            if approach == 3:
-                told = summary.summarise(selection, LAD if lad else delta, tied, bootstrap, seed)
-                found[name] = summary.as_json(told, at or [])
-                tables = summary.tables(told, name, at or [])
-            else:
-                best = summary.best_sizes(selection, approach, budget, shape, bootstrap, seed)
-                found[name] = summary.best_as_json(best, selection, approach, shape)
-                tables = [summary.best_table(best, approach, name)]
-        for table in tables:
-            console.print(table)
-    _write(found[""] if group is None else {"groups": found}, to_json)
+    for name, part in by_group(rows, group):
+        try:
+            found[name] = fitted(name, part)
+        except ValueError as error:
+            found[name] = {"error": str(error)}
+            typer.echo(f"warning: {name}: not fitted: {error}", err=True)
+    if all("error" in part for part in found.values()):
+        raise ValueError("; ".join(f"{name}: {part['error']}" for name, part in found.items()) or f"{file}: no rows")
+    _write({"groups": found}, to_json)
 
 
 Files = Annotated[list[Path], typer.Argument(help="CSV files of runs, such as runs.csv of scale run.")]
@@ -94,22 +130,31 @@ def compare(
     loss: Loss = "loss",
     budget: Budget = "budget",
     shape: Shape = "parabola",
+    drop_highest: DropHighest = 0,
+    max_loss: MaxLoss = None,
     bootstrap: Resamples = 1000,
     seed: Seed = 42,
     to_json: Json = None,
+    force: Force = False,
 ) -> None:
     """Compare architectures with the first: exponent of the best size, least loss at each budget, where they cross."""
-    from madkernels.scaling.compare import Sampling, difference_table, frontiers
+    from madkernels.scaling.compare import Sampling, difference_table, frontier_table
     from madkernels.scaling.compare import compare as differences
-    from madkernels.scaling.table import Columns, read_table
+    from madkernels.scaling.table import read_table
 
-    columns = Columns(params, loss, tokens, flops)
-    by_name, dropped = frontiers(read_table(*files), columns, group, budget, Sampling(shape, bootstrap, seed))
-    _tell(dropped, [f"{name}: {why}" for name, found in by_name.items() for why in found.left_out])
+    _may_write(to_json, force)
+    table, how = read_table(*files), Sampling(shape, bootstrap, seed)
+    by_name, dropped = _frontiers(table, params, loss, tokens, flops, group, budget, how, drop_highest, max_loss)
     found = differences(by_name)
-    _console(to_json).print(difference_table(found))
-    rows = {name: {"a": f.a, "best": [asdict(b) for b in f.best], "left_out": f.left_out} for name, f in by_name.items()}
-    _write({"architectures": rows, "differences": [asdict(difference) for difference in found]}, to_json)
+    console = _console(to_json)
+    console.print(frontier_table(by_name))
+    console.print(difference_table(found))
+    rows = {
+        name: {"a": f.a, "best": [asdict(b) for b in f.best], "left_out": f.left_out, "warnings": f.warnings}
+        for name, f in by_name.items()
+    }
+    told = {"differences": [asdict(difference) for difference in found], "dropped": [asdict(row) for row in dropped]}
+    _write({"architectures": rows, **told}, to_json)
 
 
 def correlate(
@@ -123,18 +168,21 @@ def correlate(
     loss: Loss = "loss",
     budget: Budget = "budget",
     shape: Shape = "parabola",
+    drop_highest: DropHighest = 0,
+    max_loss: MaxLoss = None,
     seed: Seed = 42,
     to_json: Json = None,
+    force: Force = False,
 ) -> None:
     """Relate MAD scores to the least loss at a budget, for each task and their mean."""
-    from madkernels.scaling.compare import Sampling, frontiers
+    from madkernels.scaling.compare import Sampling
     from madkernels.scaling.correlate import correlate as relate
     from madkernels.scaling.correlate import correlation_table, labels_of, losses_at, read_scores
-    from madkernels.scaling.table import Columns, read_table
+    from madkernels.scaling.table import read_table
 
-    table = read_table(*runs)
-    by_name, dropped = frontiers(table, Columns(params, loss, tokens, flops), group, budget, Sampling(shape, 0, seed))
-    _tell(dropped, [f"{name}: {why}" for name, found in by_name.items() for why in found.left_out])
+    _may_write(to_json, force)
+    table, how = read_table(*runs), Sampling(shape, 0, seed)
+    by_name, _ = _frontiers(table, params, loss, tokens, flops, group, budget, how, drop_highest, max_loss)
     chosen, losses = losses_at(by_name, at)
     rows = relate(read_scores(read_table(scores), labels_of(table, group)), losses, seed)
     _console(to_json).print(correlation_table(rows, chosen))
@@ -143,7 +191,7 @@ def correlate(
 
 def report(
     files: Files,
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("scaling.html"),
+    out: Annotated[Path, typer.Option(help="The page; it may take the place of an earlier one.")] = Path("scaling.html"),
     scores: Annotated[Path | None, typer.Option(help="MAD scores: results.csv of madkernels mad run.")] = None,
     group: By = "architecture",
     params: Params = "params",
@@ -152,21 +200,62 @@ def report(
     loss: Loss = "loss",
     budget: Budget = "budget",
     shape: Shape = "parabola",
+    drop_highest: DropHighest = 0,
+    max_loss: MaxLoss = None,
     bootstrap: Resamples = 1000,
     seed: Seed = 42,
     title: Annotated[str, typer.Option(help="Of the page.")] = "Scaling laws",
+    force: Force = False,
 ) -> None:
     """Write the runs, their laws and what is missing as one HTML page with its pictures inside."""
     from rich.console import Console
 
+    from madkernels import pages
+    from madkernels.files import refuse_existing, write_whole
     from madkernels.scaling.compare import Sampling
     from madkernels.scaling.report import page
-    from madkernels.scaling.table import Columns, read_table
+    from madkernels.scaling.table import Cut, read_table
 
-    columns, how = Columns(params, loss, tokens, flops), Sampling(shape, bootstrap, seed)
-    text = page(read_table(*files), read_table(scores) if scores else None, columns, group, budget, how, title)
-    out.write_text(text, encoding="utf-8")
+    refuse_existing(out, force or (out.is_file() and pages.STYLE.encode() in out.read_bytes()))
+    table, how = read_table(*files), Sampling(shape, bootstrap, seed)
+    cut = Cut(drop_highest, math.inf if max_loss is None else max_loss)
+    columns = _columns(table, params, loss, tokens, flops)
+    write_whole(out, page(table, read_table(scores) if scores else None, columns, group, budget, how, title, cut))
     Console().print(f"Report: {out}", soft_wrap=True)
+
+
+def _columns(table: Table, params: str, loss: str, tokens: str | None, flops: str | None) -> Columns:
+    """Of tokens and operations one may be missing under its usual name: C = 6 N D."""
+    from madkernels.scaling.table import Columns
+
+    if flops == "flops" and flops not in table.columns and tokens in table.columns:
+        flops = None
+    if tokens == "tokens" and tokens not in table.columns and flops in table.columns:
+        tokens = None
+    return Columns(params, loss, tokens, flops)
+
+
+def _frontiers(
+    table: Table,
+    params: str,
+    loss: str,
+    tokens: str | None,
+    flops: str | None,
+    group: str,
+    budget: str,
+    how: Sampling,
+    drop_highest: int,
+    max_loss: float | None,
+) -> tuple[dict[str, Frontier], list[Dropped]]:
+    """With all that is odd told."""
+    from madkernels.scaling.compare import frontiers
+    from madkernels.scaling.table import Cut, kinds_of
+
+    cut = Cut(drop_highest, math.inf if max_loss is None else max_loss)
+    by_name, dropped = frontiers(table, _columns(table, params, loss, tokens, flops), group, budget, how, cut)
+    _tell_kinds(sum(kind != "isoflop" for kind in kinds_of(table)))
+    _tell(dropped, [f"{name}: {why}" for name, found in by_name.items() for why in found.left_out + found.warnings])
+    return by_name, dropped
 
 
 def _console(to_json: str | None) -> Console:
@@ -176,28 +265,36 @@ def _console(to_json: str | None) -> Console:
     return Console(quiet=to_json == "-")
 
 
-def _tell(dropped: list[Dropped], warnings: list[str]) -> None:
-    for line in [*(f"{row.place}: dropped: {row.why}" for row in dropped), *warnings]:
-        typer.echo(f"warning: {line}", err=True)
+def _tell(dropped: list[Dropped], warnings: list[str], group: str = "") -> None:
+    from madkernels.scaling.table import shortened
+
+    rows = shortened([f"{row.place}: dropped: {row.why}" for row in dropped], TOLD)
+    for line in rows + shortened(warnings, TOLD):
+        typer.echo(f"warning: {f'{group}: ' if group else ''}{line}", err=True)
 
 
-@contextmanager
-def _named(group: str) -> Iterator[None]:
-    """Says of which group an error is."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{group}: {error}" if group else str(error)) from error
+def _tell_kinds(count: int) -> None:
+    if count:
+        typer.echo(f"note: {count} rows of ladders (column kind: overtrained, state) are left out", err=True)
+
+
+def _may_write(to_json: str | None, force: bool) -> None:
+    from madkernels.files import refuse_existing
+
+    if to_json not in (None, "-"):
+        refuse_existing(Path(str(to_json)), force)
 
 
 def _write(found: dict[str, Any], to_json: str | None) -> None:
+    from madkernels.files import write_whole
+
     if to_json is None:
         return
     text = json.dumps(_plain(found), indent=1, allow_nan=False)
     if to_json == "-":
         print(text)
     else:
-        Path(to_json).write_text(text + "\n", encoding="utf-8")
+        write_whole(Path(to_json), text + "\n")
 
 
 def _plain(value: Any) -> Any:

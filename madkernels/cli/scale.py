@@ -9,11 +9,14 @@ import typer
 
 from madkernels.cli.fits import compare, correlate, fit, report
 from madkernels.cli.sweeps import Bars, engine_of, load_plugins, progress_bars
+from madkernels.files import refuse_existing
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     from madkernels.scaling.plan import Planned, Setting
 
 scale = typer.Typer(help="Plan, run, fit and compare scaling laws.", no_args_is_help=True)
+
+FEW_STEPS = 20
 
 # ---- plans
 
@@ -31,7 +34,8 @@ Archs = Annotated[
         "give several.",
     ),
 ]
-Out = Annotated[Path, typer.Option(help="The plan, a CSV file.")]
+Out = Annotated[Path, typer.Option(help="The plan, a new CSV file.")]
+Force = Annotated[bool, typer.Option("--force", help="Write over a file that is there.")]
 Blocks = Annotated[int, typer.Option(min=1, help="Depth, in pairs of a sequence mixer and a channel mixer.")]
 Data = Annotated[Path, typer.Option(help="Folder of madkernels train prepare.")]
 Seqlen = Annotated[int, typer.Option(min=1, help="Tokens of a row.")]
@@ -54,10 +58,12 @@ def isoflop(
     batch: Batch = 4,
     lr: Rate = 6e-3,
     seed: Seeds = None,
+    force: Force = False,
 ) -> None:
     """Several sizes at each of several budgets: where the compute-optimal size lies."""
     from madkernels.scaling.plan import isoflop as plan
 
+    refuse_existing(out, force)
     setting = _setting(data, seqlen, batch, lr, seed)
     _write(plan(_labelled(arch), budget, _numbers(dims), setting, blocks=blocks, sizes=sizes, ratio=ratio), out)
 
@@ -74,10 +80,12 @@ def overtrained(
     batch: Batch = 4,
     lr: Rate = 6e-3,
     seed: Seeds = None,
+    force: Force = False,
 ) -> None:
     """One size with more and more tokens: what training beyond the compute-optimal point brings."""
     from madkernels.scaling.plan import overtrained as plan
 
+    refuse_existing(out, force)
     _write(plan(_labelled(arch), dim, ratio, _setting(data, seqlen, batch, lr, seed), blocks=blocks), out)
 
 
@@ -94,10 +102,12 @@ def state(
     batch: Batch = 4,
     lr: Rate = 6e-3,
     seed: Seeds = None,
+    force: Force = False,
 ) -> None:
     """One width and budget with more and more fixed state: what state brings."""
     from madkernels.scaling.plan import states as plan
 
+    refuse_existing(out, force)
     _write(plan(_labelled(arch), dim, budget, size, _setting(data, seqlen, batch, lr, seed), blocks=blocks), out)
 
 
@@ -140,6 +150,9 @@ def _write(rows: list[Planned], out: Path) -> None:
         table.add_row(row.kind, row.architecture, str(row.dim), f"{row.budget:.3g}", *counted)
     console = Console()
     console.print(table)
+    if short := sum(row.steps < FEW_STEPS for row in rows):
+        few = f"{short} of {len(rows)} runs have fewer than {FEW_STEPS} steps, too few to tell anything"
+        typer.echo(f"warning: {few}; give larger budgets, smaller widths or a smaller batch", err=True)
     console.print(f"Plan: {out}", soft_wrap=True)
 
 
@@ -160,10 +173,12 @@ def run(
     """Train the runs of plans. What is killed goes on from where it was when asked for again."""
     from rich.console import Console
 
-    from madkernels.runs.store import Store
+    from madkernels.runs.store import FILE, Store
     from madkernels.scaling.plan import read_plan
     from madkernels.scaling.sweep import CSV, runs_of, sweep, write_csv
 
+    if (out / CSV).is_file() and not (out / FILE).is_file():
+        raise ValueError(f"{out / CSV} is there, but not the {FILE} of its runs; choose another folder")
     plugins = load_plugins(plugin)
     rows = list(dict.fromkeys(row for path in plan for row in read_plan(path)))  # plans may share runs
     runs = runs_of(rows, data, out)
