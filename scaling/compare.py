@@ -157,7 +157,8 @@ def _crossing(one: Frontier, other: Frontier, columns: list[tuple[int, int]]) ->
     first, second = (list(side) for side in zip(*columns, strict=True))
     compute = np.log([one.best[i].flops for i in first])
     gaps = np.log([other.best[j].loss for j in second]) - np.log([one.best[i].loss for i in first])
-    drawn = _roots(compute, np.log(other.losses[:, second]) - np.log(one.losses[:, first]))
+    with np.errstate(invalid="ignore", divide="ignore"):  # so much noise that a draw is no loss
+        drawn = _roots(compute, np.log(other.losses[:, second]) - np.log(one.losses[:, first]))
     there = _roots(compute, gaps[None])[0]
     crossing = drawn[np.isfinite(drawn)]
     share = len(crossing) / len(drawn) if len(drawn) else float("nan")
@@ -166,9 +167,10 @@ def _crossing(one: Frontier, other: Frontier, columns: list[tuple[int, int]]) ->
 
 def _roots(compute: Array, gaps: Array) -> Array:
     """ln C at which the line through each row of gaps (rows, budgets) is zero; NaN outside of the budgets."""
-    offset, slope = np.polynomial.polynomial.polyfit(compute, gaps.T, 1)
+    usable = np.isfinite(gaps).all(1)
+    offset, slope = np.polynomial.polynomial.polyfit(compute, np.where(usable, gaps.T, 0), 1)
     roots = -offset / np.where(slope == 0, np.inf, slope)
-    inside = (slope != 0) & (roots >= compute.min()) & (roots <= compute.max())
+    inside = usable & (slope != 0) & (roots >= compute.min()) & (roots <= compute.max())
     return np.where(inside, roots, np.nan)
 
 

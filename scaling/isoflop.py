@@ -180,11 +180,11 @@ def through(curve: Curve, shape: str) -> Callable[[Array], Array]:
 
 
 def minima(x: Array, y: Array, shape: str) -> tuple[Array, Array]:
-    """Where each curve (n, draws) over x (n,) is least, and its value, (draws,); NaN where that is not inside of x."""
+    """Where each curve (n, draws) over x (n,) is least, and its value, (draws,); NaN where that is not inside of x, or no loss."""
     middle, spread = (x[0] + x[-1]) / 2, (x[-1] - x[0]) / 2
     t = (x - middle) / spread
     at, value = _spline_minima(t, y) if shape == "akima" else _polynomial_minima(t, y, 2 if shape == "parabola" else 3)
-    inside = np.abs(at) < 1
+    inside = (np.abs(at) < 1) & (value > 0)
     return np.where(inside, middle + spread * at, np.nan), np.where(inside, value, np.nan)
 
 

@@ -257,6 +257,7 @@ def _surface(theta: Array, centre: tuple[float, float]) -> Surface:
         return Surface(float(np.exp(e)), float(np.exp(a + alpha * x)), float(np.exp(b + beta * z)), alpha, beta)
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # where the parameters are not determined
 def _proof(points: Points, found: Minimum, best: int, basis: Array) -> Proof:
     least = found.value[best]
     same = found.value <= least * (1 + SAME) + len(points) * 1e-12

@@ -6,7 +6,7 @@ beyond five robust standard deviations, and by a tenth at least; by a half below
 without anything being wrong. A surface can follow one of very few runs; there a gap tells: a loss half as high again as the
 next lower one, above the median.
 
-Of training curves: the loss of a size is higher than it was before, or falls and comes back.
+Of training curves: the loss of a size is higher by as much than it was before, or falls and comes back.
 """
 
 from __future__ import annotations
@@ -105,12 +105,18 @@ def _beyond_a_gap(y: Array) -> Flags:
 
 
 def spikes(points: Points) -> Outlying:
-    """Points of one size are one training curve."""
+    """Points of one size are one training curve; those of so few points are taken for end points."""
     y = np.log(points.loss)
     smooth, before = y.copy(), y.copy()  # (n,): around each point, and the least before it
+    short = np.zeros(len(points), dtype=bool)
     for curve in training_curves(points.params, points.tokens):
-        smooth[curve] = median_filter(y[curve], size=min(WIDE, 2 * len(curve) - 1), mode="nearest")
+        short[curve] = len(curve) < WIDE
+        smooth[curve] = median_filter(y[curve], size=WIDE, mode="nearest")
         before[curve[1:]] = np.minimum.accumulate(smooth[curve])[:-1]
     far = max(OUTLYING * _deviation((y - smooth)[y != smooth]) if (y != smooth).any() else 0.0, FAR)
     high, low = y - before > far, y - smooth < -far
-    return Outlying(high | low, np.exp(np.where(high, before, smooth)))
+    flags, expected = high | low, np.exp(np.where(high, before, smooth))
+    if short.any():
+        ends = outlying(points.where(short))
+        flags[short], expected[short] = ends.flags, ends.expected
+    return Outlying(flags, expected)

@@ -53,7 +53,8 @@ def page(
 ) -> str:
     """Rows of `madkernels scale run`; sections for which there are no rows are left out. ValueError without IsoFLOP rows."""
     found, dropped = frontiers(table, columns, group, budget, how, cut)
-    colours = dict(zip(found, cycle(pages.COLOURS), strict=False))
+    names = dict.fromkeys([*found, *table.column(group)])  # those without IsoFLOP runs too
+    colours = dict(zip(names, cycle(pages.COLOURS), strict=False))
     gaps = [f"{row.place}: {row.why}" for row in dropped]
     gaps += [f"{name}: {why}" for name, f in found.items() for why in f.left_out + f.warnings]
     report = Report(table, columns, group, budget, how, cut, found, colours, gaps)
@@ -239,13 +240,13 @@ def _states(report: Report) -> str:
     axes, lines = figure.subplots(), []
     for name, selection in _selections(report, lambda kind: kind == "state").items():
         state, loss = selection.table.numbers("state"), selection.points.loss
-        axes.loglog(state, np.exp(loss), "o", color=report.colours.get(name))
+        axes.loglog(state, np.exp(loss), "o", color=report.colours[name])
         try:
             found = state_law(state, loss)
         except ValueError as error:
             report.gaps.append(f"{name}: {error}")
             continue
-        axes.loglog(state, [found.law.at(m) for m in state], color=report.colours.get(name))
+        axes.loglog(state, [found.law.at(m) for m in state], color=report.colours[name])
         span = f"{found.interval.low:.3f} to {found.interval.high:.3f}" if found.interval else "too few runs"
         lines.append([pages.text(name), str(found.count), f"{found.law.exponent:.3f}", span])
     if not lines:

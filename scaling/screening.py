@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from madkernels.scaling.laws import Fit, Points, fit
-from madkernels.scaling.newton import Array
+from madkernels.scaling.newton import Array, shares
 
 ABSURD = 20 * np.log(2)  # nats: worse than a guess among a million tokens
+NOTHING = 1e-9  # nats
 UNDERTRAINED = 1.0  # tokens a parameter
 OUTLYING = 5.0  # robust standard deviations of ln L from the surface
 
@@ -46,6 +47,8 @@ def why_not(loss: float) -> str | None:
         return f"the loss is {loss}: diverged"
     if loss <= 0:
         return f"the loss is {loss:g}: not positive"
+    if loss < NOTHING:
+        return f"the loss is {loss:g} nats: too small for one"
     if loss > ABSURD:
         return f"the loss is {loss:g} nats, above a guess among a million tokens: diverged, or not in nats"
     return None
@@ -53,7 +56,7 @@ def why_not(loss: float) -> str | None:
 
 def acceptable(loss: Array) -> Flags:
     """Of (n,), where there is no :func:`why_not`."""
-    return np.asarray((loss > 0) & (loss <= ABSURD), dtype=np.bool_)
+    return np.asarray((loss >= NOTHING) & (loss <= ABSURD), dtype=np.bool_)
 
 
 def highest(loss: Array, count: int) -> Flags:
@@ -66,8 +69,8 @@ def highest(loss: Array, count: int) -> Flags:
 
 
 def screen(points: Points, fitted: Fit) -> Screening:
-    """Against a fit that is robust (a small delta), else outliers hide themselves."""
-    residuals = np.log(points.loss) - np.log(fitted.surface.loss(points.params, points.tokens))
+    """Of the fit's points, if it is robust (a small delta), else outliers hide themselves."""
+    residuals = -shares(points.problem, fitted.theta[None])[0][0]
     far = OUTLYING * 1.4826 * float(np.median(np.abs(residuals)))
     far = max(far, 1e-9)  # an exact surface has no outliers in its rounding
     return Screening(points.tokens < UNDERTRAINED * points.params, residuals > far, residuals < -far)

@@ -29,6 +29,7 @@ UNFINISHED = (
     "running",
 )  # in a column `state`
 KINDS = ("isoflop", "overtrained", "state")  # of the runs of `madkernels scale plan`
+SMALLEST, LARGEST = 1e-60, 1e60  # size, data and operations in any unit; powers of these are finite
 FAR_OFF = 10.0  # times 6 N D: more than attention, embeddings or inactive experts account for
 TOLD = 10  # rows that are told of a kind
 
@@ -132,7 +133,8 @@ def _parse(lines: Iterator[str], name: str) -> tuple[dict[str, list[str]], NDArr
             rows.append(cells)
             at.append(before + reader.line_num)
     except csv.Error as error:
-        raise ValueError(f"{name}, line {before + reader.line_num}: {error}; expected quotes in pairs") from None
+        line = at[-1] + 1 if at else before + 1
+        raise ValueError(f"{name}, in or after line {line}: {error}; expected quotes in pairs") from None
     columns = [list(map(str.strip, cells)) for cells in zip(*rows, strict=True)] or [[] for _ in names]
     kept = np.flatnonzero([any(cells) for cells in zip(*columns, strict=True)])
     if len(kept) < len(at):
@@ -266,9 +268,13 @@ def _work(table: Table, columns: Columns) -> tuple[Array, Array, Array]:
 
 
 def _positive(table: Table, name: str, values: Array) -> Array:
-    wrong = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+    wrong = np.flatnonzero(~((values > SMALLEST) & (values < LARGEST)))
     if len(wrong):
-        raise ValueError(f"{table.place(wrong[0])}: {name} is {values[wrong[0]]:g}; expected a positive number")
+        value = values[wrong[0]]
+        if np.isnan(value):
+            raise ValueError(f"{table.place(wrong[0])}: {name} is missing; expected a positive number")
+        expected = f"a number between {SMALLEST:g} and {LARGEST:g}" if 0 < value < np.inf else "a positive number"
+        raise ValueError(f"{table.place(wrong[0])}: {name} is {value:g}; expected {expected}")
     return values
 
 
@@ -281,10 +287,10 @@ def _twice(table: Table, points: Points, flops: Array) -> list[str]:
         return []
     first = order[np.maximum.accumulate(np.where(np.r_[True, ~again], np.arange(len(order)), 0))]
     pairs = sorted(zip(order[1:][again].tolist(), first[1:][again].tolist(), strict=True))
-    told = ", ".join(f"{table.place(row)} as {table.place(other)}" for row, other in pairs[:3])
-    more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
-    advice = "if they are one run, remove all but one, else intervals come out too narrow"
-    return [f"rows of one size, data and loss: {told}{more}; {advice}"]
+    told = "; ".join(f"{table.place(row)}, as {table.place(other)}" for row, other in pairs[:3])
+    more = f"; and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+    advice = "remove all but one, else intervals come out too narrow"
+    return [f"rows that repeat the size, data and loss of another: {told}{more}. If they are one run, {advice}"]
 
 
 def _far_off(table: Table, columns: Columns, points: Points) -> list[str]:
@@ -296,8 +302,8 @@ def _far_off(table: Table, columns: Columns, points: Points) -> list[str]:
     if name not in table.columns:
         return []
     values = table.numbers(name)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        far = (values > 0) & ~((values > expected / FAR_OFF) & (values < expected * FAR_OFF))
+    with np.errstate(over="ignore", under="ignore"):
+        far = (values > 0) & ~((values > expected / FAR_OFF) & (values / FAR_OFF < expected))
     lines = [f"{name} is {values[i]:.3g}, far from the {expected[i]:.3g} of C = 6 N D" for i in np.flatnonzero(far)[:TOLD]]
     return by_row(table, np.flatnonzero(far), lines)
 

@@ -76,6 +76,9 @@ def fit(
         there = [name if name in table.columns else None for name in ("tokens", "flops", "budget")]
         tokens, flops = there[0], there[1] if approach < 3 or there[0] is None else None
         budget = budget or there[2]
+        if tokens is None and flops is None:
+            known = ", ".join(table.columns)
+            raise ValueError(f"the data of a run comes from --tokens or from --flops: none is given; columns: {known}")
     columns = Columns(params, loss, tokens, flops)
     for name in filter(None, (params, loss, tokens, flops, group)):
         table.column(name)
