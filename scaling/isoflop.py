@@ -124,11 +124,14 @@ def curves_of(points: Points, flops: Array, budgets: Array, shape: str) -> tuple
         raise ValueError(f"shape: {shape!r} is not known; expected {', '.join(NEEDED)}")
     known = np.isfinite(budgets)
     order = np.flatnonzero(known)[np.lexsort((points.params[known], budgets[known]))]
-    parts = np.split(order, np.flatnonzero(np.diff(budgets[order])) + 1) if len(order) else []
-    curves = [_curve(points, flops, float(budgets[part[0]]), part) for part in parts]
-    left_out = [] if known.all() else [f"{(~known).sum()} runs are near no budget"]
-    left_out += [why for c in curves if (why := _too_few(c, shape))]
-    return [c for c in curves if not _too_few(c, shape)], left_out
+    curves, left_out = [], [] if known.all() else [f"{(~known).sum()} runs are near no budget"]
+    for part in np.split(order, np.flatnonzero(np.diff(budgets[order])) + 1) if len(order) else []:
+        sizes, budget = len(np.unique(points.params[part])), float(budgets[part[0]])
+        if sizes < NEEDED[shape]:
+            left_out.append(f"budget {budget:.3g}: {sizes} size{'s' * (sizes > 1)}; the {shape} takes {NEEDED[shape]}")
+        else:
+            curves.append(_curve(points, flops, budget, part))
+    return curves, left_out
 
 
 def _curve(points: Points, flops: Array, budget: float, chosen: NDArray[np.intp]) -> Curve:
@@ -137,12 +140,6 @@ def _curve(points: Points, flops: Array, budget: float, chosen: NDArray[np.intp]
     degree = min(2, len(np.unique(x)) - 1)  # a straight line where C = 6 N D holds exactly
     cost = np.polynomial.polynomial.polyfit(x - x.mean(), compute - np.log(points.tokens[chosen]), degree)
     return Curve(budget, float(compute.mean()), x, points.loss[chosen], cost)
-
-
-def _too_few(curve: Curve, shape: str) -> str | None:
-    sizes = len(np.unique(curve.x))
-    few = f"budget {curve.budget:.3g}: {sizes} size{'s' if sizes > 1 else ''}; the {shape} takes {NEEDED[shape]}"
-    return few if sizes < NEEDED[shape] else None
 
 
 def _edge(best: Best) -> str:
@@ -180,7 +177,10 @@ def through(curve: Curve, shape: str) -> Callable[[Array], Array]:
 
 
 def minima(x: Array, y: Array, shape: str) -> tuple[Array, Array]:
-    """Where each curve (n, draws) over x (n,) is least, and its value, (draws,); NaN where that is not inside of x, or no loss."""
+    """Where each curve (n, draws) over x (n,) is least, and its value, (draws,).
+
+    NaN where that is not inside of x, or no positive loss.
+    """
     middle, spread = (x[0] + x[-1]) / 2, (x[-1] - x[0]) / 2
     t = (x - middle) / spread
     at, value = _spline_minima(t, y) if shape == "akima" else _polynomial_minima(t, y, 2 if shape == "parabola" else 3)

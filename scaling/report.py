@@ -325,7 +325,8 @@ def _losses_at_the_largest(report: Report) -> tuple[float, Mapping[str, float]]:
 def _scores(report: Report, table: Table) -> str:
     chosen, losses = _losses_at_the_largest(report)
     try:
-        scores = read_scores(table, labels_of(report.table, report.group))
+        labels = {name: arch for name, arch in labels_of(report.table, report.group).items() if name in report.frontiers}
+        scores = read_scores(table, labels)
         rows = correlate(scores, losses)
     except ValueError as error:
         report.gaps.append(f"MAD scores: {error}")

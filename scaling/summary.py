@@ -185,17 +185,20 @@ def sensitivity_table(summary: Summary) -> Shown:
 
 
 def optimum_table(summary: Summary, budgets: Sequence[float]) -> Shown:
-    found = summary.fit
+    found, title = summary.fit, "Compute-optimal, C = 6 N D"
     if not found.proof.converged:
-        return Shown(title="Compute-optimal: no optimum, for the fit has not converged")
-    if not (found.surface.alpha > 0 and found.surface.beta > 0):
-        return Shown(title="Compute-optimal: no optimum, for alpha or beta is not positive")
-    out = Shown(title="Compute-optimal, C = 6 N D")
+        title += ": no optimum, for the fit has not converged"
+    elif not (found.surface.alpha > 0 and found.surface.beta > 0):
+        title += ": no optimum, for an exponent is not positive"
+    out = Shown(title=title)
     for name in ("budget", "parameters", "tokens", "tokens a parameter", "loss", *(("95 %",) if summary.bootstrap else ())):
         out.add_column(name, justify="right")
     for best in optima(found, budgets):
-        ratio = best.tokens / best.params if best.params else float("nan")
-        cells = [f"{v:.3g}" for v in (best.flops, best.params, best.tokens, ratio)] + [f"{best.loss:.4f}"]
+        if not 0 < best.params < np.inf:
+            out.add_row(f"{best.flops:.3g}", *["-"] * (len(out.columns) - 1))
+            continue
+        figures = (best.flops, best.params, best.tokens, best.tokens / best.params)
+        cells = [f"{v:.3g}" for v in figures] + [f"{best.loss:.4f}"]
         if summary.bootstrap:
             losses = summary.bootstrap.losses(best.flops)
             drawn = losses[np.isfinite(losses)]

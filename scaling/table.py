@@ -121,20 +121,21 @@ def _parse(lines: Iterator[str], name: str) -> tuple[dict[str, list[str]], NDArr
     else:
         raise ValueError(f"{name} is empty; expected a CSV file with a line of column names")
     reader = csv.reader(itertools.chain([head], lines), delimiter=_separator(head), skipinitialspace=True, strict=True)
-    rows, at = [], []
+    rows, at, last = [], [], before
     try:
         names = [cell.strip() for cell in next(reader)]
-        _check_names(names, name, before + 1)
+        last = before + reader.line_num
+        _check_names(names, name, last)
         for cells in reader:
+            last = before + reader.line_num
             if len(cells) != len(names):
                 if not any(map(str.strip, cells)):
                     continue
-                raise ValueError(f"{name}, line {before + reader.line_num}: {len(cells)} cells; expected {len(names)}")
+                raise ValueError(f"{name}, line {last}: {len(cells)} cells; expected {len(names)}")
             rows.append(cells)
-            at.append(before + reader.line_num)
+            at.append(last)
     except csv.Error as error:
-        line = at[-1] + 1 if at else before + 1
-        raise ValueError(f"{name}, in or after line {line}: {error}; expected quotes in pairs") from None
+        raise ValueError(f"{name}, in or after line {last + 1}: {error}; expected quotes in pairs") from None
     columns = [list(map(str.strip, cells)) for cells in zip(*rows, strict=True)] or [[] for _ in names]
     kept = np.flatnonzero([any(cells) for cells in zip(*columns, strict=True)])
     if len(kept) < len(at):

@@ -187,7 +187,8 @@ def correlate(
     table, how = read_table(*runs), Sampling(shape, 0, seed)
     by_name, _ = _frontiers(table, params, loss, tokens, flops, group, budget, how, drop_highest, max_loss)
     chosen, losses = losses_at(by_name, at)
-    rows = relate(read_scores(read_table(scores), labels_of(table, group)), losses, seed)
+    labels = {name: arch for name, arch in labels_of(table, group).items() if name in by_name}
+    rows = relate(read_scores(read_table(scores), labels), losses, seed)
     _console(to_json).print(correlation_table(rows, chosen))
     _write({"budget": chosen, "losses": losses, "tasks": [asdict(row) for row in rows]}, to_json)
 

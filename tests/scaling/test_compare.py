@@ -102,6 +102,64 @@ def test_a_failed_run_is_told_and_the_rest_compared(tmp_path: Path) -> None:
     assert "runs.csv, line 4: dropped: the run is failed" in result.stderr
 
 
+def with_loss(path: Path, architecture: str, loss: str) -> int:
+    """Of the largest size at 1e19 operations; the line."""
+    lines = path.read_text().splitlines()
+    row = max(i for i, line in enumerate(lines) if line.startswith(f"isoflop,{architecture},") and ",1e+19,1e+19," in line)
+    lines[row] = ",".join([*lines[row].split(",")[:-2], loss, "done"])
+    path.write_text("\n".join(lines) + "\n")
+    return row + 1
+
+
+def test_a_diverged_run_is_told_and_left_out_where_asked(tmp_path: Path) -> None:
+    path = write_runs(tmp_path / "runs.csv")
+    clean = scale("compare", path, "--bootstrap", "20", "--json", "-")
+    assert clean.stderr == "note: 6 rows of ladders (column kind: overtrained, state) are left out\n"
+    line = with_loss(path, "mamba", "10.0")
+    result = scale("compare", path, "--bootstrap", "20", "--json", "-")
+    assert f"warning: mamba: runs.csv, line {line}: the loss 10 is far from the 3.1" in result.stderr
+    assert "mamba: budget 1e+19: the curve's minimum, " in result.stderr
+    assert "lies below every run of it" in result.stderr
+    found = json.loads(result.stdout)["architectures"]
+    assert len(found["mamba"]["warnings"]) == 2
+    assert not found["striped"]["warnings"]
+    for option in (("--max-loss", "5"), ("--drop-highest", "1")):
+        result = scale("compare", path, "--bootstrap", "20", *option, "--json", "-")
+        assert f"runs.csv, line {line}: dropped: the loss is 10" in result.stderr
+        best, true = (json.loads(out)["architectures"]["mamba"]["best"][1] for out in (result.stdout, clean.stdout))
+        assert best["loss"] == pytest.approx(true["loss"], rel=2e-3)
+        assert not json.loads(result.stdout)["architectures"]["mamba"]["warnings"]
+
+
+def test_architectures_that_cannot_be_told_do_not_end_the_others(tmp_path: Path) -> None:
+    path = write_runs(tmp_path / "runs.csv")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, lines[1].replace("transformer", "single").replace("isoflop,", "isoflop,", 1)]) + "\n")
+    for command in ("compare", "correlate", "report"):
+        scores = [write_scores(tmp_path / "results.csv")] if command == "correlate" else []
+        quick = [] if command == "correlate" else ["--bootstrap", "20"]
+        out = ["--out", tmp_path / "page.html"] if command == "report" else ["--json", "-"]
+        result = scale(command, *scores, path, *quick, *out)
+        assert result.exit_code == 0, result.output
+        told = (tmp_path / "page.html").read_text() if command == "report" else result.stderr
+        assert "single: " in told
+        assert "no budget has enough sizes" in told
+    assert set(json.loads(scale("compare", path, "--bootstrap", "20", "--json", "-").stdout)["architectures"]) == set(ARCHS)
+
+
+def test_losses_and_best_sizes_are_shown(tmp_path: Path) -> None:
+    output = scale("compare", write_runs(tmp_path / "runs.csv"), "--bootstrap", "20").output
+    assert "Least loss at each budget" in output
+    assert "│ striped      │  1e+20 │" in output
+
+
+def test_runs_without_a_column_of_operations(tmp_path: Path) -> None:
+    path = write_runs(tmp_path / "runs.csv")
+    path.write_text(path.read_text().replace(",flops,", ",seen,"))
+    assert scale("compare", path, "--bootstrap", "20").exit_code == 0
+    assert "no column 'seconds'" in str(scale("compare", path, "--flops", "seconds").exception)
+
+
 # ---- state, overtraining, hybrids
 
 

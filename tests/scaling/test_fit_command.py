@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
-from scaling_points import CHINCHILLA, SURFACE, grid
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scaling_points import CHINCHILLA, SURFACE, grid, write_runs
 from typer.testing import CliRunner
 
 from madkernels.cli.main import app
@@ -99,6 +102,131 @@ def test_runs_of_other_kinds_are_left_out(runs: Path, tmp_path: Path) -> None:
     mixed.write_text("\n".join(f"{kind},{line}" for kind, line in zip(kinds, lines, strict=True)) + "\n")
     assert json.loads(scale("fit", mixed, *NAMES, *QUICK).stdout)["points"] == 60
     assert json.loads(scale("fit", mixed, *NAMES, *QUICK, "--approach", "1").stdout)["points"] == 40
+
+
+def test_kinds_of_another_table_are_no_reason_to_leave_rows_out(runs: Path, tmp_path: Path) -> None:
+    head, *lines = runs.read_text().splitlines()
+    path = tmp_path / "kinds.csv"
+    path.write_text("\n".join([f"kind,{head}", *(f"dense,{line}" for line in lines)]) + "\n")
+    result = scale("fit", path, *NAMES, *QUICK)
+    assert json.loads(result.stdout)["points"] == 64
+    assert not result.stderr
+    path.write_text(
+        "\n".join([f"kind,{head}", *(f"{'state' if i < 9 else 'dense'},{line}" for i, line in enumerate(lines))])
+    )
+    result = scale("fit", path, *NAMES, *QUICK)
+    assert json.loads(result.stdout)["points"] == 55
+    assert result.stderr == "note: 9 rows of ladders (column kind: overtrained, state) are left out\n"
+
+
+def test_the_columns_of_scale_run_need_no_names(tmp_path: Path) -> None:
+    path = write_runs(tmp_path / "runs.csv")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *(line for line in lines if ",striped," in line)]) + "\n")
+    named = ["--params", "params", "--tokens", "tokens", "--loss", "loss"]
+    plain = ["--bootstrap", "0", "--json", "-"]
+    assert scale("fit", path, *plain).stdout == scale("fit", path, *named, *plain).stdout
+    both = ["--approach", "2", "--group", "architecture", *plain]
+    assert (
+        scale("fit", path, *both).stdout
+        == scale("fit", path, *both, *named, "--flops", "flops", "--budget", "budget").stdout
+    )
+    path.write_text(path.read_text().replace(",tokens,", ",seen,"))
+    assert json.loads(scale("fit", path, *plain).stdout)["points"] == 15, "by operations"
+
+
+@pytest.mark.parametrize(("beta", "why"), [(-0.1, "an exponent is not positive"), (0.0, "the fit has not converged")])
+def test_no_optimum_where_there_is_none(tmp_path: Path, beta: float, why: str) -> None:
+    """Losses that rise with data, and such that do not know it."""
+    params, tokens = (v.ravel() for v in np.meshgrid(np.geomspace(1e7, 1e9, 4), np.geomspace(1e9, 1e11, 3)))
+    loss = dataclasses.replace(SURFACE, B=0.05, beta=beta).loss(params, tokens)
+    path = write(tmp_path / "rising.csv", "arch,N,D,L", ["a"] * 12, params, tokens, loss)
+    place = tmp_path / "fit.json"
+    result = scale("fit", path, *NAMES, "--bootstrap", "2", "--at", "1e20", "--group", "arch", "--json", place)
+    assert result.exit_code == 0, result.exception
+    assert f"no optimum, for {why}" in " ".join(result.output.split())
+    (optimum,) = json.loads(place.read_text())["groups"]["a"]["optimum"]
+    assert optimum == {"flops": 1e20, "params": None, "tokens": None, "loss": None}
+    assert "--at: -1.0; expected a positive number of operations" in refused("fit", path, *NAMES, "--at", "-1")
+
+
+def test_a_group_that_cannot_be_fitted_does_not_end_the_others(runs: Path) -> None:
+    lines = runs.read_text().splitlines()
+    runs.write_text("\n".join([*lines, "few,1e8,1e9,6e17,3.5", "bad,1e8,-1,6e17,3.5"]) + "\n")
+    result = scale("fit", runs, *NAMES, *QUICK, "--group", "arch")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)["groups"]
+    assert {name: part.get("points") for name, part in found.items()} == {"hyena": 32, "mamba": 32, "few": None, "bad": None}
+    assert found["few"] == {"error": "1 points cannot determine 5 parameters"}
+    assert "warning: few: not fitted: 1 points cannot determine 5 parameters" in result.stderr
+    assert "warning: bad: not fitted: runs.csv, line 67: D is -1; expected a positive number" in result.stderr
+    shown = scale("fit", runs, *NAMES, "--bootstrap", "0", "--group", "arch").output
+    assert all(f"beta: {name}" in " ".join(shown.split()) for name in ("hyena", "mamba"))
+
+
+@pytest.mark.parametrize("approach", ["1", "2", "3"])
+def test_a_diverged_run_is_told_in_every_approach(tmp_path: Path, approach: str) -> None:
+    path = write_runs(tmp_path / "runs.csv")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *(line for line in lines if line.startswith("isoflop,mamba"))]) + "\n")
+    clean = scale("fit", path, *QUICK, "--approach", approach)
+    assert not clean.stderr
+    lines = path.read_text().splitlines()
+    lines[7] = ",".join([*lines[7].split(",")[:-2], "10.0", "done"])
+    path.write_text("\n".join(lines) + "\n")
+    result = scale("fit", path, *QUICK, "--approach", approach)
+    assert result.stderr.startswith("warning: runs.csv, line 8: the loss 10 is far from the 3.")
+    assert "runs.csv, line 8: the loss 10" in json.loads(result.stdout)["warnings"][0]
+    without = scale("fit", path, *QUICK, "--approach", approach, "--max-loss", "5")
+    assert without.stderr == "warning: runs.csv, line 8: dropped: the loss is 10: above --max-loss 5\n"
+    assert json.loads(without.stdout)["a"] == pytest.approx(json.loads(clean.stdout)["a"], abs=0.02)
+
+
+def test_nothing_is_overwritten_without_force(runs: Path, tmp_path: Path) -> None:
+    whole = runs.read_text()
+    for name in ("fit", "compare"):
+        assert f"{runs} is there already; choose another name, or --force" in refused(name, runs, *NAMES, "--json", runs)
+    assert runs.read_text() == whole
+    assert "is a folder" in refused("fit", runs, *NAMES, "--json", tmp_path)
+    place = tmp_path / "fit.json"
+    place.write_text("mine")
+    assert "is there already" in refused("fit", runs, *NAMES, "--json", place)
+    assert scale("fit", runs, *NAMES, "--bootstrap", "0", "--json", place, "--force").exit_code == 0
+    assert json.loads(place.read_text())["points"] == 64
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fit.json", "runs.csv"], "nothing is left half written"
+    assert "cannot be written: No such file" in refused("fit", runs, *NAMES, "--json", tmp_path / "none" / "fit.json")
+
+
+numbers = st.one_of(
+    st.sampled_from([1.0, 1e8, 3e8, 1e9, 1e10, 3e10]),
+    st.floats(1e-70, 1e70),
+    st.sampled_from([float("nan"), float("inf"), -1.0, 0.0]),
+)
+losses = st.one_of(st.floats(1.5, 4), st.sampled_from([3.0, 10.0, 1e-8, 0.0, float("nan"), float("inf"), 1e6]))
+
+
+@settings(max_examples=20)
+@given(
+    rows=st.lists(st.tuples(numbers, numbers, losses, st.sampled_from("ab")), max_size=9),
+    options=st.sampled_from(
+        [(), ("--approach", "1"), ("--approach", "2", "--budget", "C"), ("--tied",), ("--group", "arch")]
+    ),
+    usual=st.booleans(),
+)
+def test_any_table_ends_in_a_law_or_a_sentence(tmp_path: Path, rows: Any, options: tuple[str, ...], usual: bool) -> None:
+    if usual:  # sizes and data that can be fitted, with the losses drawn
+        rows = [(10 ** (7 + i % 3), 10 ** (9 + i // 3), row[2], row[3]) for i, row in enumerate(rows)]
+    path = tmp_path / "any.csv"
+    path.write_text(
+        "\n".join(["N,D,L,arch,C", *(",".join(map(str, (*row, f"1e{18 + i % 2}"))) for i, row in enumerate(rows))])
+    )
+    result = scale("fit", path, *NAMES, "--bootstrap", "3", "--at", "1e20", "--json", "-", *options)
+    assert result.exception is None or type(result.exception) is ValueError, result.exception
+    if result.exception is None:
+        assert json.loads(result.stdout)
+    else:
+        assert str(result.exception).strip()
+        assert "\n" not in str(result.exception)
 
 
 def test_rows_that_are_dropped_are_told_by_line(tmp_path: Path) -> None:

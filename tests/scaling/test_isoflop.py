@@ -99,6 +99,38 @@ def test_too_few_sizes() -> None:
         isoflop.isoflop(points, budgets, budgets, "line")
 
 
+def test_a_minimum_below_every_run_is_told() -> None:
+    points, budgets = around_the_best(4, noise=0.002)
+    assert not isoflop.isoflop(points, budgets, budgets).warnings
+    loss = points.loss.copy()
+    loss[14] = 10  # the largest size of the first budget
+    found = isoflop.isoflop(Points(points.params, points.tokens, loss), budgets, budgets)
+    (warning,) = found.warnings
+    assert warning.startswith("budget 1e+17: the curve's minimum, ")
+    assert f"lies below every run of it, the lowest of which is {loss[:15].min():.4g}" in warning
+
+
+def test_draws_of_many_runs_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, budgets = around_the_best(4, noise=0.002)
+    whole = isoflop.isoflop(points, budgets, budgets, resamples=300)
+    monkeypatch.setattr(isoflop, "DRAWN", 15 * 50)
+    parts = isoflop.isoflop(points, budgets, budgets, resamples=300)
+    assert parts.unusable == whole.unusable
+    for name in "ab":
+        assert parts.intervals[name].sd == pytest.approx(whole.intervals[name].sd, rel=0.2)
+
+
+def test_as_many_budgets_or_sizes_as_runs() -> None:
+    """Neither takes time or memory of their square."""
+    rng = np.random.default_rng(0)
+    params, tokens = 10 ** rng.uniform(7, 10, 20_000), 10 ** rng.uniform(9, 12, 20_000)
+    points, flops = Points(params, tokens, SURFACE.loss(params, tokens)), 6 * params * tokens
+    curves, left_out = isoflop.curves_of(points, flops, flops, "parabola")
+    assert (curves, len(left_out)) == ([], 20_000)
+    with pytest.raises(ValueError, match="fewer than two sizes"):
+        isoflop.envelope(points, flops)
+
+
 def test_envelope_of_training_curves() -> None:
     """On the surface itself: every size trained from 1e17 to 1e21 operations."""
     params, flops = (v.ravel() for v in np.meshgrid(np.geomspace(1e6, 1e11, 60), np.geomspace(1e17, 1e21, 60)))

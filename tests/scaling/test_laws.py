@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -137,6 +138,67 @@ def test_optimum_is_the_least_loss_of_a_budget() -> None:
     assert SURFACE.a + SURFACE.b == pytest.approx(1)
 
 
+def test_without_positive_exponents_there_is_no_optimum() -> None:
+    for alpha, beta in ((-0.1, 0.3), (0.3, -0.1), (-0.2, -0.2), (0.0, 0.3), (0.2, -0.2)):
+        surface = dataclasses.replace(SURFACE, alpha=alpha, beta=beta)
+        best = surface.optimum(1e20)
+        assert best.flops == 1e20
+        assert np.isnan([best.params, best.tokens, best.loss]).all()
+    assert np.isnan(surface.a), "alpha + beta is zero"
+
+
+# ---- large tables
+
+
+def large(count: int) -> Points:
+    rng = np.random.default_rng(0)
+    params, tokens = 10 ** rng.uniform(7, 10.5, count), 10 ** rng.uniform(9, 12, count)
+    return Points(params, tokens, SURFACE.loss(params, tokens) * np.exp(0.01 * rng.standard_normal(count)))
+
+
+def test_blocks_of_points_give_what_all_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, theta = grid(noise=0.01).problem, np.array([[0.1, 0.2, 0.5, 0.3, 0.35]]) + np.zeros((3, 1))
+    weights = np.random.default_rng(0).integers(0, 3, (3, 64)).astype(float)
+    whole = newton.evaluate(problem, theta, weights, 1e-3)
+    monkeypatch.setattr(newton, "BLOCK", 3 * 7)
+    parts = newton.evaluate(problem, theta, weights, 1e-3)
+    for name in ("theta", "value", "gradient", "hessian", "size"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-12, err_msg=name)
+
+
+def test_seeds_of_a_large_table_come_to_the_minimum_of_all_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = large(2000)
+    whole = laws.fit(points)
+    monkeypatch.setattr(laws, "SAMPLE", 300)
+    found = laws.fit(points)
+    assert values(found.surface) == pytest.approx(values(whole.surface), rel=2e-6)  # as exact as either proof
+    assert found.objective == pytest.approx(whole.objective, rel=1e-12)
+    assert (found.count, found.proof.converged, found.proof.agreeing) == (2000, True, 9)
+
+
+def test_intervals_of_a_large_table_are_about_those_of_all_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = large(1500)
+    fitted = laws.fit(points)
+    whole = laws.bootstrap(points, fitted, 100), profile(points, fitted)
+    monkeypatch.setattr(laws, "SAMPLE", 500)
+    some = laws.bootstrap(points, fitted, 100), profile(points, fitted)
+    assert (whole[0].rows, some[0].rows) == (1500, 500)
+    for name in ("E", "alpha", "beta", "a"):
+        ends = [(drawn.interval(name), ends[name]) for drawn, ends in (whole, some)]
+        for one, other in zip(*ends, strict=True):
+            assert other.high - other.low == pytest.approx(one.high - one.low, rel=0.35), name
+            assert other.low < getattr(fitted.surface, name) < other.high
+
+
+def test_memory_does_not_grow_with_the_cells_of_the_seeds() -> None:
+    points = large(100_000)
+    tracemalloc.start()
+    laws.fit(points)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6, "rows x 144 cells x 9 would be 1 GB"
+
+
 # ---- the minimiser
 
 
@@ -218,6 +280,7 @@ def test_losses_that_are_none() -> None:
         (float("inf"), "diverged"),
         (-1.0, "not positive"),
         (40.0, "above a guess"),
+        (1e-12, "too small"),
     ):
         assert why in str(screening.why_not(loss))
 
@@ -229,6 +292,8 @@ def test_refusals() -> None:
     laws.fit(points.where(np.array([0, 9, 18, 60])), tied=True)
     with pytest.raises(ValueError, match="all points have one size"):
         laws.fit(points.where(np.flatnonzero(points.params == points.params[0])))
+    with pytest.raises(ValueError, match="all points have one loss, 3: the surface cannot be told"):
+        laws.fit(Points(points.params, points.tokens, np.full(64, 3.0)))
     with pytest.raises(ValueError, match="delta"):
         laws.fit(points, 0.0)
     with pytest.raises(ValueError, match="loss: values must be finite and positive"):

@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from madkernels.cli.main import app
 from madkernels.models import HybridLM, counting
 from madkernels.models.presets import architecture
 from madkernels.runs.engines import InProcess
@@ -98,9 +100,54 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_plan(tmp_path / "plan.csv") == rows
 
 
+def test_a_plan_takes_the_place_of_nothing_without_force(tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "results.csv"
+    out.write_text("a table of results\n")
+    common = ["--data", str(data), "--out", str(out), "--seqlen", "32", "--blocks", "1", "--arch", "mlp=mlp mlp"]
+    plans = (
+        ["isoflop", "--budget", "1e9", "--dims", "8,16,24", "--sizes", "3"],
+        ["overtrained", "--dim", "8", "--ratio", "20"],
+        ["state", "--dim", "16", "--budget", "1e9", "--size", "64"],
+    )
+    for plan in plans:
+        result = CliRunner().invoke(app, ["scale", "plan", *plan, *common])
+        assert f"{out} is there already; choose another name, or --force to write over it" in str(result.exception)
+        assert out.read_text() == "a table of results\n"
+    assert CliRunner().invoke(app, ["scale", "plan", *plans[0], *common, "--force"]).exit_code == 0
+    assert len(read_plan(out)) == 3
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "runs.csv").write_text("results of something else\n")
+    result = CliRunner().invoke(app, ["scale", "run", str(out), "--data", str(data), "--out", str(tmp_path / "out")])
+    assert "runs.csv is there, but not the results.sqlite of its runs; choose another folder" in str(result.exception)
+
+
+def test_runs_of_a_few_steps_are_told(tmp_path: Path, data: Path) -> None:
+    arguments = [
+        "--budget",
+        "2e7",
+        "--dims",
+        "8,16,24",
+        "--sizes",
+        "3",
+        "--blocks",
+        "1",
+        "--seqlen",
+        "32",
+        "--arch",
+        "mlp=mlp mlp",
+    ]
+    result = CliRunner().invoke(
+        app, ["scale", "plan", "isoflop", *arguments, "--data", str(data), "--out", str(tmp_path / "plan.csv")]
+    )
+    assert result.exit_code == 0, result.exception
+    assert "warning: 3 of 3 runs have fewer than 20 steps, too few to tell anything" in result.stderr
+
+
 def test_refusals(tmp_path: Path, data: Path) -> None:
     with pytest.raises(ValueError, match="6 widths do not make 7 sizes"):
         isoflop(ARCHS, [1e10], DIMS, SETTING, blocks=2, sizes=7)
+    with pytest.raises(ValueError, match="unknown layer 'hyna'"):
+        isoflop({"hyna": "hyna"}, [1e10], DIMS, SETTING, blocks=2, sizes=7)
     with pytest.raises(ValueError, match=r"hybrid at width 64: a budget of 1e\+06 operations is less than one step"):
         isoflop(ARCHS, [1e6], (64,), SETTING, blocks=2, sizes=1)
     with pytest.raises(ValueError, match="dim 20 does not divide"):
@@ -116,6 +163,12 @@ def test_refusals(tmp_path: Path, data: Path) -> None:
         read_plan(path)
     path.write_text(whole.replace(rows[1].arch, "hiena", 1).replace(rows[0].arch, "hiena", 1))
     with pytest.raises(ValueError, match=r"plan\.csv, line 2: unknown layer 'hiena'"):
+        read_plan(path)
+    path.write_text(whole.replace(",8,2,", ",many,2,", 1))
+    with pytest.raises(ValueError, match=r"plan\.csv, line 2: dim is 'many'; expected a whole number"):
+        read_plan(path)
+    path.write_bytes(whole.encode() + b"\xff")
+    with pytest.raises(ValueError, match=r"plan\.csv: not UTF-8 text"):
         read_plan(path)
     path.write_text(whole.splitlines()[0] + "\n")
     with pytest.raises(ValueError, match="has no runs"):

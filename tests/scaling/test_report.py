@@ -9,6 +9,7 @@ from scaling_points import write_runs, write_scores
 from typer.testing import CliRunner
 
 from madkernels.cli.main import app
+from madkernels.scaling import report
 from madkernels.scaling.compare import Sampling
 from madkernels.scaling.report import page
 from madkernels.scaling.table import Columns, Table, read_table
@@ -22,6 +23,11 @@ HEADS = (
     "Overtrained",
     "Share of attention",
 )
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESAMPLES", 20)
 
 
 def made(table: Table, scores: Table | None = None) -> str:
@@ -60,6 +66,27 @@ def test_page_tells_what_is_missing(tmp_path: Path) -> None:
     assert "MAD scores: fewer than three architectures" in made(read_table(path), read_table(tmp_path / "results.csv"))
 
 
+def test_page_tells_of_diverged_runs_first(tmp_path: Path) -> None:
+    path = without(write_runs(tmp_path / "runs.csv"), "mamba", "striped")
+    lines = path.read_text().splitlines()
+    lines[5] = ",".join([*lines[5].split(",")[:-2], "10", "done"])
+    path.write_text("\n".join(lines))
+    text = made(read_table(path))
+    assert "transformer: runs.csv, line 6: the loss 10 is far from the 3.7" in text
+    assert "transformer: budget 1e+18: the curve&#x27;s minimum" in text
+
+
+def test_an_architecture_with_ladders_only_is_shown(tmp_path: Path) -> None:
+    """Without a curve over sizes it has no best size; its surface and its ladder stand in the page all the same."""
+    path = without(write_runs(tmp_path / "runs.csv"), "transformer", "striped")
+    ladder = [line.replace(",mamba,", ",other,") for line in path.read_text().splitlines() if ",mamba," in line]
+    path.write_text(
+        path.read_text() + "\n" + "\n".join(line.replace("isoflop,", "overtrained,", 1) for line in ladder) + "\n"
+    )
+    text = made(read_table(path))
+    assert "other, overtrained: the optimum is known at fewer than two budgets" in text
+
+
 def test_sections_without_runs_are_left_out(tmp_path: Path) -> None:
     text = made(read_table(without(write_runs(tmp_path / "runs.csv"), "overtrained", "state,", "transformer")))
     for head in ("State-optimal", "Overtrained", "Share of attention", "MAD scores"):
@@ -83,6 +110,9 @@ def test_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "<h1>Three architectures</h1>" in out.read_text()
+    assert CliRunner().invoke(app, arguments).exit_code == 0, "a page may take the place of an earlier one"
+    refused = CliRunner().invoke(app, ["scale", "report", str(runs), "--out", str(runs)])
+    assert f"{runs} is there already; choose another name, or --force" in str(refused.exception)
     runs.write_text(runs.read_text().splitlines()[0] + "\n")
     with pytest.raises(ValueError, match="no IsoFLOP runs"):
         made(read_table(runs))
