@@ -42,7 +42,7 @@ def tell(selection: Selection, found: Outlying) -> Selection:
     """With a warning for each."""
     rows = np.flatnonzero(found.flags)
     loss = selection.points.loss
-    lines = [_line(loss[row], found.expected[row]) for row in rows[:TOLD]]
+    lines = [_line(float(loss[row]), float(found.expected[row])) for row in rows[:TOLD]]
     return replace(selection, warnings=[*selection.warnings, *by_row(selection.table, rows, lines)])
 
 
@@ -72,10 +72,10 @@ def _robust(problem: Problem) -> Array:
     """theta (5,), with exponents on a grid."""
     some = problem.where(sample(len(problem))) if len(problem) > SAMPLE else problem
     cells = np.array([(alpha, beta) for alpha in EXPONENTS for beta in EXPONENTS])
-    weights = np.ones(len(some))
+    weights, theta = np.ones(len(some)), np.zeros(5)
     for _ in range(ROUNDS):
         solved, errors = projected(some, weights[None], cells)
-        theta: Array = solved[0, errors[0].argmin()]
+        theta = np.asarray(solved[0, errors[0].argmin()])
         off = some.y - _logarithm(theta, some)
         weights = 1 / (1 + (off / (2 * _deviation(off))) ** 2)
         weights *= len(some) / weights.sum()
