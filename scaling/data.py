@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from madkernels.scaling.digest import file_sha256
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 SPLITS = ("train", "validation")
+AGAIN = "prepare the data again"
 
 Tokens = NDArray[np.unsignedinteger[Any]]
 
@@ -49,31 +54,93 @@ class Corpus:
     """A folder that `prepare` made.
 
     Raises:
-        ValueError: it is none, is of another format, or its shards are not as long as the manifest says.
+        ValueError: it is none, is of another format, its manifest is damaged, or its shards are not as long as that says.
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        except FileNotFoundError:
-            raise ValueError(f"{folder} holds no prepared data; make it with: madkernels train prepare") from None
-        if self.manifest.get("format") != FORMAT:
-            raise ValueError(f"{folder} is of format {self.manifest.get('format')}; this madkernels reads format {FORMAT}")
+        self.folder, self.manifest = folder, _manifest_of(folder)
         width = np.dtype(self.manifest["dtype"]).itemsize
-        for shard in (shard for split in SPLITS for shard in self.manifest["splits"][split]):
+        for shard in self.shards():
             path = folder / shard["file"]
-            if not path.exists() or path.stat().st_size != shard["tokens"] * width:
-                raise ValueError(f"{path} is not the shard of {shard['tokens']} tokens that the manifest tells of")
+            if not path.is_file() or path.stat().st_size != shard["tokens"] * width:
+                raise ValueError(f"{path} is not the shard of {shard['tokens']} tokens that the manifest tells of; {AGAIN}")
         self.vocab_size: int = self.manifest["vocab_size"]
         self.end: int = self.manifest["end"]
         self.sha256: str = self.manifest["sha256"]
         self.splits = {name: Split(folder, self.manifest, name) for name in SPLITS if self.manifest["splits"][name]}
+
+    def shards(self) -> list[dict[str, Any]]:
+        return [shard for split in SPLITS for shard in self.manifest["splits"][split]]
+
+    def verify(self, rank: int = 0, ranks: int = 1) -> None:
+        """Reads every `ranks`-th shard, and compares it with its hash in the manifest: about a second a GB. In one process a
+        shard that has not been changed since is read once.
+
+        Raises:
+            ValueError: a shard holds other tokens than were written.
+        """
+        for shard in self.shards()[rank::ranks]:
+            path = self.folder / shard["file"]
+            found = path.stat()
+            if _sha256_of(path, found.st_mtime_ns, found.st_ino) != shard["sha256"]:
+                raise ValueError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}; {AGAIN}")
 
     def split(self, name: str) -> Split:
         """ValueError where nothing was held out."""
         if name not in self.splits:
             raise ValueError(f"this data has no {name} split; prepare it with a validation share above 0")
         return self.splits[name]
+
+
+@cache
+def _sha256_of(path: Path, changed: int, inode: int) -> str:
+    return file_sha256(path)
+
+
+def checksum(manifest: dict[str, Any]) -> str:
+    """A hash of all that a manifest says."""
+    said = {name: value for name, value in manifest.items() if name != "checksum"}
+    return sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def data_sha256(manifest: dict[str, Any]) -> str:
+    """What makes the data those and no others: the tokenizer, and the hashes of the shards."""
+    digests = [shard["sha256"] for split in SPLITS for shard in manifest["splits"][split]]
+    return sha256(json.dumps([FORMAT, manifest["tokenizer"], *digests]).encode()).hexdigest()
+
+
+def _manifest_of(folder: Path) -> dict[str, Any]:
+    """ValueError where it is none, or cannot have been written so."""
+    path = folder / MANIFEST
+    try:
+        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no prepared data; make it with: madkernels train prepare") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is damaged: it is no JSON; {AGAIN}") from None
+    if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
+        raise ValueError(f"{folder} is of format {manifest.get('format')}; this madkernels reads format {FORMAT}")
+    try:
+        usable = _is_usable(manifest)
+    except (KeyError, TypeError, AttributeError):
+        usable = False
+    if not usable:
+        raise ValueError(f"{path} is damaged: it does not say what prepare writes; {AGAIN}")
+    return dict(manifest)
+
+
+def _is_usable(manifest: Any) -> bool:
+    """Those that were written before there was a checksum have none."""
+    shards = [shard for split in SPLITS for shard in manifest["splits"][split]]
+    return (
+        manifest.get("checksum", checksum(manifest)) == checksum(manifest)
+        and manifest["dtype"] in ("uint16", "uint32")
+        and 0 <= manifest["end"] < manifest["vocab_size"]
+        and all(Path(shard["file"]).name == shard["file"] and shard["tokens"] > 0 for shard in shards)
+        and manifest["sha256"] == data_sha256(manifest)
+    )
 
 
 @dataclass(frozen=True)

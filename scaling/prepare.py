@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from madkernels.scaling.data import FORMAT, MANIFEST, SPLITS, Tokens
+from madkernels.scaling.data import FORMAT, MANIFEST, SPLITS, Tokens, checksum, data_sha256
 
 SHARD_TOKENS = 2**28
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -102,17 +102,41 @@ def files_of(patterns: Sequence[str]) -> list[Path]:
 
 
 def documents_of(files: Sequence[Path]) -> Iterator[bytes]:
-    """The text of each file; of a .jsonl file the `text` of each line."""
+    """The text of each file; of a .jsonl file the `text` of each line that is not blank.
+
+    Raises:
+        ValueError: a file cannot be read, is not UTF-8, or has a line that is not such an object.
+    """
     for path in files:
-        if path.suffix != ".jsonl":
-            yield path.read_bytes()
-            continue
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    yield json.loads(line)["text"].encode()
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise ValueError(f"{path}, line {number}: expected a JSON object with a string 'text'") from None
+        try:
+            if path.suffix == ".jsonl":
+                yield from _lines_of(path)
+            else:
+                yield _utf8(path.read_bytes(), path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _lines_of(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            _utf8(line, path, number)
+            try:
+                yield json.loads(line)["text"].encode()
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise ValueError(f"{path}, line {number}: expected a JSON object with a string 'text'") from None
+
+
+def _utf8(text: bytes, path: Path, first: int = 1) -> bytes:
+    """The same. ValueError with the line where it is not UTF-8."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        line = first + text.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}, line {line}: not UTF-8 (0x{text[error.start]:02x}); convert the file first") from None
+    return text
 
 
 def dataset_documents(name: str, column: str = "text") -> Iterator[bytes]:
@@ -164,13 +188,14 @@ def prepare(
         raise ValueError(f"validation is {validation}; expected a share from 0 and below 1")
     if out.exists():
         raise ValueError(f"{out} is there already; choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    unfinished.mkdir()
     try:
+        unfinished.mkdir(parents=True)
         manifest = _write(documents, unfinished, tokenizer, validation, shard_tokens)
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         unfinished.rename(out)
+    except OSError as error:
+        raise OSError(f"cannot write {out}: {error.strerror or error}; choose another --out") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return manifest
@@ -195,8 +220,7 @@ def _write(
     shards = {split: writer.close() for split, writer in writers.items()}
     if not shards["train"] or (validation > 0 and not shards["validation"]):
         raise ValueError(f"{len(seen)} documents do not make both splits: give more text, or another validation share")
-    digests = [shard["sha256"] for split in SPLITS for shard in shards[split]]
-    return {
+    manifest = {
         "format": FORMAT,
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
@@ -205,8 +229,9 @@ def _write(
         "documents": len(seen),
         "left_out": copies,
         "splits": shards,
-        "sha256": hashlib.sha256(json.dumps([FORMAT, tokenizer.name, *digests]).encode()).hexdigest(),
     }
+    manifest["sha256"] = data_sha256(manifest)
+    return manifest | {"checksum": checksum(manifest)}
 
 
 class _Writer:

@@ -52,8 +52,10 @@ class Recipe:
         for name in ("steps", "batch", "seqlen", "held_out"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number from 1")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr}; expected a number above 0")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is {self.warmup}; expected a share from 0 to 1")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it takes float32 or bfloat16")
         if self.schedule not in SCHEDULES:

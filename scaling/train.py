@@ -38,7 +38,8 @@ from madkernels.runs.engines import Diverged
 from madkernels.scaling import checkpoint
 from madkernels.scaling.data import Batch, Batches, Corpus, held_out
 from madkernels.scaling.recipe import LMRun
-from madkernels.scaling.watch import Guard, Log
+from madkernels.scaling.stop import Stop, Stopped
+from madkernels.scaling.watch import Guard, Log, points_of
 
 BETAS = (0.9, 0.95)
 CHECKPOINTING = ("none", "selective", "full")
@@ -94,15 +95,22 @@ def build(run: LMRun, place: Place | None = None) -> HybridLM:
 
 
 def train(
-    run: LMRun, how: Execution | None = None, on_point: Callable[[int, dict[str, float]], None] | None = None
+    run: LMRun,
+    how: Execution | None = None,
+    on_point: Callable[[int, dict[str, float]], None] | None = None,
+    *,
+    on_start: Callable[[int], None] | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Trains and measures.
 
     Args:
         run: what to train, and where its data and its folder are. With a folder it is logged (`log.jsonl`; TensorBoard where
-            that is installed), and goes on from the last checkpoint there.
+            that is installed), and goes on from the newest checkpoint there that is not damaged.
         how: where and in what pieces.
         on_point: called with the number of steps done and the point of the log.
+        on_start: called with the step that it goes on from, 0 where nothing was done yet.
+        stop: whether this process was asked to end: then the step is finished and saved. One process that is asked ends all.
 
     Returns:
         `loss` on the held-out rows and `train_loss`, the mean of the last tenth of the run, in nats a token; `params`
@@ -111,25 +119,36 @@ def train(
 
     Raises:
         Diverged: many steps one after the other had to be left out.
-        ValueError: the data are not those of the run, the batch does not divide among the processes, or the folder holds
-            another run.
+        Stopped: `stop` was wanted. It is a KeyboardInterrupt.
+        ValueError: the data are damaged or not those of the run, the batch does not divide among the processes, or the
+            folder holds another run, or damaged checkpoints only.
     """
-    trainer = _Trainer(run, how or Execution(), on_point)
+    trainer = _Trainer(run, how or Execution(), on_point, stop)
     try:
-        return trainer.train()
+        trainer.resume()
+        if on_start and trainer.rank == 0:
+            on_start(trainer.step)
+        with trainer.stop.deferred():
+            return trainer.train()
     finally:
         trainer.log.close()
 
 
 class _Trainer:
-    def __init__(self, run: LMRun, how: Execution, on_point: Callable[[int, dict[str, float]], None] | None) -> None:
-        self.run, self.how, self.recipe, self.on_point = run, how, run.recipe, on_point
+    def __init__(
+        self,
+        run: LMRun,
+        how: Execution,
+        on_point: Callable[[int, dict[str, float]], None] | None,
+        stop: Stop | None = None,
+    ) -> None:
+        self.run, self.how, self.recipe, self.on_point, self.stop = run, how, run.recipe, on_point, stop or Stop()
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = torch.device(how.device)
         if self.ranks > 1 and self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         self.rows = self._rows()
-        corpus = _corpus_of(run)
+        corpus = _corpus_of(run, self.rank, self.ranks)
         options = {"batch": self.recipe.batch, "seqlen": self.recipe.seqlen, "seed": self.recipe.seed}
         self.end, self.batches = corpus.end, Batches(corpus.split("train"), corpus.end, **options)
         self.held_out = held_out(corpus.split("validation"), self.recipe.seqlen, self.recipe.held_out)
@@ -142,6 +161,8 @@ class _Trainer:
             parameter_groups(self.objective, self.recipe.weight_decay), lr=self.recipe.lr, betas=BETAS, fused=True
         )
         self.guard, self.step, self.seconds = Guard(), 0, 0.0
+        self.total, self.since = torch.zeros((), device=self.device), 0  # losses after the last point of the log
+        self.saved = 0  # the step of the last checkpoint
         self.log = Log(Path(run.out) if run.out and self.rank == 0 else None)
 
     def _rows(self) -> range:
@@ -155,23 +176,35 @@ class _Trainer:
         return range(self.rank * rows, (self.rank + 1) * rows)
 
     def train(self) -> dict[str, Any]:
-        self.resume()
         begun = saved = time.perf_counter()
-        before, total, since = self.seconds, torch.zeros((), device=self.device), self.step
+        before = self.seconds
         every = self.how.log_every or max(1, self.recipe.steps // 100)
         while self.step < self.recipe.steps:
             loss, norm = self.update(self.batches[self.step])
             self.step += 1
-            total += loss
+            self.total += loss
             now = time.perf_counter()
             self.seconds = before + now - begun
             if self.step % every == 0 or self.step == self.recipe.steps:
-                self.tell(total / (self.step - since), norm)
-                total, since = torch.zeros_like(total), self.step
-                if self.checkpoint_due(now - saved):  # with the log, so that no part of a mean is lost
+                self.tell(self.total / (self.step - self.since), norm)
+                self.total, self.since = torch.zeros_like(self.total), self.step
+                if self.checkpoint_due(now - saved):
                     self.save()
                     saved = time.perf_counter()
+            self.end_if_asked()
         return self.result()
+
+    def end_if_asked(self) -> None:
+        """Saves and raises Stopped where any process was asked to end."""
+        asked = torch.tensor(float(self.stop.wanted), device=self.device) if self.ranks > 1 else self.stop.wanted
+        if not (self.mean(asked) if isinstance(asked, Tensor) else asked):
+            return
+        if self.run.out and self.saved != self.step:
+            self.save()
+        how = "saved; the same command goes on"
+        if self.saved != self.step:
+            how = f"not saved; the same command goes on from step {self.saved}" if self.saved else "not saved"
+        raise Stopped(f"stopped at step {self.step}, {how}")
 
     def update(self, batch: Batch) -> tuple[Tensor, float]:
         """One step: the loss before it, over all processes, and the norm of the gradient."""
@@ -200,7 +233,7 @@ class _Trainer:
         tokens, targets = (t.to(self.device, non_blocking=True) for t in (batch.tokens, batch.targets))
         offsets = None
         if self.recipe.documents:
-            tokens, targets, offsets = tokens.view(1, -1), targets.view(1, -1), batch.cu_seqlens.to(self.device)
+            tokens, targets, offsets = tokens.reshape(1, -1), targets.reshape(1, -1), batch.cu_seqlens.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
             loss: Tensor = self.objective(tokens, targets, offsets)
         return loss
@@ -218,6 +251,7 @@ class _Trainer:
             shown = rows if len(rows) else self.held_out[:1]  # the others need this one to take part
             loss = self.loss(Batch(shown[:, :-1], shown[:, 1:], self.end))
             total += loss * len(rows)
+            self.end_if_asked()
         return float(self.mean(total)) * self.ranks / len(self.held_out)
 
     def mean(self, value: Tensor) -> Tensor:
@@ -240,16 +274,30 @@ class _Trainer:
     # ---- checkpoints
 
     def resume(self) -> None:
-        """Goes on from the last checkpoint of the folder."""
-        if not self.run.out or (found := checkpoint.latest(Path(self.run.out) / "checkpoints")) is None:
-            self.log.begin(0)
+        """Goes on from the newest sound checkpoint of the folder."""
+        meta = None
+        if self.run.out:
+            folder = Path(self.run.out) / checkpoint.FOLDER
+            meta = checkpoint.resume(folder, self.objective, self.optimizer, self.check_run, self.warn)
+        if meta is None:
+            self.log.begin([], 0)
             return
-        meta = checkpoint.meta_of(found)
-        if changed := _differences(meta["config"], self.run.config()):
+        self.step = self.saved = meta["step"]
+        self.seconds, self.guard = meta["seconds"], Guard(**meta["guard"])
+        self.total += meta.get("total", 0.0)
+        self.since = meta.get("since", self.step)
+        # one of before 0.2 leaves its points to the log
+        points = meta["points"] if "points" in meta else points_of(Path(str(self.run.out)), self.step)
+        self.log.begin(points, self.step)
+
+    def check_run(self, found: Path, config: dict[str, Any]) -> None:
+        """ValueError where a checkpoint is of another run."""
+        if changed := _differences(config, self.run.config()):
             raise ValueError(f"{found} is of another run ({', '.join(changed)}); choose another --out")
-        checkpoint.load(found, self.objective, self.optimizer)
-        self.step, self.seconds, self.guard = meta["step"], meta["seconds"], Guard(**meta["guard"])
-        self.log.begin(self.step)
+
+    def warn(self, text: str) -> None:
+        if self.rank == 0:
+            self.log.warn(text)
 
     def checkpoint_due(self, since: float) -> bool:
         """At the end, and when it is time; the first process tells, so that all do the same."""
@@ -262,11 +310,19 @@ class _Trainer:
     def save(self) -> None:
         """A full disk costs the checkpoint, not the run."""
         assert self.run.out
-        meta = {"config": self.run.config(), "seconds": self.seconds, "guard": vars(self.guard)}
+        meta = {
+            "config": self.run.config(),
+            "seconds": self.seconds,
+            "guard": vars(self.guard),
+            "total": float(self.total),
+            "since": self.since,
+            "points": self.log.points,
+        }
         try:
-            checkpoint.save(Path(self.run.out) / "checkpoints", self.step, self.objective, self.optimizer, meta)
+            checkpoint.save(Path(self.run.out) / checkpoint.FOLDER, self.step, self.objective, self.optimizer, meta)
+            self.saved = self.step
         except OSError as error:
-            self.log.warn(str(error))
+            self.warn(str(error))
 
     def result(self) -> dict[str, Any]:
         curve = self.log.points
@@ -284,10 +340,12 @@ class _Trainer:
         }
 
 
-def _corpus_of(run: LMRun) -> Corpus:
+def _corpus_of(run: LMRun, rank: int, ranks: int) -> Corpus:
+    """The data of a run, each process having looked at its share of the shards."""
     corpus = Corpus(Path(run.corpus))
     if corpus.sha256 != run.data:
         raise ValueError(f"{run.corpus} holds other data than those of the run: {corpus.sha256[:12]}, not {run.data[:12]}")
+    corpus.verify(rank, ranks)
     return corpus
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
-from collections.abc import Iterator
+import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,9 @@ from madkernels.runs.lock import lock
 
 SPIKE = 20.0  # times the usual norm of the gradient
 USUAL_AFTER = 50  # steps before a norm is usual
+FILE = "log.jsonl"
+
+Point = dict[str, float]
 
 
 @dataclass
@@ -39,52 +45,120 @@ class Guard:
 
 
 class Log:
-    """The points of a run, in memory, and in a folder as JSON lines and for TensorBoard where that is installed."""
+    """The points of a run, in memory, and in a folder as JSON lines and for TensorBoard where that is installed. What cannot
+    be written costs a warning and no more: lines are tried again with the next one."""
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder, self.points, self.warnings = folder, list[dict[str, float]](), list[str]()
-        self.file: Any = None
+        self.folder, self.points, self.warnings = folder, list[Point](), list[str]()
+        self.file: io.FileIO | None = None  # while it holds all points
         self.board: Any = None
-        self.lock = None if folder is None else lock(folder / "log.jsonl")
+        self.lock = None if folder is None else lock(folder / FILE)
+        self.full = False
+        self.hook = threading.excepthook
 
-    def begin(self, step: int) -> None:
-        """Opens it as it was after a step; what was written later is let go."""
+    def begin(self, points: list[Point], step: int) -> None:
+        """Opens it with the points up to a step; what was written later is let go."""
+        self.points = points
         if self.folder is None:
             return
-        path = self.folder / "log.jsonl"
-        self.points = [point for point in _lines(path) if point["step"] <= step]
-        whole = path.with_suffix(".unfinished")
-        whole.write_text("".join(json.dumps(point) + "\n" for point in self.points))
-        whole.rename(path)
-        self.file = path.open("a")
+        self.write()
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self.board = SummaryWriter(str(self.folder), purge_step=step + 1)
+        threading.excepthook = self._of_thread
+        try:
+            self.board = SummaryWriter(str(self.folder), purge_step=step + 1)
+        except OSError as error:
+            self._without_board(error)
 
-    def add(self, step: int, values: dict[str, float]) -> None:
+    def add(self, step: int, values: Point) -> None:
         self.points.append({"step": step} | values)
+        if self.folder is not None:
+            self.write()
+        try:
+            for name, value in values.items() if self.board else ():
+                self.board.add_scalar(name, value, step)
+        except OSError as error:
+            self._without_board(error)
+
+    def write(self) -> None:
+        """The last point, or all where the file does not hold those before."""
+        assert self.folder is not None
+        path = self.folder / FILE
+        try:
+            if self.file is None:
+                whole = path.with_suffix(".unfinished")
+                self.file = open(whole, "wb", buffering=0)  # noqa: SIM115  (held until close)
+                _write(self.file, self.points)
+                whole.rename(path)
+            else:
+                _write(self.file, self.points[-1:])
+            self.full = False
+        except OSError as error:
+            self._let_go_of_file()
+            path.with_suffix(".unfinished").unlink(missing_ok=True)
+            if not self.full:
+                self.warn(f"cannot write {path}: {error.strerror or error}; tried again with the next line")
+            self.full = True
+
+    def _let_go_of_file(self) -> None:
         if self.file:
-            self.file.write(json.dumps(self.points[-1]) + "\n")
-            self.file.flush()
-        for name, value in values.items() if self.board else ():
-            self.board.add_scalar(name, value, step)
+            self.file.close()
+        self.file = None
+
+    def _of_thread(self, told: threading.ExceptHookArgs) -> None:
+        """What TensorBoard's thread meets is raised again by the next call."""
+        if type(told.thread).__name__ != "_AsyncWriterThread":
+            self.hook(told)
+
+    def _without_board(self, error: OSError) -> None:
+        """Its thread is dead, so it is not closed."""
+        self.warn(f"cannot write for TensorBoard to {self.folder}: {error.strerror or error}")
+        self.board = None
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
-        print(f"warning: {text}", flush=True)
+        say(f"warning: {text}")
 
     def close(self) -> None:
-        for writer in (self.file, self.board, self.lock):
-            if writer:
-                writer.close()
-
-
-def _lines(path: Path) -> Iterator[dict[str, float]]:
-    """Those that were written to their end."""
-    for line in path.read_text().splitlines() if path.exists() else ():
+        if self.full:
+            self.write()
+        self._let_go_of_file()
         try:
-            yield json.loads(line)
-        except ValueError:
-            return
+            if self.board:
+                self.board.close()
+        except OSError as error:
+            self._without_board(error)
+        threading.excepthook = self.hook
+        if self.lock:
+            self.lock.close()
+
+
+def say(line: str) -> None:
+    """Prints; where the output is a file on a full disk, the training goes on."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        return
+
+
+def _write(file: io.FileIO, points: list[Point]) -> None:
+    """OSError where it is not all written."""
+    data = "".join(json.dumps(point) + "\n" for point in points).encode()
+    if data and file.write(data) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def points_of(folder: Path, step: int) -> list[Point]:
+    """Those that a log has up to a step, as far as it is whole."""
+    found: list[Point] = []
+    try:
+        for line in (folder / FILE).read_text(encoding="utf-8").splitlines():
+            point = json.loads(line)
+            found += [point] if point["step"] <= step else []
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off
+        pass
+    return found

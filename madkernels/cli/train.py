@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,13 +83,13 @@ def _meta_model(
     preset: str | None, arch: str | None, dim: int | None, vocab: int, seqlen: int | None
 ) -> tuple[HybridLM, int]:
     """A model without data, and its sequence length."""
+    _check_model(preset, arch, dim)
+
     import torch
 
     from madkernels.models import HybridLM
     from madkernels.models.presets import preset as named
 
-    if (preset is None) == (arch is None) or (arch is None) != (dim is None):
-        raise ValueError("give --preset, or --arch and --dim")
     with torch.device("meta"):
         if preset is not None:
             chosen = named(preset)
@@ -95,6 +98,12 @@ def _meta_model(
         assert arch is not None
         assert dim is not None
         return HybridLM(arch, vocab_size=vocab, dim=dim, tied=True), seqlen or 2048
+
+
+def _check_model(preset: str | None, arch: str | None, dim: int | None) -> None:
+    """Before anything is loaded."""
+    if (preset is None) == (arch is None) or (arch is None) != (dim is None):
+        raise ValueError("give --preset, or --arch and --dim")
 
 
 def _size_rows(model: HybridLM, seqlen: int) -> dict[str, str]:
@@ -188,14 +197,14 @@ def run(
     arch: Annotated[str | None, typer.Option(help='In place of a preset, such as "8*(hyena swiglu)".')] = None,
     dim: Annotated[int | None, typer.Option(help="Width, with --arch.")] = None,
     seqlen: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; the preset's, or 2048.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate; the preset's if absent.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate, needed with --arch; else the preset's.")] = None,
     schedule: Annotated[str, typer.Option(help="cosine, or wsd: warm-up, stable, decay.")] = "cosine",
     warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.01,
     weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).")] = "float32",
     documents: Annotated[bool, typer.Option(help="Keep the documents of a row apart.")] = False,
     seed: Annotated[int, typer.Option(help="Of parameters and of the order of the data.")] = 12345,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or, in one process, cuda:<number>.")] = "cpu",
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows of one forward in one process.")] = None,
     checkpointing: Annotated[str, typer.Option(help="What is computed again: none, selective or full.")] = "none",
     compile: Annotated[bool, typer.Option(help="Layers go through torch.compile.")] = False,
@@ -208,43 +217,89 @@ def run(
     For example: torchrun --nproc-per-node 8 -m madkernels.cli train run --preset striped-hyena-70m --data D --out O
     --steps 5000 --batch 64 --device cuda --dtype bfloat16
     """
-    from rich.console import Console
+    from madkernels.scaling.stop import Stop
 
-    from madkernels.cli.sweeps import load_plugins, progress_bars
-    from madkernels.scaling import train as training
-    from madkernels.scaling.data import Corpus
-    from madkernels.scaling.estimate import peak_flops
-    from madkernels.scaling.recipe import LMRun, Recipe
-
-    load_plugins(plugin)
-    model, length = _meta_model(preset, arch, dim, 1, seqlen)
-    if (rate := lr or _rate(preset)) is None:
+    _check_model(preset, arch, dim)
+    if preset is None and lr is None:
         raise ValueError("--arch has no learning rate of its own: give --lr")
-    corpus = Corpus(data)
-    recipe = Recipe(
-        steps, batch, length, rate, warmup=warmup, schedule=schedule, weight_decay=weight_decay,
-        dtype=dtype, documents=documents, seed=seed,
-    )  # fmt: skip
-    how = training.Execution(device, micro_batch, checkpointing, compile, save_every, log_every, peak_flops(device))
-    wanted = LMRun(str(model.arch), model.dim, corpus.vocab_size, recipe, corpus.sha256, corpus=str(data), out=str(out))
-    console = Console()
-    with training.processes(device) as first, progress_bars(console) as bars:
-        bar = bars.add_task(str(wanted), total=steps, note="", visible=first)
+    with Stop() as stop, _ends():
+        from rich.console import Console
 
-        def show(step: int, point: dict[str, float]) -> None:
-            told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in point.items())
-            bars.update(bar, completed=step, note=told)
-            if not console.is_terminal:
-                print(f"step {step}: {told}", flush=True)
+        from madkernels.cli.sweeps import load_plugins, progress_bars
+        from madkernels.scaling import train as training
+        from madkernels.scaling.data import Corpus
+        from madkernels.scaling.estimate import peak_flops
+        from madkernels.scaling.recipe import LMRun, Recipe
+        from madkernels.scaling.watch import say
 
-        result = training.train(wanted, how, show)
-        if first:
-            pace = result["tokens"] / result["seconds"]
-            console.print(f"held-out loss {result['loss']:.4f} nats a token; {pace:,.0f} tokens a second")
-            console.print(f"Log and checkpoint: {out}", soft_wrap=True)
+        _check_device(device)
+        load_plugins(plugin)
+        model, length = _meta_model(preset, arch, dim, 1, seqlen)
+        corpus = Corpus(data)
+        recipe = Recipe(
+            steps, batch, length, _rate(preset) if lr is None else lr, warmup=warmup, schedule=schedule,
+            weight_decay=weight_decay, dtype=dtype, documents=documents, seed=seed,
+        )  # fmt: skip
+        how = training.Execution(device, micro_batch, checkpointing, compile, save_every, log_every, peak_flops(device))
+        wanted = LMRun(str(model.arch), model.dim, corpus.vocab_size, recipe, corpus.sha256, corpus=str(data), out=str(out))
+        console = Console()
+        with training.processes(device) as first, progress_bars(console) as bars:
+            bar = bars.add_task(str(wanted), total=steps, note="", visible=first)
+
+            def start(step: int) -> None:
+                if step:
+                    say(f"going on from step {step}")
+                    bars.update(bar, completed=step)
+
+            def show(step: int, point: dict[str, float]) -> None:
+                told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in point.items())
+                bars.update(bar, completed=step, note=told)
+                if not console.is_terminal:
+                    say(f"step {step}: {told}")
+
+            result = training.train(wanted, how, show, on_start=start, stop=stop)
+            if first:
+                pace = result["tokens"] / result["seconds"]
+                say(f"held-out loss {result['loss']:.4f} nats a token; {pace:,.0f} tokens a second")
+                say(f"Log and checkpoints: {out}")
+                if warned := result["warnings"]:
+                    say(f"Warnings: {len(warned)}, the last: {warned[-1]}")
 
 
-def _rate(preset_name: str | None) -> float | None:
+def _check_device(name: str) -> None:
+    """Under torchrun a process takes the GPU of its place on the machine."""
+    from madkernels.cli.device import check_device, check_gpu
+
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    check_device(name, numbered=not several)
+    if several and name == "cuda":
+        check_gpu(name, int(os.environ["LOCAL_RANK"]))
+
+
+@contextmanager
+def _ends() -> Iterator[None]:
+    """How a training ends that does not come to its end: a line, and an exit code."""
+    from madkernels.scaling.stop import Stopped
+
+    told = "stopped at once; the same command goes on from the last checkpoint"
+    try:
+        yield
+        return
+    except Stopped as stopped:
+        told = str(stopped)
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        if type(error).__name__ != "Diverged":
+            raise
+        raise ValueError(f"the training diverged: {error}") from None
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(told, flush=True)
+    raise typer.Exit(130)
+
+
+def _rate(preset_name: str | None) -> float:
     from madkernels.models.presets import preset as named
 
-    return None if preset_name is None else named(preset_name).lr
+    assert preset_name is not None
+    return named(preset_name).lr
