@@ -147,20 +147,17 @@ def _device(op: str, name: str, dtypes: Sequence[torch.dtype]) -> torch.device:
     import torch
 
     from madkernels import cuda
+    from madkernels.cli.device import check_gpu, gpu_of
 
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or not (index.isdecimal() if ":" in name and kind == "cuda" else name == kind):
-        raise ValueError(f"--device: {name!r} is not known; expected cpu, cuda or cuda:<number>")
-    if kind == "cpu":
+    if (index := gpu_of(name)) is None:
         return torch.device("cpu")
     part, _ = cuda.load()
     if part is None or op not in cuda.ops_with_kernels():
         raise ValueError(f"--device {name}: {cuda.why_not(op)}")
     if torch.float64 in dtypes:
         raise ValueError(f"--dtype: {op} takes float64 on the CPU only")
-    if int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; see madkernels doctor")
-    if problem := part.device_problem(int(index or 0)):
+    check_gpu(name, index)
+    if problem := part.device_problem(index):
         raise ValueError(f"--device {name}: {problem}")
-    torch.cuda.set_device(int(index or 0))
-    return torch.device("cuda", int(index or 0))
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

@@ -26,12 +26,10 @@ def load_plugins(paths: list[Path] | None) -> list[str]:
 def engine_of(name: str, workers: int | None, address: str, device: str, plugins: list[str]) -> Engine:
     import torch
 
+    from madkernels.cli.device import check_device
     from madkernels.runs.engines import InProcess, Pool, RayCluster
 
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device: {device!r} is not known; expected cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU; see madkernels doctor")
+    check_device(device, numbered=False)
     if name == "process":
         return InProcess(device)
     if name == "ray":
