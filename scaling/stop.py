@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Stopped(KeyboardInterrupt):
     """A training has ended because it was asked to; what it says is where it stands."""
@@ -20,33 +22,44 @@ class Stop:
     A signal ends what runs inside by KeyboardInterrupt, as SIGINT always does; `with stop.deferred()` only notes it, for a
     training that looks at `wanted` between its steps. There a second SIGINT is a KeyboardInterrupt. Signals go to the main
     thread, so in any other `wanted` stays False.
+
+    Args:
+        alone: whether there is one process. One of several may be waiting for the others, in a library that does not look
+            at what was noted: until it has something to save, a signal ends it as it ends any program.
     """
 
-    def __init__(self) -> None:
-        self.wanted = False
-        self._deferred = False
-        self._before: dict[int, Any] = {}
+    def __init__(self, *, alone: bool = True) -> None:
+        self.wanted, self.alone = False, alone
+        self._before: list[Any] = []  # handlers; none where it was not entered
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
+            self._before = _handled_by(self._end if self.alone else signal.SIG_DFL)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        _handled_by(*self._before)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        self._deferred = True
+        before = _handled_by(self._note) if self._before else []
         try:
             yield
         finally:
-            self._deferred = False
+            _handled_by(*before)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.wanted = True
+        raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.wanted and number == signal.SIGINT
         self.wanted = True
-        if again or not self._deferred:
+        if again:
             raise KeyboardInterrupt
+
+
+def _handled_by(*handlers: Any) -> list[Any]:
+    """Sets the handler of both signals, or one of each; what they were."""
+    both = handlers * 2 if len(handlers) == 1 else handlers
+    return [signal.signal(number, handler) or signal.SIG_DFL for number, handler in zip(SIGNALS, both, strict=False)]

@@ -222,7 +222,7 @@ def run(
     _check_model(preset, arch, dim)
     if preset is None and lr is None:
         raise ValueError("--arch has no learning rate of its own: give --lr")
-    with Stop() as stop, _ends():
+    with Stop(alone=not _several()) as stop, _ends():
         from rich.console import Console
 
         from madkernels.cli.sweeps import load_plugins, progress_bars
@@ -266,13 +266,17 @@ def run(
                     say(f"Warnings: {len(warned)}, the last: {warned[-1]}")
 
 
+def _several() -> bool:
+    """Whether torchrun has started more processes than this one."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def _check_device(name: str) -> None:
     """Under torchrun a process takes the GPU of its place on the machine."""
     from madkernels.cli.device import check_device, check_gpu
 
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    check_device(name, numbered=not several)
-    if several and name == "cuda":
+    check_device(name, numbered=not _several())
+    if _several() and name == "cuda":
         check_gpu(name, int(os.environ["LOCAL_RANK"]))
 
 

@@ -90,6 +90,43 @@ def test_files_and_lines(tmp_path: Path) -> None:
         files_of([str(tmp_path / "*.pdf")])
 
 
+def test_blank_lines_are_no_documents(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"text": "one"}\n \t\r\n{"text": "two"}\n\n')
+    assert list(documents_of([path])) == [b"one", b"two"]
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"1", b"null", b'"text"', b"[]", b'{"text": null}', b'{"text": 1}', b'{"text": "\\ud800"}', b"[" * 9999]
+)
+def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n\n' + line)
+    with pytest.raises(ValueError, match=rf"^{path}, line 3: expected a JSON object with a string 'text'$"):
+        list(documents_of([path]))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b'{"text": "one"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=rf"^{path}, line 2: not UTF-8 \(0xe9\); convert the file first$"):
+        list(documents_of([path]))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/a\.txt cannot be read: No such file or directory$"):
+        list(documents_of([tmp_path / "a.txt"]))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """And not the name under which it would have been written first."""
+    (tmp_path / "file").write_text("")
+    for out, why in ((tmp_path / "file" / "data", "Not a directory"), (Path("/proc/data"), "No such file or directory")):
+        with pytest.raises(OSError, match=f"^cannot write {out}: {why}; choose another --out$"):
+            prepare(iter(TEXTS), out, Bytes(), validation=0.2)
+
+
 def test_the_standard_library_is_a_corpus() -> None:
     files = standard_library()
     assert sum(path.stat().st_size for path in files) > 5e6

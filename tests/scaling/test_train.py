@@ -8,6 +8,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from typing import Any
 import pytest
 import torch
 
+from madkernels.models.layers import LAYERS
 from madkernels.runs.engines import Diverged
 from madkernels.scaling import checkpoint
 from madkernels.scaling import train as training
 from madkernels.scaling.data import Batch, Corpus, held_out
 from madkernels.scaling.prepare import Bytes, prepare
 from madkernels.scaling.recipe import LMRun, Recipe
+from madkernels.scaling.stop import Stop, Stopped
 from madkernels.scaling.train import Execution, train
 from madkernels.scaling.watch import Guard
 
@@ -120,6 +123,15 @@ def test_documents_are_kept_apart_when_asked(data: Path) -> None:
     assert same[1].all()
     assert same[0, 11:].all()
     assert not same[0, 3:11].any()
+
+
+@pytest.mark.parametrize("seqlen", [1, 33])
+def test_documents_kept_apart_to_the_end_with_every_layer(data: Path, seqlen: int) -> None:
+    """Rows of an odd length, measured in one piece and row by row."""
+    run = dataclasses.replace(run_of(data, arch=" ".join(LAYERS), documents=True, seqlen=seqlen, steps=1), dim=64)
+    whole, parts = train(run), train(run, Execution(micro_batch=1))
+    assert 4 < whole["loss"] < 8
+    torch.testing.assert_close(parts["loss"], whole["loss"], atol=1e-4, rtol=0)
 
 
 def test_the_rate_rises_and_falls() -> None:
@@ -237,6 +249,111 @@ def test_two_processes_are_resumed_by_one(data: Path, whole: Path, tmp_path: Pat
     assert at < 60
     call(command(data, tmp_path, steps=60))
     torch.testing.assert_close([p["loss"] for p in log(tmp_path)], [p["loss"] for p in log(whole)], atol=1e-3, rtol=0)
+
+
+# ---- signals
+
+
+def signalled(arguments: list[str], number: signal.Signals, out: Path, worker: bool = False) -> tuple[int, str, str]:
+    """Starts it, and sends the signal to it, or to one of its workers, when ten steps are done: how it ends."""
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 10:"):
+            break
+    workers = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and str(out).encode() in _command_line(p)]
+    os.kill(max(workers) if worker else process.pid, number)
+    told, errors = process.communicate(timeout=120)
+    return process.returncode, told.splitlines()[-1], errors
+
+
+STOPPED = r"stopped at step (\d+), saved; the same command goes on"
+
+
+def test_an_interrupt_saves_and_the_same_command_goes_on_exactly(data: Path, whole: Path, tmp_path: Path) -> None:
+    arguments = command(data, tmp_path, steps=60)
+    code, told, errors = signalled(arguments, signal.SIGINT, tmp_path)
+    assert (code, errors) == (130, "")
+    found = re.fullmatch(STOPPED, told)
+    assert found, told
+    assert call(arguments).startswith(f"going on from step {found[1]}\n")
+    assert log(tmp_path) == log(whole)
+
+
+def test_a_request_to_terminate_saves(data: Path, tmp_path: Path) -> None:
+    code, told, errors = signalled(command(data, tmp_path, steps=60), signal.SIGTERM, tmp_path)
+    assert (code, errors) == (130, "")
+    found = re.fullmatch(STOPPED, told)
+    assert found, told
+    assert checkpoint.verify(tmp_path / "checkpoints" / f"step-{int(found[1]):08d}")["step"] == int(found[1])
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(data: Path, tmp_path: Path) -> None:
+    code, _, errors = signalled(command(data, tmp_path, processes=2, steps=60), signal.SIGTERM, tmp_path, worker=True)
+    assert code != 0
+    assert "exitcode  : 130" in errors
+    found = checkpoint.latest(tmp_path / "checkpoints")
+    assert found is not None
+    assert 10 <= checkpoint.verify(found)["step"] < 60
+
+
+def test_a_run_that_is_stopped_at_every_step_ends_as_one_that_is_not(data: Path, tmp_path: Path) -> None:
+    """Means of the log that a stop cuts through included."""
+    how = Execution(log_every=3)
+    wanted = train(run_of(data), how)
+    for step in range(1, 9):
+        stop, begun = Stop(), list[int]()
+        stop.wanted = True
+        with pytest.raises(Stopped, match=f"stopped at step {step}, saved; the same command goes on"):
+            train(run_of(data, tmp_path), how, on_start=begun.append, stop=stop)
+        assert begun == [step - 1]
+    result = train(run_of(data, tmp_path), how)
+    assert [result[name] for name in ("loss", "train_loss")] == [wanted[name] for name in ("loss", "train_loss")]
+    assert losses(result) == losses(wanted)
+
+
+def test_a_stop_while_it_measures(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, stop = training._Trainer.loss, Stop()
+
+    def signalled(self: Any, batch: Batch) -> torch.Tensor:
+        stop.wanted |= not self.objective.training
+        return honest(self, batch)
+
+    monkeypatch.setattr(training._Trainer, "loss", signalled)
+    with pytest.raises(Stopped, match="stopped at step 8, saved"):
+        train(run_of(data, tmp_path), stop=stop)
+    monkeypatch.setattr(training._Trainer, "loss", honest)
+    assert train(run_of(data, tmp_path))["loss"] == train(run_of(data))["loss"]
+
+
+def test_what_a_stop_could_not_save_is_told(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stop = Stop()
+    stop.wanted = True
+    with pytest.raises(Stopped, match="stopped at step 1, saved"):
+        train(run_of(data, tmp_path), stop=stop)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(Stopped, match="stopped at step 2, not saved; the same command goes on from step 1"):
+        train(run_of(data, tmp_path), stop=stop)
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Stop() as stop:
+        with stop.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.wanted
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):  # nothing is under way that could be finished
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    with Stop(alone=False):
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_batch_that_does_not_divide_is_told(data: Path) -> None:

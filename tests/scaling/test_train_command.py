@@ -1,0 +1,151 @@
+"""`madkernels train` as it is typed: one line and an exit code for what the user can put right."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from madkernels.cli.main import main
+from madkernels.scaling import train as training
+from madkernels.scaling.prepare import Bytes, prepare
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus") / "data"
+    prepare((f"document {i} ".encode() * 9 for i in range(60)), folder, Bytes(), validation=0.2)
+    return folder
+
+
+def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command."""
+    monkeypatch.setattr(sys, "argv", ["madkernels", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    code = ended.value.code or 0
+    assert isinstance(code, int)
+    return code, *capsys.readouterr()
+
+
+def options(data: Path, out: Path) -> list[object]:
+    return [
+        "train", "run", "--data", data, "--out", out, "--arch", "mlp", "--dim", "8", "--lr", "3e-3", "--steps", "6",
+        "--batch", "2", "--seqlen", "16",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted"),
+    [
+        ("cuda", "--device cuda: torch sees no GPU; see madkernels doctor"),
+        ("cuda:3", "--device cuda:3: torch sees no GPU; see madkernels doctor"),
+        *(
+            (name, f"--device: {name!r} is not known; expected cpu, cuda or cuda:<number>")
+            for name in ("gpu", "", "cuda:", "cuda:x", "cpu:0", "mps")
+        ),
+    ],
+)
+def test_a_device_that_is_not_here(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str, wanted: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    found = called(monkeypatch, capsys, *options(data, tmp_path / "run"), "--device", device)
+    assert found == (2, "", f"error: {wanted}\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_under_torchrun(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each process has a GPU of its own, so none is numbered, and there must be one for each."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device, wanted in (
+        ("cuda:1", "--device: 'cuda:1' is not known; expected cpu or cuda"),
+        ("cuda", "--device cuda: torch sees 1 GPUs; see madkernels doctor"),
+    ):
+        found = called(monkeypatch, capsys, *options(data, tmp_path), "--device", device)
+        assert found == (2, "", f"error: {wanted}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--arch", "mlp", "--dim", "8"], "--arch has no learning rate of its own: give --lr"),
+        (["--arch", "mlp"], "give --preset, or --arch and --dim"),
+        (["--preset", "mamba-70m", "--dim", "8"], "give --preset, or --arch and --dim"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_missing_is_told_before_torch_is_loaded(arguments: list[str], wanted: str) -> None:
+    """In another process: here it is loaded."""
+    command = ["train", "run", "--data", "D", "--out", "O", "--steps", "1", "--batch", "1", *arguments]
+    script = (
+        "import sys; from madkernels.cli.main import main\n"
+        f"sys.argv = ['madkernels', *{command!r}]\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout, found.stderr) == (2, "False\n", f"error: {wanted}\n")
+
+
+def test_a_rate_of_zero_is_not_that_of_the_preset(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", data, "--out", tmp_path, "--steps", "1", "--batch", "1", "--preset", "mamba-70m", "--lr", "0"]
+    assert called(monkeypatch, capsys, "train", "run", *given) == (2, "", "error: lr is 0.0; expected a number above 0\n")
+
+
+def test_a_run_that_diverges(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*options(data, tmp_path), "--lr", "1e30", "--steps", "60"]
+    code, _, errors = called(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert errors.startswith("error: the training diverged: 20 steps in a row left out; at step ")
+    assert errors.count("\n") == 1
+
+
+def test_it_says_where_it_goes_on_and_what_could_not_be_written(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*options(data, tmp_path), "--save-every", "0", "--log-every", "2"]
+    assert "going on" not in called(monkeypatch, capsys, *arguments)[1]
+    part = tmp_path / "checkpoints" / "step-00000006" / "__0_0.distcp"
+    part.unlink()
+    code, told, errors = called(monkeypatch, capsys, *arguments)
+    warning = f"{part} is damaged: No such file or directory; trying the checkpoint before it"
+    assert (code, errors) == (0, "")
+    assert told.splitlines()[:2] == [f"warning: {warning}", "going on from step 4"]
+    assert told.splitlines()[-1] == f"Warnings: 1, the last: {warning}"
+
+
+@pytest.mark.parametrize(("number", "deferred"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)])
+def test_a_signal_that_ends_it_at_once(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    deferred: bool,
+) -> None:
+    """Before the first step, and the second time in the middle of one or of a save."""
+
+    def interrupted(*args: object, **options: object) -> None:
+        signal.raise_signal(number)
+        if deferred:
+            signal.raise_signal(number)
+
+    where = (FileSystemWriter, "write_data") if deferred else (training._Trainer, "resume")
+    monkeypatch.setattr(*where, interrupted)
+    code, told, errors = called(monkeypatch, capsys, *options(data, tmp_path))
+    assert (code, errors) == (130, "")
+    assert told.splitlines()[-1] == "stopped at once; the same command goes on from the last checkpoint"
