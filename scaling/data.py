@@ -73,8 +73,8 @@ class Corpus:
         return [shard for split in SPLITS for shard in self.manifest["splits"][split]]
 
     def verify(self, rank: int = 0, ranks: int = 1) -> None:
-        """Reads every `ranks`-th shard, and compares it with its hash in the manifest: about a second a GB. In one process a
-        shard that has not been changed since is read once.
+        """Reads every `ranks`-th shard, and compares it with its hash in the manifest. A process reads a shard once, as long
+        as nobody has written to it since.
 
         Raises:
             ValueError: a shard holds other tokens than were written.

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from madkernels.scaling import data
 from madkernels.scaling.data import Batches, Corpus, held_out, permuted
+from madkernels.scaling.digest import file_sha256
 from madkernels.scaling.prepare import (
     Bytes,
     dataset_documents,
@@ -232,6 +234,22 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     prepare(iter(TEXTS), tmp_path / "all", Bytes(), validation=0)
     with pytest.raises(ValueError, match="this data has no validation split"):
         Corpus(tmp_path / "all").split("validation")
+
+
+def test_a_shard_is_read_once_until_it_is_written_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = list[Path]()
+    monkeypatch.setattr(data, "file_sha256", lambda path: (read.append(path), file_sha256(path))[1])
+    corpus = Corpus(folder)
+    count = len(corpus.shards())
+    for rank in range(2):
+        corpus.verify(rank, ranks=2)
+    Corpus(folder).verify()
+    assert sorted(read) == sorted(folder / shard["file"] for shard in corpus.shards())
+    path = folder / "train-00001.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(ValueError, match=r"train-00001\.bin is damaged: its SHA-256 is not the one in manifest\.json"):
+        corpus.verify()
+    assert len(read) == count + 1
 
 
 def test_a_shard_that_was_cut_is_told(folder: Path) -> None:

@@ -30,7 +30,8 @@ def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         main()
     code = ended.value.code or 0
     assert isinstance(code, int)
-    return code, *capsys.readouterr()
+    told, errors = capsys.readouterr()
+    return code, told, errors
 
 
 def options(data: Path, out: Path) -> list[object]:
