@@ -79,7 +79,7 @@ def _begin(unfinished: Path, step: int) -> None:
     """Where the disk has no room for one more, the older of two goes first."""
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    before = [path for path in _found(unfinished.parent) if _step_of(path) < step]
+    before = [path for path in steps_in(unfinished.parent) if _step_of(path) < step]
     if len(before) >= KEPT and shutil.disk_usage(unfinished).free < 1.2 * _size(before[-1]):
         _remove(before[0])
 
@@ -111,7 +111,7 @@ def _tensors(weights: Mapping[str, Any], moments: Mapping[str, Any]) -> dict[str
 
 def _let_go(folder: Path, step: int) -> list[Path]:
     """All but the last of those up to a step. Later ones were damaged, or the run would have gone on from there."""
-    found = _found(folder)
+    found = steps_in(folder)
     kept = [path for path in found if _step_of(path) <= step][-KEPT:]
     return [path for path in found if path not in kept]
 
@@ -143,14 +143,8 @@ def _sum(path: Path) -> str:
 # ---- finding
 
 
-def latest(folder: Path) -> Path | None:
-    """The last checkpoint of a folder of checkpoints, sound or not."""
-    found = _found(folder)
-    return found[-1] if found else None
-
-
-def _found(folder: Path) -> list[Path]:
-    """From the first to the last."""
+def steps_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, sound or not, from the first to the last. ValueError where it is a file."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is no folder of checkpoints; remove it, or choose another --out")
     return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)), key=_step_of)
@@ -234,7 +228,7 @@ def resume(folder: Path, model: nn.Module, optimizer: Optimizer, check: Callable
         load(checkpoint, model, optimizer)
         return meta
 
-    if not (found := _found(folder)):
+    if not (found := steps_in(folder)):
         return None
     return _newest(found, one, warn, f"remove {folder} to train from the beginning, or choose another --out")
 
@@ -260,7 +254,7 @@ def load_model(path: str | Path) -> HybridLM:
         if not (path / META).exists() and not (path / SUMS).exists():
             raise ValueError(f"{path} is neither the folder of a run nor of a checkpoint")
         return _load_model(path)
-    if not (found := _found(path / FOLDER)):
+    if not (found := steps_in(path / FOLDER)):
         raise ValueError(f"{path / FOLDER} has no checkpoint")
     model: HybridLM = _newest(found, _load_model, lambda text: warnings.warn(text, stacklevel=4), "there is no earlier one")
     return model

@@ -48,7 +48,7 @@ GPUS = {"a100": Gpu(312e12, 79), "h100": Gpu(989e12, 79), "h200": Gpu(989e12, 13
 
 def peak_flops(device: str) -> float | None:
     """Of the GPU here, where its datasheet is known; None for the CPU."""
-    name = torch.cuda.get_device_name().lower() if device == "cuda" else ""
+    name = "" if device == "cpu" else torch.cuda.get_device_name(device).lower()
     return next((gpu.flops for key, gpu in GPUS.items() if key in name), None)
 
 

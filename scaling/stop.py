@@ -48,6 +48,11 @@ class Stop:
         finally:
             _handled_by(*before)
 
+    def check(self) -> None:
+        """KeyboardInterrupt where it was asked for."""
+        if self.wanted:
+            raise KeyboardInterrupt
+
     def _end(self, number: int, frame: FrameType | None) -> None:
         self.wanted = True
         raise KeyboardInterrupt

@@ -196,8 +196,7 @@ class _Trainer:
 
     def end_if_asked(self) -> None:
         """Saves and raises Stopped where any process was asked to end."""
-        asked = torch.tensor(float(self.stop.wanted), device=self.device) if self.ranks > 1 else self.stop.wanted
-        if not (self.mean(asked) if isinstance(asked, Tensor) else asked):
+        if not self.asked():
             return
         if self.run.out and self.saved != self.step:
             self.save()
@@ -205,6 +204,12 @@ class _Trainer:
         if self.saved != self.step:
             how = f"not saved; the same command goes on from step {self.saved}" if self.saved else "not saved"
         raise Stopped(f"stopped at step {self.step}, {how}")
+
+    def asked(self) -> bool:
+        """Whether any process was asked to end; all processes call it."""
+        if self.ranks == 1:
+            return self.stop.wanted
+        return bool(self.mean(torch.tensor(float(self.stop.wanted), device=self.device)))
 
     def update(self, batch: Batch) -> tuple[Tensor, float]:
         """One step: the loss before it, over all processes, and the norm of the gradient."""

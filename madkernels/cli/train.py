@@ -223,15 +223,17 @@ def run(
     if preset is None and lr is None:
         raise ValueError("--arch has no learning rate of its own: give --lr")
     with Stop(alone=not _several()) as stop, _ends():
-        from rich.console import Console
+        with stop.deferred():  # a library that is half loaded takes no interrupt
+            from rich.console import Console
 
-        from madkernels.cli.sweeps import load_plugins, progress_bars
-        from madkernels.scaling import train as training
-        from madkernels.scaling.data import Corpus
-        from madkernels.scaling.estimate import peak_flops
-        from madkernels.scaling.recipe import LMRun, Recipe
-        from madkernels.scaling.watch import say
+            from madkernels.cli.sweeps import load_plugins, progress_bars
+            from madkernels.scaling import train as training
+            from madkernels.scaling.data import Corpus
+            from madkernels.scaling.estimate import peak_flops
+            from madkernels.scaling.recipe import LMRun, Recipe
+            from madkernels.scaling.watch import say
 
+        stop.check()
         _check_device(device)
         load_plugins(plugin)
         model, length = _meta_model(preset, arch, dim, 1, seqlen)

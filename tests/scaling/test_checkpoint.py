@@ -49,7 +49,7 @@ def sound(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     """The folder of a run that ended, and what came out."""
     out = tmp_path_factory.mktemp("sound") / "run"
     result = train(run_of(data, out), HOW)
-    assert [path.name for path in checkpoint._found(out / "checkpoints")] == ["step-00000004", "step-00000006"]
+    assert [path.name for path in checkpoint.steps_in(out / "checkpoints")] == ["step-00000004", "step-00000006"]
     return out, result
 
 
@@ -166,7 +166,7 @@ def test_the_model_of_a_run_or_of_a_checkpoint(out: Path, tmp_path: Path) -> Non
 
 def test_a_checkpoint_without_checksums_is_still_read(data: Path, out: Path, sound: tuple[Path, dict[str, Any]]) -> None:
     """As they were written first: run.json had no format and no points."""
-    for found in checkpoint._found(out / "checkpoints"):
+    for found in checkpoint.steps_in(out / "checkpoints"):
         (found / "SHA256SUMS").unlink()
         meta = json.loads((found / "run.json").read_text())
         for name in ("format", "points", "total", "since"):
@@ -350,7 +350,7 @@ def test_where_there_is_no_room_for_three_the_older_goes_first(
     kept = []
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: argparse.Namespace(free=0))
     monkeypatch.setattr(checkpoint, "write_tensors", lambda *_, checkpoint_id, write=checkpoint.write_tensors: (
-        kept.append(len(checkpoint._found(checkpoint_id.parent))), write(*_, checkpoint_id=checkpoint_id)
+        kept.append(len(checkpoint.steps_in(checkpoint_id.parent))), write(*_, checkpoint_id=checkpoint_id)
     ))  # fmt: skip
     run = run_of(data, tmp_path)
     train(dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, steps=8)), HOW)

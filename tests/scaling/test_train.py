@@ -169,7 +169,7 @@ def killed(arguments: list[str], out: Path, after: int) -> None:
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     deadline = time.monotonic() + 240
-    while (found := checkpoint.latest(out / "checkpoints")) is None or int(found.name[5:]) < after:
+    while not (found := checkpoint.steps_in(out / "checkpoints")) or int(found[-1].name[5:]) < after:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -245,8 +245,7 @@ def test_a_killed_run_goes_on_exactly(data: Path, whole: Path, tmp_path: Path) -
 
 def test_two_processes_are_resumed_by_one(data: Path, whole: Path, tmp_path: Path) -> None:
     killed(command(data, tmp_path, "--save-every", "0.05", processes=2, steps=60), tmp_path, after=10)
-    at = int(checkpoint.latest(tmp_path / "checkpoints").name[5:])  # type: ignore[union-attr]
-    assert at < 60
+    assert int(checkpoint.steps_in(tmp_path / "checkpoints")[-1].name[5:]) < 60
     call(command(data, tmp_path, steps=60))
     torch.testing.assert_close([p["loss"] for p in log(tmp_path)], [p["loss"] for p in log(whole)], atol=1e-3, rtol=0)
 
@@ -293,8 +292,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(data: Path, tmp_path: Pat
     code, _, errors = signalled(command(data, tmp_path, processes=2, steps=60), signal.SIGTERM, tmp_path, worker=True)
     assert code != 0
     assert "exitcode  : 130" in errors
-    found = checkpoint.latest(tmp_path / "checkpoints")
-    assert found is not None
+    (found,) = checkpoint.steps_in(tmp_path / "checkpoints")
     assert 10 <= checkpoint.verify(found)["step"] < 60
 
 
@@ -343,12 +341,15 @@ def test_what_a_stop_could_not_save_is_told(data: Path, tmp_path: Path, monkeypa
 def test_a_second_interrupt_ends_at_once() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with Stop() as stop:
+        stop.check()
         with stop.deferred():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.wanted
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            stop.check()
         with pytest.raises(KeyboardInterrupt):  # nothing is under way that could be finished
             os.kill(os.getpid(), signal.SIGTERM)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
@@ -366,7 +367,7 @@ def test_a_batch_that_does_not_divide_is_told(data: Path) -> None:
 
 def test_a_checkpoint_gives_the_model_back(data: Path, tmp_path: Path) -> None:
     result = train(run_of(data, tmp_path))
-    model = checkpoint.load_model(checkpoint.latest(tmp_path / "checkpoints"))  # type: ignore[arg-type]
+    model = checkpoint.load_model(tmp_path)
     rows = held_out(Corpus(data).split("validation"), 32, 6)
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
@@ -376,7 +377,7 @@ def test_a_checkpoint_gives_the_model_back(data: Path, tmp_path: Path) -> None:
 def test_a_half_written_checkpoint_is_never_found(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     (folder / ".step-00000006").mkdir(parents=True)
-    assert checkpoint.latest(folder) is None
+    assert checkpoint.steps_in(folder) == []
     assert train(run_of(data, tmp_path))["curve"][0]["step"] == 1
 
 
