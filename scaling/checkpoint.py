@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import pickle
 import re
 import shutil
@@ -40,6 +39,7 @@ FOLDER = "checkpoints"  # of a run
 META, SUMS, PIECES = "run.json", "SHA256SUMS", ".metadata"
 FORMAT = 2  # from 2 on there are checksums
 KEPT = 2
+HEX_DIGITS = 64  # of SHA-256
 
 Warn = Callable[[str], None]
 
@@ -76,8 +76,9 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: 
 
 
 def _begin(unfinished: Path, step: int) -> None:
-    """Where the disk has no room for one more, the older of two goes first."""
-    shutil.rmtree(unfinished, ignore_errors=True)
+    """Half-written ones go, and where the disk has no room for one more, the older of two."""
+    for left in unfinished.parent.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
     unfinished.mkdir(parents=True)
     before = [path for path in steps_in(unfinished.parent) if _step_of(path) < step]
     if len(before) >= KEPT and shutil.disk_usage(unfinished).free < 1.2 * _size(before[-1]):
@@ -97,6 +98,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _finish(unfinished: Path, sums: dict[str, str], place: Path) -> None:
+    if unread := [f"{name}: {digest}" for name, digest in sums.items() if len(digest) != HEX_DIGITS]:
+        raise OSError(f"cannot read back {unread[0]}")
     _write(unfinished / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
     _remove(place)
     unfinished.rename(place)
@@ -159,7 +162,8 @@ def meta_of(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / META
     meta = _json_of(path)
     try:
-        usable = meta["step"] >= 0 and meta["seconds"] >= 0 and meta["config"] | meta["config"]["recipe"] | meta["guard"]
+        parts = meta["config"], meta["config"]["recipe"], meta["guard"]
+        usable = meta["step"] >= 0 and meta["seconds"] >= 0 and all(isinstance(part, dict) for part in parts)
     except (KeyError, TypeError):
         usable = False
     if not usable:
@@ -199,7 +203,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     found = _sums(checkpoint, sorted(wanted))
     for name, digest in wanted.items():
         if found[name] != digest:
-            why = f"its SHA-256 is not the one in {SUMS}" if len(found[name]) == len(digest) else found[name]
+            why = f"its SHA-256 is not the one in {SUMS}" if len(found[name]) == HEX_DIGITS else found[name]
             raise Damaged(f"{checkpoint / name} is damaged: {why}")
     return meta
 
@@ -264,9 +268,11 @@ def _load_model(checkpoint: Path) -> HybridLM:
     config = verify(checkpoint)["config"]
     try:
         options = {name: config[name] for name in ("arch", "vocab_size", "dim", "tied")}
-    except KeyError as error:
-        raise Damaged(f"{checkpoint / META} is damaged: {error.args[0]} is missing") from None
-    model = HybridLM(**options)
+        model = HybridLM(**options)
+    except ValueError as error:  # such as a layer of a plugin that is not loaded
+        raise ValueError(f"{checkpoint / META}: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise Damaged(f"{checkpoint / META} is damaged: it does not say what a model is made of") from None
     weights = get_model_state_dict(model)
     _read(checkpoint, {"model": {f"model.{name}": tensor for name, tensor in weights.items()}})
     model.load_state_dict(weights)
@@ -312,6 +318,10 @@ class _Reader(filesystem.FileSystemReader):
         return found
 
 
+def _nothing(*given: Any) -> None:
+    """In place of what is not needed."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Knows what the metadata of tensors is made of; any other name is an error."""
 
@@ -331,8 +341,8 @@ class _Unpickler(pickle.Unpickler):
     } | {
         ("torch", "Size"): torch.Size,
         ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-        ("pathlib", "PosixPath"): pathlib.PurePosixPath,
-        ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,  # Python 3.13
+        ("pathlib", "PosixPath"): _nothing,  # where it was saved
+        ("pathlib._local", "PosixPath"): _nothing,  # the same, of Python 3.13
     }
 
     def find_class(self, module: str, name: str) -> Any:

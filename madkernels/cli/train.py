@@ -296,7 +296,9 @@ def _ends() -> Iterator[None]:
     except KeyboardInterrupt:
         pass
     except Exception as error:
-        if type(error).__name__ != "Diverged":
+        from madkernels.runs.engines import Diverged
+
+        if not isinstance(error, Diverged):
             raise
         raise ValueError(f"the training diverged: {error}") from None
     if int(os.environ.get("RANK", 0)) == 0:

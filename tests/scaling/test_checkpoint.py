@@ -233,6 +233,19 @@ def _evil_part(found: Path, marker: Path, change: Callable[[Any], None]) -> None
     (found / ".metadata").write_bytes(pickle.dumps(meta))
 
 
+@pytest.mark.parametrize("change", [{"dim": "8"}, {"dim": None}, {"vocab_size": []}, {"arch": 3}, {"arch": "mine"}], ids=str)
+def test_a_configuration_that_makes_no_model(out: Path, change: dict[str, Any]) -> None:
+    """Of a checkpoint from before there were checksums."""
+    found = out / "checkpoints" / "step-00000006"
+    (found / "SHA256SUMS").unlink()
+    meta = json.loads((found / "run.json").read_text())
+    meta["config"] |= change
+    del meta["format"]
+    (found / "run.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=r"run\.json: |run\.json is damaged: it does not say what a model is made of"):
+        checkpoint.load_model(found)
+
+
 @pytest.mark.parametrize("make", [_evil_metadata, _evil_storage, _evil_tensor, _evil_bytes])
 def test_nothing_in_a_checkpoint_is_run(data: Path, out: Path, marker: Path, make: Callable[[Path, Path], None]) -> None:
     """By somebody who has written the checksums too."""
@@ -342,6 +355,14 @@ def test_a_log_is_whole_again_once_there_is_room(tmp_path: Path) -> None:
             log.add(step, {"loss": 1 / 3})
     log.close()
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == list(range(1, 7))
+
+
+def test_what_a_killed_save_left_goes_with_the_next(data: Path, tmp_path: Path) -> None:
+    left = tmp_path / "checkpoints" / ".step-00000005"
+    left.mkdir(parents=True)
+    (left / "half").write_text("half")
+    train(run_of(data, tmp_path), HOW)
+    assert not left.exists()
 
 
 def test_where_there_is_no_room_for_three_the_older_goes_first(
