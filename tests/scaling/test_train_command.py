@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,48 @@ def test_it_says_where_it_goes_on_and_what_could_not_be_written(
     assert (code, errors) == (0, "")
     assert told.splitlines()[:2] == [f"warning: {warning}", "going on from step 4"]
     assert told.splitlines()[-1] == f"Warnings: 1, the last: {warning}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("owner", "method"), [(training._Trainer, "update"), (FileSystemWriter, "write_data")])
+def test_a_signal_in_a_step_or_a_save_lets_it_be_finished(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    owner: type,
+    method: str,
+) -> None:
+    honest = getattr(owner, method)
+
+    def signalled(*arguments: Any) -> Any:
+        signal.raise_signal(number)
+        return honest(*arguments)
+
+    arguments = [*options(data, tmp_path), "--save-every", "0", "--log-every", "1"]
+    monkeypatch.setattr(owner, method, signalled)
+    code, told, errors = called(monkeypatch, capsys, *arguments)
+    assert (code, errors) == (130, "")
+    assert told.splitlines()[-1] == "stopped at step 1, saved; the same command goes on"
+    monkeypatch.setattr(owner, method, honest)
+    code, told, errors = called(monkeypatch, capsys, *arguments)
+    assert (code, errors) == (0, "")
+    assert told.startswith("going on from step 1\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing_of_data_that_are_not_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    def signalled(*_: object) -> list[int]:
+        signal.raise_signal(number)
+        return []
+
+    (tmp_path / "text").write_text("text")
+    monkeypatch.setattr(Bytes, "encode", signalled)
+    assert called(monkeypatch, capsys, "train", "prepare", tmp_path / "text", "--out", tmp_path / "data") == (130, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
 @pytest.mark.parametrize(("number", "deferred"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)])
