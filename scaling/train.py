@@ -291,7 +291,7 @@ class _Trainer:
         self.seconds, self.guard = meta["seconds"], Guard(**meta["guard"])
         self.total += meta.get("total", 0.0)
         self.since = meta.get("since", self.step)
-        # one of before 0.2 leaves its points to the log
+        # a checkpoint from before there were checksums leaves the points to the log
         points = meta["points"] if "points" in meta else points_of(Path(str(self.run.out)), self.step)
         self.log.begin(points, self.step)
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ class Log:
             self.full = False
         except OSError as error:
             self._let_go_of_file()
-            path.with_suffix(".unfinished").unlink(missing_ok=True)
+            with suppress(OSError):
+                path.with_suffix(".unfinished").unlink()
             if not self.full:
                 self.warn(f"cannot write {path}: {error.strerror or error}; tried again with the next line")
             self.full = True

@@ -288,6 +288,7 @@ def _check_device(name: str) -> None:
 def _ends() -> Iterator[None]:
     """How a training ends that does not come to its end: a line, and an exit code."""
     from madkernels.scaling.stop import Stopped
+    from madkernels.scaling.watch import say
 
     told = "stopped at once; the same command goes on from the last checkpoint"
     try:
@@ -304,7 +305,7 @@ def _ends() -> Iterator[None]:
             raise
         raise ValueError(f"the training diverged: {error}") from None
     if int(os.environ.get("RANK", 0)) == 0:
-        print(told, flush=True)
+        say(told)
     raise typer.Exit(130)
 
 

@@ -357,6 +357,15 @@ def test_a_log_is_whole_again_once_there_is_room(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == list(range(1, 7))
 
 
+def test_a_log_that_cannot_be_made_costs_a_warning(data: Path, sound: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    for name in ("log.jsonl", "log.unfinished"):
+        out = tmp_path / name / "run"
+        (out / name / "in the way").mkdir(parents=True)
+        result = train(run_of(data, out), HOW)
+        assert losses(result) == losses(sound[1])
+        assert [f"cannot write {out}/log.jsonl: " in warning for warning in result["warnings"]] == [True]
+
+
 def test_what_a_killed_save_left_goes_with_the_next(data: Path, tmp_path: Path) -> None:
     left = tmp_path / "checkpoints" / ".step-00000005"
     left.mkdir(parents=True)
