@@ -24,7 +24,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from madkernels.models.spec import parse
-from madkernels.runs.engines import Diverged, Result
+from madkernels.runs.engines import Refused, Result
 from madkernels.runs.keys import Keyed, code_of
 from madkernels.synthetics.tasks import TASKS, Task
 
@@ -96,7 +96,7 @@ class Run(Keyed):
         from madkernels.synthetics.train import train
 
         if len(job) > 1:
-            return [str(r) if isinstance(r, Diverged) else r for r in train_together(job, on_point, device)]
+            return [str(r) if isinstance(r, Refused) else r for r in train_together(job, on_point, device)]
         return [train(job[0], lambda epoch, point: on_point(job[0], epoch, point), device)]
 
     def size(self) -> float:

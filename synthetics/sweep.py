@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from madkernels.models import counting
-from madkernels.models.layers import user_layers
-from madkernels.models.layers.user import check_causal
-from madkernels.models.spec import parse
 from madkernels.runs.engines import Engine, InProcess
 from madkernels.runs.execute import Outcome, Progress, execute, left
 from madkernels.runs.store import Store
+from madkernels.synthetics.honesty import check_layers
 from madkernels.synthetics.protocol import Run
 from madkernels.synthetics.together import alike
 from madkernels.synthetics.train import build
@@ -41,9 +39,7 @@ def check(runs: Sequence[Run]) -> None:
     """Raises ValueError for an architecture that cannot be trained."""
     for run in {(r.arch, r.task.autoencoder, r.training.dim): r for r in runs}.values():
         build(run)
-        for spec in parse(run.arch).layers:
-            if spec.name in user_layers():
-                check_causal(spec.build(run.training.dim), str(spec))
+    check_layers(runs)
 
 
 def jobs_of(runs: Sequence[Run], together: bool) -> list[tuple[Run, ...]]:

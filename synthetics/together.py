@@ -23,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from madkernels.models.init import parameter_groups
-from madkernels.runs.engines import Diverged
+from madkernels.runs.engines import Diverged, Refused
+from madkernels.synthetics.honesty import check_scored, loaded
 from madkernels.synthetics.protocol import Run
 from madkernels.synthetics.tasks import IGNORE
 from madkernels.synthetics.train import BETAS, EVALUATION_BATCH, Tally, build, check_finite, data
@@ -41,8 +42,8 @@ def alike(run: Run) -> Run:
 
 def train_together(
     runs: Sequence[Run], on_epoch: Callable[[Run, int, dict[str, float]], None] | None = None, device: str = "cpu"
-) -> list[dict[str, Any] | Diverged]:
-    """As :func:`train` for each, up to rounding; for a run that diverges, that.
+) -> list[dict[str, Any] | Refused]:
+    """As :func:`train` for each, up to rounding; for a run that diverges or looks ahead, that.
 
     Raises:
         ValueError: runs that differ in more than rate, decay and seed.
@@ -73,7 +74,7 @@ class _Group:
         self.data_seconds = (time.perf_counter() - begun) / len(runs)
         self.orders = [torch.Generator().manual_seed(run.training.seed) for run in runs]
         self.curves: list[list[dict[str, float]]] = [[] for _ in runs]
-        self.results: list[dict[str, Any] | Diverged] = [Diverged()] * len(runs)
+        self.results: list[dict[str, Any] | Refused] = [Diverged()] * len(runs)
 
     def train(self, epoch: int) -> list[float]:
         """One epoch of those that are left; the loss of each."""
@@ -111,7 +112,12 @@ class _Group:
         """Measures those that have ended on their test sets."""
         part = self.stack.part(places)
         found = part.measure([self.splits[i].test for i in part.alive])
-        for i, measured in zip(part.alive, found, strict=True):
+        for place, (i, measured) in enumerate(zip(part.alive, found, strict=True)):
+            try:
+                check_scored(self.runs[i], part.model(place), build, self.splits[i].held_out)
+            except Refused as error:
+                self.results[i] = error
+                continue
             self.results[i] = measured | {
                 "held_out_accuracy": self.curves[i][-1]["held_out_accuracy"],
                 "epochs": len(self.curves[i]),
@@ -155,6 +161,12 @@ class Stack:
         kept.alive = [self.alive[place] for place in places]
         kept.recorded = {}
         return kept
+
+    def model(self, place: int) -> nn.Module:
+        """One of the models, by itself."""
+        tensors = {name: t[place].detach() for name, t in [*self.params.items(), *self.buffers.items()]}
+        one: nn.Module = loaded(build(self.runs[self.alive[place]]).to(next(iter(tensors.values())).device), tensors)
+        return one
 
     def logits(self, inputs: Tensor) -> Tensor:
         """inputs (models, batch, seqlen) to (models, batch, seqlen, vocab_size)."""

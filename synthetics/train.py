@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from madkernels.models import AutoEncoder, HybridLM
 from madkernels.models.init import parameter_groups
 from madkernels.runs.engines import Diverged
+from madkernels.synthetics.honesty import check_scored
 from madkernels.synthetics.protocol import Run, Training
 from madkernels.synthetics.tasks import IGNORE, Task
 
@@ -65,6 +66,7 @@ def train(run: Run, on_epoch: Callable[[int, dict[str, float]], None] | None = N
 
     Raises:
         Diverged: the training loss became NaN or infinite.
+        Refused: a layer from outside turned out to look ahead.
     """
     begun = time.perf_counter()
     options, model = run.training, build(run).to(device)
@@ -93,6 +95,7 @@ def train(run: Run, on_epoch: Callable[[int, dict[str, float]], None] | None = N
             on_epoch(epoch, point)
         if point["held_out_accuracy"] >= options.enough:
             break
+    check_scored(run, model, build, held_out)
     return measure(model, *test, options) | {
         "held_out_accuracy": curve[-1]["held_out_accuracy"],
         "epochs": len(curve),

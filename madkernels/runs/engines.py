@@ -55,7 +55,11 @@ class Run(Protocol):
         ...
 
 
-class Diverged(Exception):
+class Refused(Exception):
+    """A run gets no result; the message says why."""
+
+
+class Diverged(Refused):
     """The loss is no number any more."""
 
 
@@ -80,7 +84,7 @@ def work(job: Job, on_point: OnPoint, device: str) -> list[Result]:
     """Trains the runs of a job. An error is their result."""
     try:
         return job[0].do(job, on_point, device)
-    except Diverged as error:
+    except Refused as error:
         return [str(error)] * len(job)
     except Exception as error:  # whatever one trial meets, the others go on
         return [f"{type(error).__name__}: {error}"] * len(job)

@@ -77,22 +77,3 @@ def digest(make: Callable[..., nn.Module]) -> str:
     except (OSError, TypeError):  # made at a prompt
         source = repr(make).encode()
     return hashlib.sha256(source).hexdigest()[:16]
-
-
-@torch.no_grad()
-def check_causal(layer: Layer, name: str, seqlen: int = 16) -> None:
-    """Raises ValueError where an output depends on what comes after it, or has another shape than the input."""
-    layer.eval()
-    like = next(layer.parameters(), torch.zeros(()))
-    x = torch.randn(2, seqlen, layer.dim, generator=torch.Generator().manual_seed(0)).to(like)
-    y = layer(x)
-    if y.shape != x.shape:
-        raise ValueError(f"layer {name} maps {tuple(x.shape)} to {tuple(y.shape)}; expected the same shape")
-    for cut in (1, seqlen // 2, seqlen - 1):
-        changed = torch.cat([x[:, :cut], -x[:, cut:]], 1)
-        moved = (layer(changed) - y)[:, :cut].abs().amax((0, 2))
-        if (moved > 1e-4 * y.abs().max()).any():
-            seen = int((moved > 1e-4 * y.abs().max()).nonzero()[0])
-            raise ValueError(
-                f"layer {name} is not causal: its output at position {seen} changes with inputs from position {cut}"
-            )

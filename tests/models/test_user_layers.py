@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from madkernels.models import HybridLM, SpecError, add_layer, layers, parse
+from madkernels.models.causality import check_causal
 from madkernels.models.layers import LAYERS, Layer, user_layers
-from madkernels.models.layers.user import check_causal
 
 
 class Averages(nn.Module):
@@ -23,15 +23,6 @@ class Averages(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         count = torch.arange(1, x.shape[1] + 1)[:, None]
         return self.scale * self.up(self.down(x.cumsum(1) / count))
-
-
-class LooksAhead(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x.roll(-2, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +48,7 @@ def test_joins_with_one_line() -> None:
     torch.testing.assert_close(packed, torch.cat([model(tokens[:1, :4]), model(tokens[:1, 4:])], 1))
     assert layer.flops(10) == 2 * 10 * 2 * 16 * 4
     assert layer.state_size(10) == 0
-    check_causal(layer, "averages")
+    check_causal(lambda: LAYERS["averages"](16), "averages", dim=16)
     assert str(parse("averages:hidden=8")) == "averages"
     assert list(user_layers()) == ["averages"]
 
@@ -76,20 +67,3 @@ def test_refusals() -> None:
         add_layer("linear", nn.Linear)
     with pytest.raises(SpecError, match="unknown layer 'averages'"):
         parse("averages")
-
-
-def test_a_layer_that_is_not_causal_is_named() -> None:
-    add_layer("ahead", LooksAhead)
-    with pytest.raises(
-        ValueError, match="layer ahead is not causal: its output at position 0 changes with inputs from position 1"
-    ):
-        check_causal(LAYERS["ahead"](16), "ahead")
-    for name, layer in LAYERS.items():
-        if name != "ahead":
-            check_causal(layer(128), name)
-
-
-def test_a_layer_of_another_shape_is_named() -> None:
-    add_layer("wide", lambda dim: nn.Linear(dim, 2 * dim))
-    with pytest.raises(ValueError, match=r"layer wide maps \(2, 16, 16\) to \(2, 16, 32\)"):
-        check_causal(LAYERS["wide"](16), "wide")
