@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 
 from madkernels import pages
 from madkernels.models.spec import SpecError, parse
+from madkernels.runs.store import OPEN
 from madkernels.synthetics import published
 from madkernels.synthetics.protocol import MEASURES, Results, best_runs, mad_score, margin, mean, results_of, scores
 from madkernels.synthetics.report import costs_of, label, percent, unfair
@@ -62,7 +63,7 @@ def _heading(title: str, rows: Sequence[dict[str, Any]]) -> str:
 def _gaps(rows: Sequence[dict[str, Any]]) -> str:
     """What is missing, said before any score."""
     lines = []
-    if open_runs := sum(row["status"] in ("planned", "running") for row in rows):
+    if open_runs := sum(row["status"] in OPEN for row in rows):
         lines.append(f"{open_runs} of {len(rows)} runs have no result yet; scores with a star lack settings.")
     failed = [row for row in rows if row["status"] == "failed"]
     lines += [f"Failed: {row['run'].task}: {label(row['run'].arch)}: {row['error']}" for row in failed]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from madkernels.runs.store import OPEN
 from madkernels.synthetics.sweep import work_of
 
 
@@ -35,7 +36,7 @@ def time_left(rows: Sequence[dict[str, Any]]) -> float | None:
     """Seconds, from the operations that are left and the pace of those done; None without both. Early stops are foreseen at
     the rate at which they came."""
     done = [row for row in rows if row["status"] == "done" and row["ended"] > row["started"]]
-    left = [row for row in rows if row["status"] in ("planned", "running")]
+    left = [row for row in rows if row["status"] in OPEN]
     if not done or not left:
         return None
     try:

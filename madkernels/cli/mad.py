@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from madkernels.cli.sweeps import Bars, engine_of, load_plugins, progress_bars
+from madkernels.cli.sweeps import Bars, engine_of, load_plugins, progress_bars, stoppable
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     from rich.console import Console
@@ -62,19 +63,18 @@ def run(
     runs = plan(chosen, arch or DEMO_ARCHS, tasks, seeds=seed, dtype=dtype)
     console = Console()
     place = engine_of(engine, workers, address, device, plugins)
-    store = Store(out)
-    with progress_bars(console) as bars:
-        known = store.metrics()
-        done = {run for run in runs if run.key() in known}
-        progress = Bars(bars, work_of(runs), done)
-        outcome = sweep(runs, store, progress, engine=place, together=device != "cpu" if together is None else together)
-    wanted = {run.key() for run in runs}
-    rows = [row for row in store.latest(Run.of) if row["key"] in wanted]
-    scores_path, runs_path = write_csv(rows, out)
-    console.print(table(results_of(rows), chosen.score))
-    console.print(f"{outcome.trained} runs trained, {outcome.already_done} found done, {outcome.failed} failed.")
-    console.print(f"Results: {store.path}, {scores_path}, {runs_path}", soft_wrap=True)
-    store.close()
+    with closing(Store(out)) as store:
+        with stoppable(store, runs), progress_bars(console) as bars:
+            known = store.metrics()
+            done = {run for run in runs if run.key() in known}
+            progress = Bars(bars, work_of(runs), done)
+            outcome = sweep(runs, store, progress, engine=place, together=device != "cpu" if together is None else together)
+        wanted = {run.key() for run in runs}
+        rows = [row for row in store.latest(Run.of) if row["key"] in wanted]
+        scores_path, runs_path = write_csv(rows, out)
+        console.print(table(results_of(rows), chosen.score))
+        console.print(f"{outcome.trained} runs trained, {outcome.already_done} found done, {outcome.failed} failed.")
+        console.print(f"Results: {store.path}, {scores_path}, {runs_path}", soft_wrap=True)
 
 
 @mad.command()
@@ -83,7 +83,7 @@ def status(out: Folder = Path("out/mad")) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from madkernels.runs.store import Results
+    from madkernels.runs.store import OPEN, Results
     from madkernels.synthetics.protocol import Run
     from madkernels.synthetics.status import summary
 
@@ -91,10 +91,11 @@ def status(out: Folder = Path("out/mad")) -> None:
     told = summary(results.latest(Run.of))
     results.close()
     table = Table(title=str(out))
-    for column in ("task", "architecture", "planned", "running", "done", "failed"):
+    statuses = (*OPEN, "done", "failed")
+    for column in ("task", "architecture", *statuses):
         table.add_column(column, overflow="fold")
     for (task, arch), counts in told.counts.items():
-        table.add_row(task, arch, *(str(counts[name]) for name in ("planned", "running", "done", "failed")))
+        table.add_row(task, arch, *(str(counts[name]) for name in statuses))
     console = Console()
     console.print(table)
     for line in told.lines:
@@ -204,8 +205,7 @@ def search(
     costs = searching.affordable(found, chosen, budget, candidates, seed)
     console = Console()
     console.print(f"{len(costs)} of {len(found)} candidates")
-    store = Store(out)
-    with progress_bars(console) as bars:
+    with closing(Store(out)) as store, stoppable(store), progress_bars(console) as bars:
 
         def progress_of(rung: int, runs: list[Run]) -> Bars:
             done = store.metrics()
@@ -213,7 +213,6 @@ def search(
 
         place = engine_of("pool", workers, "auto", device, plugins)
         ranked = searching.search(costs, chosen, store, place, progress_of, together=device != "cpu")
-    store.close()
     front = searching.pareto(ranked)
     table = Table(caption="* on the Pareto front of score, state, parameters and operations, of those that came furthest.")
     for column in ("", "architecture", "rung", "MAD score", "parameters", "state", "operations a token"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from madkernels.cli.fits import compare, correlate, fit, report
-from madkernels.cli.sweeps import Bars, engine_of, load_plugins, progress_bars
+from madkernels.cli.sweeps import Bars, engine_of, load_plugins, progress_bars, stoppable
 from madkernels.files import refuse_existing
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
@@ -184,12 +185,12 @@ def run(
     runs = runs_of(rows, data, out)
     work = {run: row.flops for run, row in zip(runs, rows, strict=True)}
     place = engine_of(engine, workers, address, device, plugins)
-    console, store = Console(), Store(out)
-    with progress_bars(console) as bars:
-        known = store.metrics()
-        outcome = sweep(runs, work, store, Bars(bars, work, {run for run in runs if run.key() in known}), place)
-    write_csv(rows, runs, store, out / CSV)
-    store.close()
+    console = Console()
+    with closing(Store(out)) as store:
+        with stoppable(store, runs), progress_bars(console) as bars:
+            known = store.metrics()
+            outcome = sweep(runs, work, store, Bars(bars, work, {run for run in runs if run.key() in known}), place)
+        write_csv(rows, runs, store, out / CSV)
     console.print(f"{outcome.trained} runs trained, {outcome.already_done} found done, {outcome.failed} failed.")
     console.print(f"Results: {store.path}, {out / CSV}", soft_wrap=True)
 

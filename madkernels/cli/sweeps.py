@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+import signal
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
     from madkernels.runs.engines import Engine, Run
+    from madkernels.runs.store import Store
 
 
 def load_plugins(paths: list[Path] | None) -> list[str]:
@@ -37,6 +43,38 @@ def engine_of(name: str, workers: int | None, address: str, device: str, plugins
     if name != "pool":
         raise ValueError(f"--engine: {name!r} is not known; expected pool, process or ray")
     return Pool(workers or (torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1), device, plugins)
+
+
+@contextmanager
+def stoppable(store: Store, runs: Collection[Run] | None = None) -> Iterator[None]:
+    """Says first how much is done, of the runs or of all that the store has. SIGINT and SIGTERM end what runs inside with
+    one line and exit code 130."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    done, told = _done(store, runs)
+    if done:
+        print(f"going on: {told}", flush=True)
+    elif runs is not None:
+        print(f"{len(runs)} runs to do", flush=True)
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped: {_done(store, runs)[1]}; the same command goes on", flush=True)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _done(store: Store, runs: Collection[Run] | None) -> tuple[int, str]:
+    """How many runs are done, and that in words."""
+    known = store.metrics().keys()
+    if runs is None:
+        return len(known), f"{len(known)} runs are done"
+    done = len({run.key() for run in runs} & known)
+    return done, f"{done} of {len(runs)} runs are done"
 
 
 def progress_bars(console: Console) -> Progress:

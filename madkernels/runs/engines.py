@@ -2,7 +2,7 @@
 
 A job is one run, or several that train together. Whatever happens to a job is told for each of its runs: an engine raises
 for nothing that a job does. A job whose worker dies is done again, twice at most. Workers write nothing: results go to
-whoever listens.
+whoever listens. A KeyboardInterrupt of the caller ends the workers, and passes; a second one ends them at once.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import importlib.util
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ import torch
 Result = dict[str, Any] | str  # what was measured, or why there is nothing
 OnPoint = Callable[[Any, int, dict[str, float]], None]
 ATTEMPTS = 3
+GRACE = 60.0  # seconds that workers get to save what they are at
 
 
 class Run(Protocol):
@@ -150,6 +153,9 @@ class Pool:
                             _try_again(worker.attempt, waiting, listener)
                         workers[place] = self.worker(place)
                         _give(workers[place], waiting, listener)
+        except KeyboardInterrupt:
+            _end(workers, listener)
+            raise
         finally:
             for worker in workers:
                 worker.process.kill()
@@ -187,6 +193,16 @@ def _try_again(attempt: _Attempt, waiting: deque[_Attempt], listener: Listener) 
         listener.ended(run, f"its worker died {ATTEMPTS} times")
 
 
+def _end(workers: Sequence[_Worker], listener: Listener) -> None:
+    """Asks workers to end: a trainer that saves does so first. Passes on what they still said."""
+    for worker in workers:
+        worker.process.terminate()
+    until = time.monotonic() + GRACE
+    for worker in workers:
+        worker.process.join(max(until - time.monotonic(), 0))
+        worker.listen(listener)
+
+
 class _Worker:
     """A process, and the job that it is at."""
 
@@ -194,7 +210,12 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=_serve, args=(theirs, device, tuple(plugins)), daemon=True)
-        self.process.start()
+        # Ctrl-C reaches every process of a terminal; workers, which begin with it blocked, leave it to their parent.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.attempt: _Attempt | None = None
 
@@ -225,9 +246,9 @@ def _serve(pipe: Connection, device: str, plugins: Sequence[str]) -> None:
     while True:
         try:
             job = pipe.recv()
-        except EOFError:
+            pipe.send(work(job, lambda *point: pipe.send(point), device))
+        except (EOFError, KeyboardInterrupt):  # the parent is gone, or has asked for the end and the trainer has saved
             return
-        pipe.send(work(job, lambda *point: pipe.send(point), device))
 
 
 def _end_with_parent() -> None:
@@ -284,14 +305,26 @@ class RayCluster:
         needs = {"num_gpus": 1} if self.device.startswith("cuda") else {"num_cpus": 1}
         task = self._ray.remote(max_retries=ATTEMPTS - 1, **needs)(_work_on_ray)
         waiting = {task.remote(job, said, self.device, tuple(self.plugins)): job for job in jobs}
-        while waiting:
-            ended, _ = self._ray.wait(list(waiting), timeout=0.5)
-            self._pass_on(said, listener)
-            for reference in ended:
-                job = waiting.pop(reference)
-                for run, result in zip(job, self._result(reference, job), strict=True):
-                    listener.ended(run, result)
-        said.shutdown()
+        try:
+            while waiting:
+                ended, _ = self._ray.wait(list(waiting), timeout=0.5)
+                self._pass_on(said, listener)
+                for reference in ended:
+                    job = waiting.pop(reference)
+                    for run, result in zip(job, self._result(reference, job), strict=True):
+                        listener.ended(run, result)
+        except KeyboardInterrupt:
+            self._cancel(list(waiting))
+            raise
+        finally:
+            said.shutdown(force=True)
+
+    def _cancel(self, tasks: list[Any]) -> None:
+        """Interrupts tasks, which lets a trainer save, and ends those that do not end by themselves."""
+        for force in (False, True):
+            for task in tasks:
+                self._ray.cancel(task, force=force)
+            _, tasks = self._ray.wait(tasks, num_returns=len(tasks), timeout=GRACE) if tasks else ([], [])
 
     def _pass_on(self, said: Any, listener: Listener) -> None:
         for run, number, point in said.get_nowait_batch(said.qsize()):

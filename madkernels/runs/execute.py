@@ -55,8 +55,10 @@ def execute(
     """
     store.plan(runs)
     books = _Books(store, progress, told)
-    engine.run(jobs, books)
-    books.close()
+    try:
+        engine.run(jobs, books)
+    finally:
+        books.close()
     todo = sum(map(len, jobs))
     return Outcome(todo - books.failed, len(runs) - todo, books.failed)
 

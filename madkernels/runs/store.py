@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from madkernels.runs.engines import Run
-from madkernels.runs.lock import lock
+from madkernels.runs.lock import is_locked, lock
 
 SCHEMA = 2  # PRAGMA user_version; a change of the table is another number
 FILE = "results.sqlite"
+OPEN = ("planned", "running", "stopped")  # the statuses of a row without a result
 
 _TABLE = """
 CREATE TABLE runs (
@@ -69,12 +70,15 @@ class Results:
         return {key: json.loads(metrics) for key, metrics in rows}
 
     def rows(self) -> list[dict[str, Any]]:
-        """All runs, in the order in which they were planned, JSON read."""
+        """All runs, in the order in which they were planned, JSON read. Those that no living process runs any more are
+        `stopped`, not `running`."""
         cursor = self.db.execute("SELECT * FROM runs ORDER BY rowid")
         names = [column[0] for column in cursor.description]
         found = [dict(zip(names, row, strict=True)) for row in cursor]
+        running = "running" if is_locked(self.path) else "stopped"
         for row in found:
             row |= {k: json.loads(row[k]) for k in ("config", "metrics", "curve") if row[k] is not None}
+            row["status"] = running if row["status"] == "running" else row["status"]
         return found
 
     def latest(self, run_of: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
@@ -112,9 +116,10 @@ class Store(Results):
         super().open()
 
     def plan(self, runs: Sequence[Run]) -> None:
-        """Notes what is to be done; what is known already stays as it is."""
+        """Notes what is to be done; what is known already stays as it is. What an earlier process was at is to be done."""
         self._write("BEGIN IMMEDIATE", ())
         try:
+            self._write("UPDATE runs SET status = 'planned' WHERE status = 'running'", ())
             for run in runs:
                 self._write("INSERT OR IGNORE INTO runs (key, config, status) VALUES (?, ?, 'planned')", _named(run))
         finally:

@@ -225,6 +225,23 @@ def test_a_worker_of_ray_that_is_killed_is_replaced(cluster: str) -> None:
     assert without_time(heard.results[short]) == without_time(engines.work((short,), lambda *_: None, "cpu")[0])
 
 
+def test_an_interrupt_ends_what_ray_is_at(cluster: str) -> None:
+    def busy() -> list[str]:
+        titles = [(folder / "cmdline") for folder in Path("/proc").glob("[0-9]*")]
+        return [path.parent.name for path in titles if path.exists() and b"_work_on_ray" in path.read_bytes()]
+
+    def interrupt() -> None:
+        assert busy()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RayCluster(cluster).run([(LONG,)], Heard(interrupt))
+    deadline = time.monotonic() + 10
+    while busy() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not busy()
+
+
 def test_no_cluster_and_no_ray_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"Ray is not installed: pip install 'madkernels\[cluster\]'"):
