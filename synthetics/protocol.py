@@ -13,7 +13,6 @@ with Student's 95 % intervals.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,10 +25,13 @@ from scipy.stats import t as student
 from madkernels.models.spec import parse
 from madkernels.runs.engines import Refused, Result
 from madkernels.runs.keys import Keyed, code_of
+from madkernels.synthetics.fields import fields_of, parse_json, read_list, read_object, read_value, required, unknown
 from madkernels.synthetics.tasks import TASKS, Task
 
 FOLDER = Path(__file__).parent / "protocols"
 MEASURES = ("accuracy", "macro_accuracy")
+GRID = ("lr", "weight_decay")  # every combination of their values is trained
+LEAST = {"min_lr": 0, "epochs": 1, "batch": 1, "dim": 1, "held_out": 1, "train_examples": 1}
 SELECTIONS = ("validation", "test")
 
 
@@ -116,12 +118,6 @@ class Protocol:
     score: str
 
 
-def one_at_a_time(baseline: Task, changes: dict[str, Sequence[Any]]) -> tuple[Task, ...]:
-    """The baseline, and each change of one variable from it."""
-    changed = [dataclasses.replace(baseline, **{name: value}) for name, values in changes.items() for value in values]
-    return (baseline, *changed)
-
-
 def protocol_names() -> list[str]:
     """The protocols that come with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -131,31 +127,56 @@ def load_protocol(name: str) -> Protocol:
     """A protocol by its name, or from a JSON file. ValueError says what in it is wrong."""
     path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     if not name.endswith(".json") and name not in protocol_names():
-        raise ValueError(f"unknown protocol {name!r}; there are {', '.join(protocol_names())}, or a .json file")
+        raise ValueError(unknown("protocol", name, [*protocol_names(), "or a .json file"]))
     try:
-        data = json.loads(path.read_text())
-        return _read_protocol(path.stem, data)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        problem = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"protocol {name}: {problem}") from None
+        return _read_protocol(path.stem, parse_json(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"protocol {name}: {error.strerror}") from None
+    except RecursionError:
+        raise ValueError(f"protocol {name}: its objects are nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"protocol {name}: {error}") from None
 
 
-def _read_protocol(name: str, data: dict[str, Any]) -> Protocol:
-    known = {"about", "seeds", "score", "training", "tasks"}
-    if unknown := data.keys() - known:
-        raise ValueError(f"unknown entry {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
-    if data["score"] not in MEASURES:
-        raise ValueError(f"score is {data['score']!r}; it takes {' or '.join(MEASURES)}")
-    if not data["seeds"] or len(set(data["seeds"])) < len(data["seeds"]):
-        raise ValueError(f"seeds is {data['seeds']}; it takes one or more, each once")
-    options = dict(data["training"])
-    grid = product(options.pop("lr"), options.pop("weight_decay"))
-    trainings = tuple(Training(lr=lr, weight_decay=decay, **options) for lr, decay in grid)
-    settings = {}
-    for task in task_names(",".join(data["tasks"])):
-        entry = data["tasks"][task]
-        settings[task] = one_at_a_time(TASKS[task](**entry["baseline"]), entry.get("changes", {}))
-    return Protocol(name, data["about"], settings, trainings, tuple(data["seeds"]), data["score"])
+def _read_protocol(name: str, data: Any) -> Protocol:
+    known = ("about", "seeds", "score", "training", "tasks")
+    data = read_object("the file", data, known, known)
+    about, score = (read_value(key, data[key], str) for key in ("about", "score"))
+    if score not in MEASURES:
+        raise ValueError(f"score is {score!r}; it takes {' or '.join(MEASURES)}")
+    seeds = read_list("seeds", data["seeds"], int)
+    tasks = read_object("tasks", data["tasks"], data["tasks"], ())
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"tasks: {unknown('task', task, TASKS)}")
+    if not tasks:
+        raise ValueError("tasks: there is none")
+    settings = {task: _read_task(f"tasks.{task}", TASKS[task], tasks[task]) for task in TASKS if task in tasks}
+    return Protocol(name, about, settings, _read_trainings(data["training"]), tuple(seeds), score)
+
+
+def _read_trainings(data: Any) -> tuple[Training, ...]:
+    """The grid of a protocol."""
+    types = {name: kind for name, kind in fields_of(Training).items() if name != "seed"}
+    data = read_object("training", data, types, GRID)
+    grid = [read_list(f"training.{name}", data[name], float, 0) for name in GRID]
+    options = {k: read_value(f"training.{k}", v, types[k], LEAST.get(k)) for k, v in data.items() if k not in GRID}
+    return tuple(Training(**dict(zip(GRID, point, strict=True)), **options) for point in product(*grid))
+
+
+def _read_task(where: str, task: type[Task], data: Any) -> tuple[Task, ...]:
+    """The baseline, and each change of one variable from it."""
+    data, types = read_object(where, data, ("baseline", "changes"), ("baseline",)), fields_of(task)
+    given = read_object(f"{where}.baseline", data["baseline"], types, required(task))
+    base = task(**{k: read_value(f"{where}.baseline.{k}", v, types[k], LEAST.get(k)) for k, v in given.items()})
+    settings = [base]
+    for name, values in read_object(f"{where}.changes", data.get("changes", {}), types, ()).items():
+        place = f"{where}.changes.{name}"
+        for value in read_list(place, values, types[name], LEAST.get(name)):
+            if value == getattr(base, name):
+                raise ValueError(f"{place}: {value} is the baseline's")
+            settings.append(dataclasses.replace(base, **{name: value}))
+    return tuple(settings)
 
 
 def plan(
@@ -190,7 +211,7 @@ def task_names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
+            raise ValueError(unknown("task", name, TASKS))
     return [name for name in TASKS if name in names]
 
 

@@ -6,6 +6,7 @@ Where another test shows one absent in full, the comment says which.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -97,11 +98,17 @@ def test_two_copies_reach_the_generator() -> None:
 def test_three_options_are_passed_on_and_unknown_ones_refused(tmp_path: Path) -> None:
     runs = protocol.plan("demo", ["mlp"], "recall", seeds=[7], dtype="bfloat16")
     assert {(r.training.seed, r.training.dtype) for r in runs} == {(7, "bfloat16")}
-    for entry in ('"training": {"lr": [1], "weight_decay": [0], "precision": "x"}', '"precision": "x"'):
+    training = {"lr": [1], "weight_decay": [0]}
+    whole = {
+        "about": "",
+        "score": "accuracy",
+        "seeds": [1],
+        "tasks": {"recall": {"baseline": {"vocab_size": 8, "seqlen": 8}}},
+    }
+    for entry in ({"training": training | {"precision": "x"}}, {"training": training, "precision": "x"}):
         file = tmp_path / "p.json"
-        rest = '"about": "", "score": "accuracy", "seeds": [1], "tasks": {}, "training": {"lr": [1], "weight_decay": [0]}'
-        file.write_text(f"{{{rest}, {entry}}}")
-        with pytest.raises(ValueError, match="precision"):
+        file.write_text(json.dumps(whole | entry))
+        with pytest.raises(ValueError, match="unknown key 'precision'"):
             load_protocol(str(file))
 
 

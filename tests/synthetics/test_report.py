@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from madkernels.cli.main import app
-from madkernels.runs.store import Results, Store
+from madkernels.runs.store import OPEN, Results, Store
 from madkernels.synthetics import published, report
 from madkernels.synthetics.page import page
 from madkernels.synthetics.protocol import Run, Training, results_of
@@ -139,7 +139,7 @@ def test_status(rows: list[dict[str, Any]]) -> None:
     assert any(line.startswith("failed: ") and "the loss is nan" in line for line in told.lines)
     for i, row in enumerate(rows):
         row["started"], row["ended"] = 100.0 + i, 101.0 + i
-    left = [row for row in rows if row["status"] in ("planned", "running")]
+    left = [row for row in rows if row["status"] in OPEN]
     assert len(left) == 2
     seconds = time_left(rows)
     assert seconds is not None

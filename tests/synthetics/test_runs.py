@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -177,20 +178,53 @@ def test_protocols() -> None:
     }  # fmt: skip
 
 
+def task(baseline: dict[str, Any], **others: Any) -> dict[str, Any]:
+    return {"tasks": {"recall": {"baseline": {"vocab_size": 8, "seqlen": 8} | baseline} | others}}
+
+
+def training(**options: Any) -> dict[str, Any]:
+    return {"training": {"lr": [1e-3], "weight_decay": [0.0]} | options}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scores": "x"}, "unknown entry scores; there are about, score, seeds, tasks, training"),
-        ({"score": "loss"}, "score is 'loss'; it takes accuracy or macro_accuracy"),
-        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; it takes one or more, each once"),
-        ({"tasks": {"recal": {}}}, "unknown task 'recal'"),
-        ({"tasks": {"recall": {"baseline": {"vocab_size": 1, "seqlen": 8}}}}, "vocab_size 1 is too small"),
-        ({"tasks": {"recall": {"baseline": {"vocabulary": 1}}}}, "unexpected keyword argument 'vocabulary'"),
-        ({"tasks": {"recall": {}}}, "'baseline' is missing"),
         (
-            {"training": {"lr": [1], "weight_decay": [0], "select": "train"}},
-            "select is 'train'; it takes validation or test",
+            {"scores": "x"},
+            "the file: unknown key 'scores'; there are about, seeds, score, training, tasks; did you mean score?",
         ),
+        ({"score": "loss"}, "score is 'loss'; it takes accuracy or macro_accuracy"),
+        ({"about": 3}, "about: got 3; expected a string"),
+        ({"seeds": [1, 1]}, "seeds: got [1, 1]; expected each value once"),
+        ({"seeds": []}, "seeds: got []; expected a list of one value or more"),
+        ({"seeds": [True]}, "seeds: got true; expected a whole number"),
+        ({"tasks": {}}, "tasks: there is none"),
+        ({"tasks": []}, "tasks: got []; expected an object"),
+        ({"tasks": {"recal": {}}}, "tasks: unknown task 'recal'"),
+        (task({"vocab_size": 1}), "vocab_size 1 is too small"),
+        (task({"vocab_sise": 8}), "tasks.recall.baseline: unknown key 'vocab_sise'; there are vocab_size, seqlen"),
+        (task({"train_examples": "many"}), 'tasks.recall.baseline.train_examples: got "many"; expected a whole number'),
+        (task({"train_examples": 0}), "tasks.recall.baseline.train_examples: got 0; expected a whole number from 1"),
+        (task({"vocab_size": 8.5}), "tasks.recall.baseline.vocab_size: got 8.5; expected a whole number"),
+        (task({"vocab_size": [8, 16]}), "tasks.recall.baseline.vocab_size: got [8, 16]; expected a whole number"),
+        ({"tasks": {"recall": {}}}, "tasks.recall: 'baseline' is missing"),
+        ({"tasks": {"recall": {"baseline": {"vocab_size": 8}}}}, "tasks.recall.baseline: 'seqlen' is missing"),
+        (
+            task({}, chnages={"vocab_size": [32]}),
+            "tasks.recall: unknown key 'chnages'; there are baseline, changes; did you mean",
+        ),
+        (task({}, vocab_size=[16, 32]), "tasks.recall: unknown key 'vocab_size'"),
+        (task({}, changes={"seqlenn": [8]}), "tasks.recall.changes: unknown key 'seqlenn'; there are vocab_size, seqlen"),
+        (task({}, changes={"vocab_size": 32}), "tasks.recall.changes.vocab_size: got 32; expected a list"),
+        (task({}, changes={"vocab_size": [8]}), "tasks.recall.changes.vocab_size: 8 is the baseline's"),
+        (task({}, changes={"vocab_size": [1]}), "vocab_size 1 is too small"),
+        (training(select="train"), "select is 'train'; it takes validation or test"),
+        (training(epoch=3), "training: unknown key 'epoch'; there are lr, weight_decay"),
+        (training(epochs="three"), 'training.epochs: got "three"; expected a whole number'),
+        (training(epochs=0), "training.epochs: got 0; expected a whole number from 1"),
+        (training(lr=0.1), "training.lr: got 0.1; expected a list of one value or more"),
+        (training(lr=["a"]), 'training.lr: got "a"; expected a number'),
+        (training(seed=3), "training: unknown key 'seed'"),
     ],
 )
 def test_refuses_protocols(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -205,11 +239,38 @@ def test_refuses_protocols(tmp_path: Path, change: dict[str, Any], message: str)
     file.write_text(json.dumps(data))
     assert len(plan(str(file), ["mlp"])) == 1
     file.write_text(json.dumps(data | change))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)) as told:
         load_protocol(str(file))
-    file.write_text("{")
-    with pytest.raises(ValueError, match=r"protocol .*mine.json: Expecting"):
+    assert str(told.value).startswith(f"protocol {file}: ")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "Expecting"),
+        (b"[]", "the file: got []; expected an object"),
+        (b'{"about": "", "about": ""}', "key 'about' is given twice in one object"),
+        (b'{"tasks": {"recall": {"baseline": {"seqlen": 8, "seqlen": 9}}}}', "key 'seqlen' is given twice in one object"),
+        (b'{"seeds": [NaN]}', "NaN is no number"),
+        (b"\xff\xfe", "can't decode"),
+        (b"[" * 100_000, "its objects are nested too deeply"),
+    ],
+)
+def test_refuses_files_that_are_no_protocol(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "mine.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)) as told:
         load_protocol(str(file))
+    assert str(told.value).startswith(f"protocol {file}: ")
+
+
+def test_refuses_paths_that_are_no_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"protocol .*absent\.json: No such file or directory"):
+        load_protocol(str(tmp_path / "absent.json"))
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(ValueError, match=r"protocol .*folder\.json: Is a directory"):
+        load_protocol(str(tmp_path / "folder.json"))
 
 
 # ---- the results file
