@@ -79,9 +79,12 @@ class Run(Keyed):
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Run:
-        """The run of a `config`."""
+        """The run of a `config`. ValueError where its task is not here."""
         options = dict(config["task"])
-        return cls(config["arch"], TASKS[options.pop("name")](**options), Training(**config["training"]))
+        name = options.pop("name")
+        if name not in TASKS:
+            raise ValueError(f"{unknown('task', name, TASKS)}; one from outside needs its --plugin")
+        return cls(config["arch"], TASKS[name](**options), Training(**config["training"]))
 
     def __str__(self) -> str:
         return f"{self.task.name}: {self.arch}"

@@ -78,7 +78,7 @@ def run(
 
 
 @mad.command()
-def status(out: Folder = Path("out/mad")) -> None:
+def status(out: Folder = Path("out/mad"), plugin: Plugins = None) -> None:
     """How far a sweep is: runs by task and architecture, and the time left at the pace so far."""
     from rich.console import Console
     from rich.table import Table
@@ -87,6 +87,7 @@ def status(out: Folder = Path("out/mad")) -> None:
     from madkernels.synthetics.protocol import Run
     from madkernels.synthetics.status import summary
 
+    load_plugins(plugin)
     results = Results(out)
     told = summary(results.latest(Run.of))
     results.close()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ SCHEMA = 2  # PRAGMA user_version; a change of the table is another number
 FILE = "results.sqlite"
 OPEN = ("planned", "running", "stopped")  # the statuses of a row without a result
 
+COLUMNS = ["key", "config", "status", "metrics", "curve", "error", "started", "ended"]
 _TABLE = """
 CREATE TABLE runs (
     key TEXT PRIMARY KEY,  -- hash of config
@@ -51,33 +53,59 @@ class Results:
     def connect(self) -> None:
         try:
             self.db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
-            self.open()
+            with self.readable():
+                self.open()
         except sqlite3.OperationalError as error:
             raise OSError(f"cannot open {self.path}: {error}; choose another --out") from None
-        except sqlite3.DatabaseError:
-            raise ValueError(f"{self.path} is no results file; choose another --out") from None
+
+    @contextmanager
+    def readable(self) -> Iterator[None]:
+        """ValueError for a file that is damaged, wherever in it that shows."""
+        try:
+            yield
+        except sqlite3.OperationalError:  # a lock, the disk, a right
+            raise
+        except sqlite3.DatabaseError as error:
+            raise self.damaged(str(error)) from None
+
+    def damaged(self, how: str) -> ValueError:
+        advice = "move it away and its runs are done again, or choose another --out"
+        return ValueError(f"{self.path} is damaged or no results file ({how}); {advice}")
 
     def open(self) -> None:
+        (found,) = self.db.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise self.damaged(" ".join(found.split()))
         (version,) = self.db.execute("PRAGMA user_version").fetchone()
-        if version != SCHEMA:
+        columns = [row[1] for row in self.db.execute("PRAGMA table_info(runs)")]
+        if columns and version != SCHEMA:
             raise ValueError(
                 f"{self.path} is of version {version}, this madkernels writes version {SCHEMA}; choose another --out"
             )
+        if columns != COLUMNS:
+            raise self.damaged(f"its table of runs has the columns {', '.join(columns)}" if columns else "it has no runs")
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """The metrics of the runs that are done, by key."""
-        rows = self.db.execute("SELECT key, metrics FROM runs WHERE status = 'done'")
-        return {key: json.loads(metrics) for key, metrics in rows}
+        with self.readable():
+            rows = self.db.execute("SELECT key, metrics FROM runs WHERE status = 'done'").fetchall()
+        return {key: self._json(key, metrics) for key, metrics in rows}
+
+    def _json(self, key: str, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, TypeError) as error:
+            raise self.damaged(f"run {key[:16]}: {error}") from None
 
     def rows(self) -> list[dict[str, Any]]:
         """All runs, in the order in which they were planned, JSON read. Those that no living process runs any more are
         `stopped`, not `running`."""
-        cursor = self.db.execute("SELECT * FROM runs ORDER BY rowid")
-        names = [column[0] for column in cursor.description]
-        found = [dict(zip(names, row, strict=True)) for row in cursor]
+        with self.readable():
+            rows = self.db.execute("SELECT * FROM runs ORDER BY rowid").fetchall()
+        found = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
         running = "running" if is_locked(self.path) else "stopped"
         for row in found:
-            row |= {k: json.loads(row[k]) for k in ("config", "metrics", "curve") if row[k] is not None}
+            row |= {k: self._json(row["key"], row[k]) for k in ("config", "metrics", "curve") if row[k] is not None}
             row["status"] = running if row["status"] == "running" else row["status"]
         return found
 
@@ -85,8 +113,11 @@ class Results:
         """The rows of the version of the code that the last run is of, each with its `run`, made from its configuration."""
         rows = self.rows()
         last = max(rows, key=lambda row: (row["ended"] or 0, row["started"] or 0), default=None)
-        chosen = [row for row in rows if last and row["config"]["version"] == last["config"]["version"]]
-        return [row | {"run": run_of(row["config"])} for row in chosen]
+        try:
+            chosen = [row for row in rows if last and row["config"]["version"] == last["config"]["version"]]
+            return [row | {"run": run_of(row["config"])} for row in chosen]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self.damaged(f"the configuration of a run cannot be read: {type(error).__name__}: {error}") from None
 
     def close(self) -> None:
         self.db.close()
@@ -107,7 +138,7 @@ class Store(Results):
 
     def open(self) -> None:
         (version,) = self.db.execute("PRAGMA user_version").fetchone()
-        (tables,) = self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        (tables,) = self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()  # a file that is new, or is empty
         if tables == 0 and version == 0:
             self.db.execute("BEGIN IMMEDIATE")
             self.db.execute(_TABLE)
@@ -153,7 +184,8 @@ class Store(Results):
     def _write(self, statement: str, values: tuple[Any, ...]) -> None:
         """One statement; outside of a plan one transaction."""
         try:
-            self.db.execute(statement, values)
+            with self.readable():
+                self.db.execute(statement, values)
         except sqlite3.OperationalError as error:  # the disk is full, or the file has become read-only
             raise OSError(f"cannot write to {self.path}: {error}") from None
 
