@@ -17,7 +17,7 @@ from madkernels.runs.store import OPEN
 from madkernels.synthetics import published
 from madkernels.synthetics.protocol import MEASURES, Results, best_runs, mad_score, margin, mean, results_of, scores
 from madkernels.synthetics.report import costs_of, label, percent, unfair
-from madkernels.synthetics.tasks import TASKS, Task
+from madkernels.synthetics.tasks import Task
 
 
 def write_page(rows: Sequence[dict[str, Any]], path: Path, title: str = "MAD scores") -> None:
@@ -212,14 +212,19 @@ def _colour_of(layer: str) -> str:
 
 
 def _published(results: Results) -> str:
-    tasks = [task for task in TASKS if any(run.task.name == task for run, _ in results)]
-    by_arch = scores(results)
-    ours = {
-        name: mean([s.value for s in by_task.values() if s.value is not None])
-        for arch, by_task in by_arch.items()
-        if (name := published.family(arch)) and any(s.value is not None for s in by_task.values())
-    }
-    theirs = {name: mean([row.tasks[task] for task in tasks]) for name, row in published.published().items()}
+    """Of the tasks that have published scores."""
+    rows, by_arch = published.published(), scores(results)
+    tasks = [
+        task for task in dict.fromkeys(run.task.name for run, _ in results) if all(task in r.tasks for r in rows.values())
+    ]
+    if not tasks:
+        return pages.note("None of these tasks has published scores.")
+    ours = {}
+    for arch, by_task in by_arch.items():
+        values = [score.value for task in tasks if (score := by_task.get(task)) and score.value is not None]
+        if values and (name := published.family(arch)):
+            ours[name] = mean(values)
+    theirs = {name: mean([row.tasks[task] for task in tasks]) for name, row in rows.items()}
     lines = [
         [
             pages.text(name),
@@ -229,7 +234,7 @@ def _published(results: Results) -> str:
             "-" if row.perplexity is None else f"{row.perplexity:.2f}",
             pages.text(row.source),
         ]
-        for name, row in published.published().items()
+        for name, row in rows.items()
     ]
     head = ["", f"here, over {len(tasks)} tasks", "published, these tasks", "published, all tasks", "perplexity", "source"]
     agreed = published.agreement(ours, theirs)

@@ -22,6 +22,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
+from madkernels.models.layers.user import digest
 from madkernels.models.spec import parse
 from madkernels.runs.engines import Refused, Result
 from madkernels.runs.keys import Keyed, code_of
@@ -70,8 +71,10 @@ class Run(Keyed):
     training: Training
 
     def config(self) -> dict[str, Any]:
-        """All that the result depends on, the version of the code and that of layers from outside included."""
-        return code_of(self.arch) | {
+        """All that the result depends on, the version of the code and that of a layer or task from outside included."""
+        own = type(self.task).__module__.startswith("madkernels.")
+        code = code_of(self.arch) | ({} if own else {"task_code": digest(type(self.task))})
+        return code | {
             "arch": self.arch,
             "task": {"name": self.task.name} | self.task.options(),
             "training": dataclasses.asdict(self.training),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +24,9 @@ DEMO_ARCHS = ("mamba:dstate=4 swiglu mamba:dstate=4 swiglu", "mamba:dstate=4 swi
 COLOURS = ("cyan", "green", "bright_black", "magenta")
 
 
-Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file that adds layers; give several.")]
+Plugins = Annotated[
+    list[Path] | None, typer.Option("--plugin", help="A Python file that adds layers or tasks; give several.")
+]
 Folder = Annotated[Path, typer.Option(help="Folder of the results.")]
 Measure = Annotated[str, typer.Option(help="accuracy, over all scored tokens, or macro_accuracy, over classes.")]
 
@@ -231,12 +234,14 @@ def show_tasks(
     protocol: Annotated[str, typer.Option(help="Whose baseline settings are shown.")] = "demo",
     count: Annotated[int, typer.Option(min=1, help="Sequences of each task.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the sequences.")] = 12345,
+    plugin: Plugins = None,
 ) -> None:
     """Show what the tasks look like: a few test sequences, tokens coloured by role, what is to be answered below them."""
     from rich.console import Console
 
     from madkernels.synthetics.protocol import load_protocol, task_names
 
+    load_plugins(plugin)
     chosen = load_protocol(protocol)
     console = Console(soft_wrap=True)
     for task_name in task_names(name or "all"):
@@ -248,7 +253,7 @@ def _show(console: Console, task: Task, count: int, seed: int) -> None:
     from rich.text import Text
 
     console.print(Text(task.name, style="bold") + Text(f": {task.summary}"))
-    legend = [Text(f"{role} {_span(ids)}", style=c) for c, (role, ids) in zip(COLOURS, task.roles().items(), strict=False)]
+    legend = [Text(f"{role} {_span(ids)}", style=c) for c, (role, ids) in zip(cycle(COLOURS), task.roles().items())]
     console.print(Text("  ") + Text(", ").join(legend))
     for inputs, targets in zip(*task.generate(count, seed=seed, split="test"), strict=True):
         for line in _rows(task, inputs.tolist(), targets.tolist(), console.width):
@@ -282,4 +287,4 @@ def _rows(task: Task, inputs: list[int], targets: list[int], width: int) -> list
 
 
 def _colour(task: Task, token: int) -> str:
-    return next(colour for colour, ids in zip(COLOURS, task.roles().values(), strict=False) if token in ids)
+    return next((colour for colour, ids in zip(cycle(COLOURS), task.roles().values()) if token in ids), "default")

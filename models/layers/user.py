@@ -70,7 +70,7 @@ def adapt(make: Callable[..., nn.Module]) -> type[Layer]:
     return type(make.__name__, (AdaptedLayer,), fields)
 
 
-def digest(make: Callable[..., nn.Module]) -> str:
+def digest(make: Callable[..., Any]) -> str:
     """A hash of the file that defines it: results of one version are not those of another."""
     try:
         source = Path(inspect.getfile(make)).read_bytes()

@@ -1,4 +1,4 @@
-"""The six tasks, by name."""
+"""The tasks, by name: the published six, and what plugins put beside them."""
 
 from madkernels.synthetics.tasks.base import IGNORE, Split, Task
 from madkernels.synthetics.tasks.compression import Compression
