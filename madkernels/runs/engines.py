@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -29,6 +30,7 @@ import torch
 Result = dict[str, Any] | str  # what was measured, or why there is nothing
 OnPoint = Callable[[Any, int, dict[str, float]], None]
 ATTEMPTS = 3
+CONNECT = 30.0  # seconds that a Ray cluster gets to answer
 GRACE = 60.0  # seconds that workers get to save what they are at
 
 
@@ -282,21 +284,46 @@ class RayCluster:
             raise ValueError("Ray is not installed: pip install 'madkernels[cluster]'") from None
         self._ray = ray
         if not ray.is_initialized():
-            self._check_address()
-            try:
-                ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
-            except ConnectionError as error:
-                raise ValueError(f"no Ray cluster at {self.address}: {error}; start one with: ray start --head") from None
+            self._check_port()
+            self._connect()
 
-    def _check_address(self) -> None:
-        """Ray itself would try an address for minutes."""
-        host, _, port = self.address.rpartition(":")
+    def _refusal(self, why: object) -> ValueError:
+        address, known = os.environ.get("RAY_ADDRESS") or self.address, ""
+        if address == "auto":
+            left = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "ray_current_cluster")
+            known = f" ({left.read_text().strip()}, as {left} says)" if left.exists() else ""
+        advice = (
+            "start one with: ray start --head, or give the --address of one that runs; ray stop forgets one that is gone"
+        )
+        return ValueError(f"no Ray cluster at {address}{known}: {why}; {advice}")
+
+    def _check_port(self) -> None:
+        """Says at once that nothing listens at an address; Ray itself would try for minutes."""
+        host, _, port = (os.environ.get("RAY_ADDRESS") or self.address).rpartition(":")
         if not host or not port.isdecimal() or "://" in host:
             return
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
-        except OSError as error:
-            raise ValueError(f"no Ray cluster at {self.address}: {error}; start one with: ray start --head") from None
+        except (OSError, OverflowError) as error:
+            raise self._refusal(error) from None
+
+    def _connect(self) -> None:
+        """In a thread of its own, since nothing else ends what waits for a cluster that is gone."""
+        errors: list[Exception] = []
+
+        def connect() -> None:
+            try:
+                self._ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
+            except Exception as error:  # told below
+                errors.append(error)
+
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
+        thread.join(CONNECT)
+        if thread.is_alive():
+            raise self._refusal(f"no answer within {CONNECT:.0f} s")
+        if errors:
+            raise self._refusal(" ".join(str(errors[0]).split()))
 
     def run(self, jobs: Sequence[Job], listener: Listener) -> None:
         from ray.util.queue import Queue

@@ -248,11 +248,33 @@ def test_no_cluster_and_no_ray_are_told(monkeypatch: pytest.MonkeyPatch) -> None
         RayCluster()
 
 
-def test_an_address_without_a_cluster_is_told(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    code = "from madkernels.runs.engines import RayCluster; RayCluster('127.0.0.1:1')"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert "ValueError: no Ray cluster at 127.0.0.1:1" in found.stderr, found.stderr[-2000:]
+@pytest.mark.parametrize("place", ["address", "environment"])
+def test_an_address_without_a_cluster_is_told(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1" if place == "environment" else "")
+    begun = time.monotonic()
+    with pytest.raises(
+        ValueError, match=r"no Ray cluster at 127\.0\.0\.1:1: .*refused; start one with: ray start --head, or give"
+    ):
+        RayCluster("auto" if place == "environment" else "127.0.0.1:1")
+    assert time.monotonic() - begun < 5
+
+
+def test_a_cluster_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `ray start` leaves an address behind when its machine goes down."""
+    ray = pytest.importorskip("ray")
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.9:6379")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr(engines, "CONNECT", 0.2)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: time.sleep(30))
+    with pytest.raises(
+        ValueError, match=r"no Ray cluster at auto \(10\.0\.0\.9:6379, as .* says\): no answer within 0 s; start one"
+    ):
+        RayCluster()
 
 
 def test_threads_of_the_process_are_as_before() -> None:
