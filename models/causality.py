@@ -82,7 +82,7 @@ class Calls:
             with _seeded():
                 y: Any = module(x.to(self.dtype))
         except Exception as error:  # whatever the code of another does
-            problem = f"fails on {tuple(x.shape)}, {self.dtype}: {type(error).__name__}: {error}"
+            problem = f"fails on {tuple(x.shape)}, {self.dtype}: {type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(f"layer {self.name} {problem}") from None
         if not isinstance(y, Tensor):
             raise ValueError(f"layer {self.name} returns a {type(y).__name__}; expected one tensor")

@@ -20,7 +20,7 @@ from madkernels.runs.execute import Progress
 from madkernels.runs.store import Store
 from madkernels.synthetics.protocol import Protocol, Run, mad_score, plan, scores
 from madkernels.synthetics.report import Cost, cost_of
-from madkernels.synthetics.sweep import sweep
+from madkernels.synthetics.sweep import check, sweep
 
 KEEP = 3  # one of so many goes on
 
@@ -60,9 +60,11 @@ def affordable(archs: Sequence[str], protocol: Protocol, budget: Budget, most: i
     """Those within the budget; `most` of them at random where there are more.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one cannot be trained.
     """
-    costs = {run.arch: cost_of(run) for run in _first_runs(archs, protocol)}
+    runs = _first_runs(archs, protocol)
+    check(runs)
+    costs = {run.arch: cost_of(run) for run in runs}
     within = {arch: cost for arch, cost in costs.items() if cost is not None and budget.allows(cost)}
     if not within:
         raise ValueError(f"none of {len(archs)} candidates is within the budget")

@@ -31,11 +31,17 @@ class Data(NamedTuple):
 
 
 def build(run: Run) -> HybridLM | AutoEncoder:
-    """The model of a run, initialised by the run's seed. ValueError where the architecture does not go with the width."""
+    """The model of a run, initialised by the run's seed. ValueError where the architecture does not go with the width, or
+    the code of a layer from outside fails."""
     torch.manual_seed(run.training.seed)
-    if run.task.autoencoder:
-        return AutoEncoder(run.arch, vocab_size=run.task.vocab_size, seqlen=run.task.length, dim=run.training.dim)
-    return HybridLM(run.arch, vocab_size=run.task.vocab_size, dim=run.training.dim)
+    try:
+        if run.task.autoencoder:
+            return AutoEncoder(run.arch, vocab_size=run.task.vocab_size, seqlen=run.task.length, dim=run.training.dim)
+        return HybridLM(run.arch, vocab_size=run.task.vocab_size, dim=run.training.dim)
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:  # whatever the code of another does
+        raise ValueError(f"{run.arch} cannot be built: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
 def data(run: Run, device: str = "cpu") -> Data:

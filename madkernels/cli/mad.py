@@ -54,10 +54,11 @@ def run(
     """
     from rich.console import Console
 
+    from madkernels.runs.execute import left
     from madkernels.runs.store import Store
     from madkernels.synthetics.protocol import Run, load_protocol, plan, results_of
     from madkernels.synthetics.report import table, write_csv
-    from madkernels.synthetics.sweep import sweep, work_of
+    from madkernels.synthetics.sweep import check, sweep, work_of
 
     plugins = load_plugins(plugin)
     chosen = load_protocol(protocol)
@@ -68,8 +69,9 @@ def run(
     place = engine_of(engine, workers, address, device, plugins)
     with closing(Store(out)) as store:
         with stoppable(store, runs), progress_bars(console) as bars:
-            known = store.metrics()
-            done = {run for run in runs if run.key() in known}
+            todo = left(runs, store)
+            check(todo)
+            done = set(runs) - set(todo)
             progress = Bars(bars, work_of(runs), done)
             outcome = sweep(runs, store, progress, engine=place, together=device != "cpu" if together is None else together)
         wanted = {run.key() for run in runs}

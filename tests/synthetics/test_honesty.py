@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from madkernels.cli.main import main
 from madkernels.models import add_layer, layers
 from madkernels.models.layers import LAYERS
 from madkernels.runs.engines import Refused, work
@@ -172,3 +174,29 @@ def test_a_layer_is_looked_at_in_the_shapes_of_its_runs(monkeypatch: pytest.Monk
     longer, fewer = dataclasses.replace(TASK, seqlen=20), dataclasses.replace(TASK, train_examples=8)
     check_layers([run_of("2*honest mlp", task) for task in (TASK, longer, fewer, TASK)])
     assert shapes == [("honest", 16, 32, 11), ("honest", 16, 32, 19), ("honest", 16, 8, 11)]
+
+
+@pytest.mark.parametrize("command", ["run", "search"])
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("def forward(self, x): return x.roll(-1, 1)", "layer mine is not causal: its output at position"),
+        ("def forward(self, x): return x @ x", "layer mine fails on"),
+        ("def forward(self, x): return x, None", "layer mine returns a tuple"),
+        ("def __init__(self, dim): self.linear = nn.Linear(dim, dim)", "cannot be built: AttributeError"),
+    ],
+)
+def test_a_plugin_that_cannot_be_trained_is_one_line(
+    command: str, body: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plugin = tmp_path / "mine.py"
+    header = "from torch import nn\nfrom madkernels.models import add_layer\nclass Mine(nn.Module):\n"
+    plugin.write_text(f"{header}    def __init__(self, dim): super().__init__()\n    {body}\nadd_layer('mine', Mine)\n")
+    what = ["--arch", "mine"] if command == "run" else ["--mixers", "mine"]
+    arguments = ["mad", command, *what, "--plugin", str(plugin), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["madkernels", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
