@@ -374,7 +374,7 @@ def test_refuses_a_file_of_another_version(tmp_path: Path) -> None:
 
 def test_refuses_what_is_no_results_file(tmp_path: Path) -> None:
     (tmp_path / "results.sqlite").write_text("precious text, " * 100)
-    with pytest.raises(ValueError, match="is no results file"):
+    with pytest.raises(ValueError, match="is damaged or no results file"):
         Store(tmp_path)
     assert (tmp_path / "results.sqlite").read_text().startswith("precious")
     (tmp_path / "taken" / "results.sqlite").mkdir(parents=True)
