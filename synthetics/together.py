@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from madkernels.models.init import parameter_groups
 from madkernels.runs.engines import Diverged, Refused
-from madkernels.synthetics.honesty import check_scored, loaded
+from madkernels.synthetics.honesty import check_scored, layers_from_outside, loaded
 from madkernels.synthetics.protocol import Run
 from madkernels.synthetics.tasks import IGNORE
 from madkernels.synthetics.train import BETAS, EVALUATION_BATCH, Tally, build, check_finite, data
@@ -114,7 +114,8 @@ class _Group:
         found = part.measure([self.splits[i].test for i in part.alive])
         for place, (i, measured) in enumerate(zip(part.alive, found, strict=True)):
             try:
-                check_scored(self.runs[i], part.model(place), build, self.splits[i].held_out)
+                if layers_from_outside(self.runs[i].arch):
+                    check_scored(self.runs[i], part.model(place), build, self.splits[i].held_out)
             except Refused as error:
                 self.results[i] = error
                 continue
@@ -165,8 +166,9 @@ class Stack:
     def model(self, place: int) -> nn.Module:
         """One of the models, by itself."""
         tensors = {name: t[place].detach() for name, t in [*self.params.items(), *self.buffers.items()]}
-        one: nn.Module = loaded(build(self.runs[self.alive[place]]).to(next(iter(tensors.values())).device), tensors)
-        return one
+        with torch.random.fork_rng():  # the others go on as if nothing had been made
+            one: nn.Module = build(self.runs[self.alive[place]]).to(next(iter(tensors.values())).device)
+        return loaded(one, tensors)  # type: ignore[no-any-return]
 
     def logits(self, inputs: Tensor) -> Tensor:
         """inputs (models, batch, seqlen) to (models, batch, seqlen, vocab_size)."""
