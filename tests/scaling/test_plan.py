@@ -242,6 +242,7 @@ def test_a_killed_command_goes_on(data: Path, tmp_path: Path) -> None:
     run = [*command, "run", plan, "--data", str(data), "--out", str(out), "--workers", "2"]
     started = subprocess.Popen(run, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert started.stdout is not None
+    assert started.stdout.readline() == "6 runs to do\n"
     assert started.stdout.readline().startswith("[1/6] isoflop 1e+09: ")
     os.killpg(started.pid, signal.SIGKILL)
     started.wait()
@@ -249,6 +250,7 @@ def test_a_killed_command_goes_on(data: Path, tmp_path: Path) -> None:
     found = subprocess.run(run, capture_output=True, text=True, timeout=240, env=os.environ | {"COLUMNS": "200"})
     assert found.returncode == 0, found.stderr
     assert "0 failed" in found.stdout
+    assert found.stdout.startswith("going on: ")
     assert "6 found done" not in found.stdout
     with (out / "runs.csv").open() as file:
         assert [line["status"] for line in csv.DictReader(file)] == ["done"] * 6
