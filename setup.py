@@ -40,7 +40,7 @@ def check_torch() -> None:
     """Ends in a sentence where the build would not find the torch that is to run it, as in an isolated build."""
     if importlib.util.find_spec("torch") is None:
         sys.exit(
-            "madkernels: torch is not importable here. Install torch first, then madkernels beside it, without build isolation:\n"
+            "madkernels: torch is not importable here. Install torch first, then madkernels beside it, without isolation:\n"
             "    pip install torch 'setuptools>=77' 'cmake>=3.26' ninja 'pybind11>=2.13'\n"
             "    pip install --no-build-isolation ."
         )

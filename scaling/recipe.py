@@ -134,8 +134,11 @@ class LMRun(Keyed):
 
     @staticmethod
     def do(job: Sequence[LMRun], on_point: Callable[[LMRun, int, dict[str, float]], None], device: str) -> list[Result]:
-        """Trains the run of a job; its checkpoints let it go on where a killed worker was."""
+        """Trains the run of a job; its checkpoints let it go on where it was killed, or stopped by a signal."""
+        from madkernels.scaling.stop import Stop
         from madkernels.scaling.train import Execution, train
 
         (run,) = job
-        return [train(run, Execution(device=device, save_every=60), lambda step, point: on_point(run, step, point))]
+        how = Execution(device=device, save_every=60)
+        with Stop() as stop:
+            return [train(run, how, lambda step, point: on_point(run, step, point), stop=stop)]

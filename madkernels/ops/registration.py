@@ -55,7 +55,7 @@ Function = Callable[[Sequence[Any]], Sequence[Tensor]]
 
 
 def register_gradient(
-    name: str, gradient: Callable[..., Any], save: Callable[..., None], by_reference: Callable[..., Sequence[Tensor]]
+    name: str, gradient: Callable[..., Any], save: Callable[..., None], by_reference: Callable[..., Any]
 ) -> None:
     """What an op needs for derivatives: reverse mode by `gradient` from what `save` kept, as of torch's register_autograd;
     forward mode by torch's own, through `by_reference`, which takes the op's arguments and gives its results."""
@@ -71,7 +71,7 @@ class _WithForwardMode(torch.library.Library):
     """Passes register_autograd's kernel on, but for calls that it does not serve: it drops tangents, and torch.func.grad
     refuses it."""
 
-    def __init__(self, namespace: str, by_reference: Callable[..., Sequence[Tensor]]) -> None:
+    def __init__(self, namespace: str, by_reference: Callable[..., Any]) -> None:
         super().__init__(namespace, "IMPL")  # type: ignore[no-untyped-call]
         self.by_reference = by_reference
 

@@ -34,11 +34,11 @@ def _moved(transition: Tensor, n: int, state: Tensor) -> Tensor:
     return matrix @ state if transition.dim() == 5 else matrix.unsqueeze(-1) * state
 
 
-def _by_steps(transition: Tensor, written: Tensor, first: Tensor) -> tuple[Tensor]:
+def _by_steps(transition: Tensor, written: Tensor, first: Tensor) -> Tensor:
     states = [first]
     for n in range(written.shape[2]):
         states.append(_moved(transition, n, states[-1]) + written[:, :, n])
-    return (torch.stack(states, 2),)
+    return torch.stack(states, 2)
 
 
 def _chain(transition: Tensor, written: Tensor, first: Tensor) -> Tensor:
@@ -75,11 +75,12 @@ def _map(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[
         (t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)).flatten(0, 1)
         for t, dim in zip(tensors, in_dims, strict=True)
     ]
-    return chain(*rows).unflatten(0, (size, -1)), 0
+    states = chain(*rows)
+    return states.view(size, -1, *states.shape[1:]), 0
 
 
 torch.library.define("madkernels::chain", "(Tensor transition, Tensor written, Tensor first) -> Tensor")
 torch.library.impl("madkernels::chain", "CompositeExplicitAutograd")(_chain)
 torch.library.register_fake("madkernels::chain")(_empty)
 torch.library.register_vmap("madkernels::chain", _map)
-register_gradient("madkernels::chain", _gradient, _save, lambda *inputs: _by_steps(*inputs)[0])
+register_gradient("madkernels::chain", _gradient, _save, _by_steps)

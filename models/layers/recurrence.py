@@ -66,7 +66,8 @@ def linear_recurrence(
         y (batch, seqlen, heads, value_dim) in v's dtype, and the state after the last step, in float32 at least.
     """
     if torch.compiler.is_exporting():
-        return _exported_linear_recurrence(q, k, v, log_decay, state, document, bonus)
+        results: tuple[Tensor, Tensor] = _exported_linear_recurrence(q, k, v, log_decay, state, document, bonus)
+        return results
     if q.shape[1] == 0:
         return v, _first(state, q, k, v)
     chunk = SCALAR_CHUNK if log_decay.shape[-1] == 1 else VECTOR_CHUNK
@@ -110,7 +111,8 @@ def delta_rule(
         y (batch, seqlen, heads, value_dim) in v's dtype, and the state after the last step, in float32 at least.
     """
     if torch.compiler.is_exporting():
-        return _exported_delta_rule(q, k, v, beta, log_decay, state, document)
+        results: tuple[Tensor, Tensor] = _exported_delta_rule(q, k, v, beta, log_decay, state, document)
+        return results
     if q.shape[1] == 0:
         return v, _first(state, q, k, v)
     c = _Chunks(q.shape[1], SCALAR_CHUNK, document, q.device)
@@ -177,7 +179,8 @@ class _Decays:
         t = torch.arange(self.steps.shape[-2], device=self.steps.device)
         until = t[:, None] > t if self.before_its_step else t[:, None] >= t
         added = until[:, None, :] & (t > t[:, None])  # (t, s, step)
-        return (added.flatten(0, 1).to(self.steps.dtype) @ self.steps).unflatten(-2, (len(t), len(t)))
+        sums = added.flatten(0, 1).to(self.steps.dtype) @ self.steps
+        return sums.view(*sums.shape[:-2], len(t), len(t), sums.shape[-1])
 
     def _left(self, sums: Tensor) -> Tensor:
         return sums.to(self.steps.dtype).exp()
