@@ -24,8 +24,6 @@ class AutoEncoder(nn.Module):
         seqlen: length of the sequences, which is fixed.
     """
 
-    positions: Tensor
-
     def __init__(self, arch: Architecture | str, *, vocab_size: int, seqlen: int, dim: int = 128) -> None:
         super().__init__()
         check_positive(vocab_size=vocab_size, dim=dim, seqlen=seqlen)
@@ -34,7 +32,6 @@ class AutoEncoder(nn.Module):
         self.embedding = nn.Embedding(vocab_size, dim)
         init_embedding(self.embedding)
         self.backbone = Backbone(self.arch, dim)
-        self.register_buffer("positions", sinusoids(seqlen, dim), persistent=False)
         self.decoder = nn.Sequential(
             nn.RMSNorm(dim, eps=NORM_EPS), nn.Linear(dim, dim), nn.GELU(),
             nn.RMSNorm(dim, eps=NORM_EPS), nn.Linear(dim, dim), nn.GELU(),
@@ -48,12 +45,14 @@ class AutoEncoder(nn.Module):
         if tokens.shape[1] != self.seqlen:
             raise ValueError(f"tokens has length {tokens.shape[1]}; this auto-encoder was built for {self.seqlen}")
         code = self.backbone(self.embedding(tokens))[:, -1:]
-        logits: Tensor = self.unembedding(self.decoder(code + self.positions.to(code.dtype)))
+        logits: Tensor = self.unembedding(self.decoder(code + sinusoids(self.seqlen, code)))
         return logits
 
 
-def sinusoids(length: int, dim: int) -> Tensor:
-    """(length, dim): sines in the even places, cosines in the odd ones, of wavelengths from 2 pi to 10000 * 2 pi."""
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(0, dim, 2) / dim)
-    angle = torch.arange(length)[:, None] * frequency
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :dim]
+def sinusoids(length: int, like: Tensor) -> Tensor:
+    """(length, dim) for `like` (..., dim): sines in the even places, cosines in the odd ones, of wavelengths from 2 pi to
+    10000 * 2 pi; computed in float32 at least."""
+    dim, dtype = like.shape[-1], torch.promote_types(like.dtype, torch.float32)
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(0, dim, 2, device=like.device, dtype=dtype) / dim)
+    angle = torch.arange(length, device=like.device)[:, None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :dim].to(like.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from itertools import repeat
 from typing import Any
@@ -97,8 +97,22 @@ class HybridLM(nn.Module):
         init_embedding(self.embedding)
         self.backbone = Backbone(self.arch, dim, place)
         self.unembedding = nn.Linear(dim, vocab_size, bias=not tied)
-        if tied:
+        self.tie()
+
+    def tie(self) -> None:
+        """Makes the unembedding the embedding again, where it is to be and each was given memory of its own."""
+        if self.tied:
             self.unembedding.weight = self.embedding.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HybridLM:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.tie()
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        found = super().load_state_dict(state_dict, strict, assign)
+        self.tie()
+        return found
 
     def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, states: list[State] | None = None) -> Tensor:
         """tokens (batch, seqlen) int64 to logits (batch, seqlen, vocab_size); `states` as in :class:`Layer`."""

@@ -23,32 +23,33 @@ class ImplicitFilter(nn.Module):
         horizon: tokens that are one unit of time. The filter depends on the distance alone, not on the length asked for.
     """
 
-    rates: Tensor
-
     def __init__(self, channels: int, order: int, horizon: int) -> None:
         super().__init__()
         self.horizon = horizon
         self.layers = nn.ModuleList([nn.Linear(3, order), nn.Linear(order, order), nn.Linear(order, order)])
         self.frequency = nn.Parameter(torch.full((order,), 10.0))
         self.out = nn.Linear(order, channels, bias=False)
-        self.register_buffer("rates", torch.linspace(1 / 1.5, 1 / 0.3, channels) * math.log(100), persistent=False)
-        with (
-            torch.no_grad()
-        ):  # a sine has a mean square of 1/2, a window a sum of squares of horizon / (2 rate), but at least 1
-            energy = (horizon / (2 * self.rates)).clamp_min(1.0)
+        with torch.no_grad():
+            # A sine has a mean square of 1/2, a window a sum of squares of horizon / (2 rate), but at least 1.
+            energy = (horizon / (2 * self.rates(torch.float32))).clamp_min(1.0)
             nn.init.normal_(self.out.weight).mul_((2 / (order * energy)).sqrt()[:, None])
 
     def forward(self, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(channels, length) in `dtype`, whatever that of the parameters and whether autocast is on: lower precision would
         blur the positions, and decoding would no longer agree with `forward`."""
-        t = torch.arange(length, device=self.rates.device, dtype=dtype) / self.horizon
+        t = torch.arange(length, device=self.out.weight.device, dtype=dtype) / self.horizon
         h = torch.stack([t, torch.cos(2 * math.pi * t), torch.sin(2 * math.pi * t)], dim=-1)
         with torch.autocast(t.device.type, enabled=False):
             for layer in cast("list[nn.Linear]", list(self.layers)):
                 h = F.linear(h, layer.weight.to(dtype), layer.bias.to(dtype))
                 h = torch.sin(self.frequency.to(dtype) * h)
-            filters: Tensor = F.linear(h, self.out.weight.to(dtype)) * torch.exp(-t[:, None] * self.rates.to(dtype))
+            filters: Tensor = F.linear(h, self.out.weight.to(dtype)) * torch.exp(-t[:, None] * self.rates(dtype))
         return filters.T
+
+    def rates(self, dtype: torch.dtype) -> Tensor:
+        """Of the windows' decay, (channels,)."""
+        weight = self.out.weight
+        return torch.linspace(1 / 1.5, 1 / 0.3, len(weight), device=weight.device, dtype=dtype) * math.log(100)
 
 
 class ExplicitFilter(nn.Module):
@@ -67,17 +68,16 @@ class RegularisedFilter(ExplicitFilter):
     """An explicit filter under ``exp(-rate t)``: the rates are spread evenly in their logarithm over the channels, so that
     the slowest has not decayed at the last tap, and the fastest within a few. At the start each has a norm of about 1."""
 
-    rates: Tensor
-
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__(channels, taps)
-        rates = torch.logspace(math.log10(0.1 / taps), math.log10(0.5), channels)
-        self.register_buffer("rates", rates, persistent=False)
         with torch.no_grad():
             self.weight.mul_(math.sqrt(taps) / self.window(torch.float32).norm(dim=1, keepdim=True))
 
     def window(self, dtype: torch.dtype) -> Tensor:
-        return torch.exp(-self.rates.to(dtype)[:, None] * torch.arange(self.weight.shape[1], device=self.rates.device))
+        """(channels, taps) in `dtype`."""
+        (channels, taps), device = self.weight.shape, self.weight.device
+        rates = torch.logspace(math.log10(0.1 / taps), math.log10(0.5), channels, device=device, dtype=dtype)
+        return torch.exp(-rates[:, None] * torch.arange(taps, device=device))
 
     def forward(self, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.weight.to(dtype) * self.window(dtype)

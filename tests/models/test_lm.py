@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from madkernels.models import AutoEncoder, HybridLM, counting
+from madkernels.models.autoencoder import sinusoids
 from madkernels.models.init import parameter_groups
 
 ALL = "mamba swiglu hyena mlp attention:heads=4 moe sliding-attention:heads=4,window=3"
@@ -121,6 +122,42 @@ def test_tied_embeddings_are_one_parameter() -> None:
     assert counting.params(untied) - counting.params(tied) == 16 * 32 + 16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [True, False, None])
+def test_models_are_whole_after_the_meta_device(tied: bool | None, dtype: torch.dtype) -> None:
+    """And tied embeddings are still one parameter."""
+
+    def build() -> HybridLM | AutoEncoder:
+        return AutoEncoder(ALL, vocab_size=16, dim=32, seqlen=9) if tied is None else model(tied=tied)
+
+    whole, text = build().to(dtype), tokens(2, 9)
+    with torch.device("meta"):
+        empty = build().to(dtype)
+    empty.to_empty(device="cpu").load_state_dict(whole.state_dict())
+    assert torch.equal(empty(text), whole(text))
+    assert counting.params(empty) == counting.params(whole)
+    with torch.device("meta"):
+        empty = build().to(dtype)
+    empty.load_state_dict(whole.state_dict(), assign=True)
+    assert torch.equal(empty(text), whole(text))
+    assert counting.params(empty) == counting.params(whole)
+
+
+def test_positions_of_the_autoencoder() -> None:
+    """To all digits, whatever dtype the model came through."""
+    coder = AutoEncoder("mlp", vocab_size=16, dim=32, seqlen=100).to(torch.bfloat16).double()
+    seen: list[torch.Tensor] = []
+    coder.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    text = tokens(1, 100)
+    coder(text)
+    found = seen[0][0] - coder.backbone(coder.embedding(text))[0, -1]
+    for t in (0, 1, 99):
+        for i in (0, 1, 15):
+            angle = t * 10000 ** (-2 * i / 32)
+            assert abs(found[t, 2 * i] - math.sin(angle)) < 1e-13
+            assert abs(found[t, 2 * i + 1] - math.cos(angle)) < 1e-13
+
+
 def test_autoencoder_decodes_from_the_last_vector() -> None:
     torch.manual_seed(0)
     coder = AutoEncoder("attention:heads=4 mlp", vocab_size=16, dim=32, seqlen=12)
@@ -130,7 +167,7 @@ def test_autoencoder_decodes_from_the_last_vector() -> None:
     logits = coder(text)
     assert logits.shape == (2, 12, 16)
     code = coder.backbone(coder.embedding(text))[:, -1]
-    assert torch.equal(seen[0] - coder.positions, (code.unsqueeze(1) + coder.positions) - coder.positions)
+    assert torch.equal(seen[0], code.unsqueeze(1) + sinusoids(12, code))
     with pytest.raises(ValueError, match="tokens has length 11; this auto-encoder was built for 12"):
         coder(text[:, :11])
 
