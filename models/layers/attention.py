@@ -57,10 +57,11 @@ class Attention(Layer):
 
     def remember(self, k: Tensor, v: Tensor, state: State, seqlen: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole past, which become the state, as far as the window reaches."""
-        k, v = (torch.cat([state[name].to(new.dtype), new], dim=2) for name, new in (("k", k), ("v", v)))
-        keep = k.shape[2] if self.window is None else min(k.shape[2], self.window)
-        state |= {"k": k[:, :, -keep:], "v": v[:, :, -keep:], "position": state["position"] + seqlen}
-        return k, v
+        dtype = torch.promote_types(k.dtype, state["k"].dtype)  # under autocast, too, a state keeps its precision
+        keys, values = (torch.cat([state[name], new.to(dtype)], dim=2) for name, new in (("k", k), ("v", v)))
+        keep = keys.shape[2] if self.window is None else min(keys.shape[2], self.window)
+        state |= {"k": keys[:, :, -keep:], "v": values[:, :, -keep:], "position": state["position"] + seqlen}
+        return keys.to(k.dtype), values.to(v.dtype)
 
     def init_state(self, batch: int) -> State:
         empty = self.zeros(batch, self.heads, 0, self.head_dim)

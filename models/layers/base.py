@@ -109,6 +109,11 @@ def softplus(x: Tensor) -> Tensor:
     return torch.logaddexp(x, x.new_zeros(()))
 
 
+def no_narrower(after: Tensor, before: Tensor) -> Tensor:
+    """A state as it replaces another: under autocast, too, it keeps the other's precision."""
+    return after.to(torch.promote_types(after.dtype, before.dtype))
+
+
 def wide(x: Tensor) -> Tensor:
     """In float32 at least: rates are exponentiated and summed over the sequence."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from madkernels import causal_conv, fft_conv
-from madkernels.models.layers.base import Layer, State, check_positive
+from madkernels.models.layers.base import Layer, State, check_positive, no_narrower
 from madkernels.models.layers.filters import ExplicitFilter, ImplicitFilter
 
 
@@ -54,7 +54,7 @@ class LongConvLayer(Layer):
             initial_state=before, cu_seqlens=cu_seqlens, return_final_state=True,
         )  # fmt: skip
         if state is not None:
-            state["conv"] = after
+            state["conv"] = no_narrower(after, state["conv"])
         assert isinstance(qkv, Tensor)
         q, k, v = qkv.chunk(3, dim=-1)
         return q, k, v

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madkernels import causal_conv, causal_conv_step, selective_scan, selective_scan_step
-from madkernels.models.layers.base import Layer, State, check_positive, wide
+from madkernels.models.layers.base import Layer, State, check_positive, no_narrower, wide
 
 STEP_RANGE = (1e-3, 1e-1)  # of delta at the start, log-uniform
 
@@ -48,17 +48,22 @@ class Mamba(Layer):
             initial_state=scan_state, cu_seqlens=cu_seqlens, return_final_state=True,
         )  # fmt: skip
         if state is not None:
-            state |= {"conv": conv_state, "scan": scan_state}
+            assert isinstance(conv_state, Tensor)
+            state |= {"conv": no_narrower(conv_state, state["conv"]), "scan": scan_state}
         out: Tensor = self.out_proj(y)
         return out
 
     def step(self, x: Tensor, state: State) -> Tensor:
+        """As of :class:`Layer`; without a gradient by the ops' steps, which are faster, on copies of the state."""
+        if torch.is_grad_enabled():
+            return super().step(x, state)
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        state["conv"] = state["conv"].to(u.dtype)
-        u = causal_conv_step(state["conv"], u, self.conv_weight, self.conv_bias, activation="silu")
+        conv_state, scan_state = state["conv"].to(u.dtype, copy=True), state["scan"].clone()
+        u = causal_conv_step(conv_state, u, self.conv_weight, self.conv_bias, activation="silu")
         delta, B, C = self.project(u)
         parameters = self.A(), B, C, wide(self.D), z, wide(self.delta_bias)
-        y = selective_scan_step(state["scan"], u, delta, *parameters, True)
+        y = selective_scan_step(scan_state, u, delta, *parameters, True)
+        state |= {"conv": no_narrower(conv_state, state["conv"]), "scan": scan_state}
         out: Tensor = self.out_proj(y)
         return out
 

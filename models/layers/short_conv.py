@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from madkernels import causal_conv
-from madkernels.models.layers.base import State
+from madkernels.models.layers.base import State, no_narrower
 
 
 class ShortConv(nn.Module):
@@ -25,7 +25,7 @@ class ShortConv(nn.Module):
             initial_state=None if state is None else state["conv"].to(x.dtype),
         )  # fmt: skip
         if state is not None:
-            state["conv"] = after
+            state["conv"] = no_narrower(after, state["conv"])
         assert isinstance(y, Tensor)
         return y
 
@@ -43,7 +43,7 @@ def token_before(x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> T
     first = x.new_zeros(x.shape[0], 1, x.shape[2]) if state is None else state["before"].to(x.dtype)
     both = torch.cat([first, x], 1)
     if state is not None:
-        state["before"] = both[:, -1:]
+        state["before"] = no_narrower(both[:, -1:], state["before"])
     before = both[:, :-1]
     if cu_seqlens is None:
         return before

@@ -9,7 +9,7 @@ import torch
 from checks import relative_error
 from torch import Tensor
 
-from madkernels.models.layers import LAYERS, Layer
+from madkernels.models.layers import LAYERS, Layer, State
 
 DIM, SEQLEN = 32, 19
 SMALL: dict[str, dict[str, Any]] = {
@@ -184,3 +184,84 @@ def test_refuses_inputs_that_do_not_fit(name: str) -> None:
 def test_refuses_sizes_that_do_not_fit(name: str, dim: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LAYERS[name](dim, **options)
+
+
+def floats(state: State) -> dict[str, Tensor]:
+    return {name: t for name, t in state.items() if t.is_floating_point()}
+
+
+@pytest.mark.parametrize("seqlen", [0, 1, 3])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_state_is_replaced_and_never_written_over(name: str, seqlen: int, grad: bool) -> None:
+    layer, x, state = build(name), sequence(), build(name).init_state(2)
+    with torch.set_grad_enabled(grad):
+        layer(x[:, :7], state=state)
+        kept, values = dict(state), {key: t.clone() for key, t in state.items()}
+        layer.step(x[:, 7], dict(kept))
+        layer(x[:, 7 : 7 + seqlen], state=dict(kept))
+    for key, value in values.items():
+        assert torch.equal(kept[key], value), key
+
+
+def test_gradients_of_steps_are_those_of_the_sequence(name: str) -> None:
+    """In parameters, inputs and the state that was given."""
+    layer, x = build(name), sequence().requires_grad_()
+    given = layer.init_state(2)
+    with torch.no_grad():
+        layer(sequence(seqlen=4), state=given)
+    leaves = {key: t.requires_grad_() for key, t in floats(given).items()}
+
+    def steps(state: State) -> Tensor:
+        return torch.stack([layer.step(x[:, t], state) for t in range(3)], 1)
+
+    def sequence_of_three(state: State) -> Tensor:
+        return layer(x[:, :3], state=state)
+
+    found, wanted = [], []
+    for function, gradients in ((steps, found), (sequence_of_three, wanted)):
+        state = dict(given)
+        y = function(state)
+        loss = sum((t.sin().sum() for t in floats(state).values()), start=y.sin().sum())
+        gradients += torch.autograd.grad(loss, [x, *leaves.values(), *layer.parameters()])
+    for label, a, b in zip(["x", *leaves, *(n for n, _ in layer.named_parameters())], found, wanted, strict=True):
+        assert relative_error(a, b) < 1e-11, label
+
+
+def test_states_keep_their_precision_under_autocast(name: str) -> None:
+    layer, x = build(name, torch.float32), sequence(dtype=torch.float32)
+    state = layer.init_state(2)
+    before = {key: t.dtype for key, t in state.items()}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer(x[:, :5], state=state)
+        assert {key: t.dtype for key, t in state.items()} == before
+        layer.step(x[:, 5], state)
+    assert {key: t.dtype for key, t in state.items()} == before
+
+
+def test_nothing_is_lost_on_the_meta_device(name: str) -> None:
+    layer, x = build(name, torch.float32), sequence(dtype=torch.float32)
+    with torch.device("meta"):
+        empty = LAYERS[name](DIM, **SMALL.get(name, {}))
+    empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    assert torch.equal(empty(x), layer(x))
+
+
+def test_a_cast_rounds_parameters_alone(name: str) -> None:
+    """What is derived from options is as exact after casts as where the layer was built in float64."""
+    cast, x = build(name, torch.float32).to(torch.bfloat16).double(), sequence()
+    torch.set_default_dtype(torch.float64)
+    try:
+        exact = build(name)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    exact.load_state_dict(cast.state_dict())
+    assert torch.equal(exact(x), cast(x))
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+def test_a_packed_row_of_no_tokens(name: str, documents: int) -> None:
+    layer, x = build(name), sequence(batch=1, seqlen=0).requires_grad_()
+    y = layer(x, cu_seqlens=offsets(*[0] * (documents + 1)))
+    assert y.shape == (1, 0, DIM)
+    gradients = torch.autograd.grad(y.sum(), [x, *layer.parameters()], allow_unused=True)
+    assert not any(g.any() for g in gradients if g is not None)
