@@ -64,7 +64,7 @@ def add_layer(name: str, make: Callable[..., nn.Module]) -> None:
         raise ValueError(f"{name!r} is no name for a layer: it takes small letters, digits and hyphens")
     if name in LAYERS and name not in _user:
         raise ValueError(f"there is a layer {name} already")
-    LAYERS[name] = adapt(make)
+    LAYERS[name] = adapt(name, make)
     _user[name] = digest(make)
 
 

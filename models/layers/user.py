@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
 import inspect
 from collections.abc import Callable
@@ -15,7 +16,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from madkernels.models.layers.base import Layer, State
 
 
-class AdaptedLayer(Layer):
+class Adapted(type):
+    """Of the classes that :func:`adapt` makes: no module holds them, so they are pickled by the name of their layer."""
+
+    name: str
+
+
+def registered(name: str) -> Any:
+    """The class of a pickled layer."""
+    from madkernels.models.layers import LAYERS
+
+    if name not in LAYERS:
+        raise ValueError(f"this holds a layer {name}, which is not known here: call add_layer({name!r}, ...) before loading")
+    return LAYERS[name]
+
+
+copyreg.pickle(Adapted, lambda cls: (registered, (cls.name,)))
+
+
+class AdaptedLayer(Layer, metaclass=Adapted):
     """A plain module as a layer. Packed documents go through it one by one; decoding keeps the whole past and runs it
     again, so that it is exact, whatever the module does. Operations are those of its matrix products, as torch counts them;
     its state is what its own ``state_size(seqlen)`` says, or is counted as nothing."""
@@ -28,12 +47,13 @@ class AdaptedLayer(Layer):
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)
-        if cu_seqlens is not None:
-            parts = torch.split(x, cu_seqlens.diff().tolist(), dim=1)
-            return torch.cat([self.module(part) if part.shape[1] else part for part in parts], dim=1)
-        if state is None or x.shape[1] == 0:
+        if x.shape[1] == 0 or (cu_seqlens is None and state is None):
             y: Tensor = self.module(x)
             return y
+        if cu_seqlens is not None:
+            parts = torch.split(x, cu_seqlens.diff().tolist(), dim=1)
+            return torch.cat([self.module(part) for part in parts if part.shape[1]], dim=1)
+        assert state is not None
         state["past"] = torch.cat([state["past"].to(x.dtype), x], dim=1)
         whole: Tensor = self.module(state["past"])
         return whole[:, -x.shape[1] :]
@@ -55,19 +75,23 @@ class AdaptedLayer(Layer):
         return int(counter.get_total_flops())
 
 
-def adapt(make: Callable[..., nn.Module]) -> type[Layer]:
-    """The layer class of a module's class (or of a function that makes one): its first parameter is dim, the others, which
-    need defaults, become options."""
+def adapt(name: str, make: Callable[..., nn.Module]) -> type[Layer]:
+    """The class of a layer of this name, from a module's class or a function that makes one: its first parameter is dim, the
+    others, which need defaults, become options."""
     if isinstance(make, type) and issubclass(make, Layer):
         return make
+    called = getattr(make, "__name__", name)  # which functools.partial lacks
     _, *others = inspect.signature(make).parameters.values()
     for p in others:
         if type(p.default) not in (int, float, bool):
-            raise ValueError(f"{make.__name__}: parameter {p.name} needs a default that is a number or a truth value")
+            raise ValueError(f"{called}: parameter {p.name} needs a default that is a number or a truth value")
     options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in others]
     first = inspect.Parameter("dim", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    fields = {"make": staticmethod(make), "__doc__": make.__doc__, "__signature__": inspect.Signature([first, *options])}
-    return type(make.__name__, (AdaptedLayer,), fields)
+    signature = inspect.Signature([first, *options])
+    fields = {"name": name, "make": staticmethod(make), "__doc__": make.__doc__, "__signature__": signature}
+    made: Any = Adapted(called, (AdaptedLayer,), fields)
+    found: type[Layer] = made
+    return found
 
 
 def digest(make: Callable[..., Any]) -> str:

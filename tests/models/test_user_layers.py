@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import functools
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +58,92 @@ def test_joins_with_one_line() -> None:
     check_causal(lambda: LAYERS["averages"](16), "averages", dim=16)
     assert str(parse("averages:hidden=8")) == "averages"
     assert list(user_layers()) == ["averages"]
+
+
+def averages_of_two(dim: int, scale: float = 1.0) -> nn.Module:
+    return nn.Sequential(Averages(dim, scale), nn.Linear(dim, dim))
+
+
+def through_pickle(model: nn.Module) -> nn.Module:
+    loaded: nn.Module = pickle.loads(pickle.dumps(model))
+    return loaded
+
+
+def through_torch(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, through_pickle, through_torch])
+@pytest.mark.parametrize(
+    "make", [Averages, averages_of_two, functools.partial(averages_of_two, scale=3.0)], ids=["class", "function", "partial"]
+)
+def test_is_copied_and_saved(make: Callable[..., nn.Module], again: Callable[[nn.Module], nn.Module]) -> None:
+    add_layer("averages", make)
+    model = HybridLM("2*averages:scale=0.5 mlp", vocab_size=8, dim=16)
+    tokens = torch.randint(8, (2, 9))
+    other = again(model)
+    assert type(other.backbone.layers[0]) is LAYERS["averages"]
+    assert torch.equal(other(tokens), model(tokens))
+    layer, x = model.backbone.layers[0], torch.randn(1, 3, 16)
+    assert torch.equal(again(layer)(x), layer(x))
+
+
+IN_MAIN = """
+import sys, torch
+from torch import nn
+from madkernels.models import HybridLM, add_layer
+
+class Mine(nn.Module):
+    def __init__(self, dim: int, hidden: int = 8) -> None:
+        super().__init__()
+        self.linear = nn.Sequential(nn.Linear(dim, hidden), nn.Linear(hidden, dim))
+
+    def forward(self, x):
+        return self.linear(x)
+
+if sys.argv[1] == "load":
+    try:
+        torch.load("model.pt", weights_only=False)
+    except ValueError as error:
+        print(error)
+
+add_layer("mine", Mine)
+tokens = torch.arange(8)[None]
+if sys.argv[1] == "save":
+    model = HybridLM("mine:hidden=4 mlp", vocab_size=8, dim=16)
+    torch.save((model, model(tokens)), "model.pt")
+else:
+    model, logits = torch.load("model.pt", weights_only=False)
+    print(torch.equal(model(tokens), logits))
+"""
+
+
+def test_is_loaded_in_another_process(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(IN_MAIN)
+
+    def run(what: str) -> list[str]:
+        done = subprocess.run([sys.executable, "script.py", what], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    assert run("save") == []
+    assert run("load") == [
+        "this holds a layer mine, which is not known here: call add_layer('mine', ...) before loading",
+        "True",
+    ]
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+def test_a_packed_row_of_no_tokens(documents: int) -> None:
+    add_layer("averages", Averages)
+    layer, x = LAYERS["averages"](16), torch.zeros(1, 0, 16)
+    y = layer(x, cu_seqlens=torch.zeros(documents + 1, dtype=torch.int32))
+    y.sum().backward()
+    assert y.shape == x.shape
+    assert not any(p.grad.any() for p in layer.parameters())
 
 
 def test_a_layer_class_joins_as_it_is() -> None:
