@@ -29,7 +29,8 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        return _rows(x, weight.mT, ends)
+        matrices = weight.mT
+        return _rows_op(x, matrices, ends) if _is_opaque(x, *matrices.shape[1:]) else _rows(x, matrices, ends)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -57,10 +58,7 @@ class _GroupedOuter(torch.autograd.Function):
 
     @staticmethod
     def forward(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-        if _fits(x, x.shape[1], dy.shape[1]):
-            return F.grouped_mm(dy.contiguous().mT, x.contiguous(), offs=ends)
-        parts = zip(*(_split(t, ends) for t in (dy, x)), strict=True)
-        return torch.stack([a.mT @ b for a, b in parts])
+        return _outer_op(dy, x, ends) if _is_opaque(x, x.shape[1], dy.shape[1]) else _outer(dy, x, ends)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -85,6 +83,34 @@ def _rows(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     if _fits(x, *matrices.shape[1:]):
         return F.grouped_mm(x.contiguous(), matrices, offs=ends)
     return torch.cat([part @ matrix for part, matrix in zip(_split(x, ends), matrices, strict=True)])
+
+
+def _outer(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """Of each group's rows the (outputs, inputs) matrix dy' x."""
+    if _fits(x, x.shape[1], dy.shape[1]):
+        return F.grouped_mm(dy.contiguous().mT, x.contiguous(), offs=ends)
+    parts = zip(*(_split(t, ends) for t in (dy, x)), strict=True)
+    return torch.stack([a.mT @ b for a, b in parts])
+
+
+# What a graph cannot see into: the loop needs the groups on the host, and torch.compile takes the grouped product in
+# bfloat16 alone.
+_rows_op = torch.library.custom_op("madkernels::grouped_rows", _rows, mutates_args=())
+_outer_op = torch.library.custom_op("madkernels::grouped_outer", _outer, mutates_args=())
+
+
+@_rows_op.register_fake
+def _rows_fake(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], matrices.shape[2])
+
+
+@_outer_op.register_fake
+def _outer_fake(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], dy.shape[1], x.shape[1])
+
+
+def _is_opaque(x: Tensor, *widths: int) -> bool:
+    return torch.compiler.is_compiling() and not (x.dtype == torch.bfloat16 and _fits(x, *widths))
 
 
 def _fits(x: Tensor, *widths: int) -> bool:

@@ -9,6 +9,7 @@ import torch
 from checks import relative_rms
 from torch import Tensor
 
+from madkernels.models.layers import LAYERS
 from madkernels.models.layers.grouped import grouped_linear
 
 
@@ -67,3 +68,19 @@ def test_mapped_over_models() -> None:
     apart = [torch.func.grad(loss, argnums=(0, 1))(x[i], weight[i], ends[i]) for i in range(3)]
     for a, b in zip(found, map(torch.stack, zip(*apart, strict=True)), strict=True):
         assert relative_rms(a, b) < 1e-6
+
+
+@pytest.mark.parametrize(("dim", "hidden"), [(32, 16), (7, 5)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_moe_is_one_graph_of_any_length(dtype: torch.dtype, dim: int, hidden: int) -> None:
+    """The compiled layer's values and gradients are the layer's own."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    moe = LAYERS["moe"](dim, experts=5, top_k=3, hidden=hidden).to(dtype)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    for seqlen in (20, 30, 41):
+        x = torch.randn(2, seqlen, dim).to(dtype).requires_grad_()
+        found, wanted = (
+            (y, *torch.autograd.grad(y.sin().sum(), [x, *moe.parameters()])) for y in (layer(x) for layer in (compiled, moe))
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

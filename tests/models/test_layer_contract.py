@@ -143,7 +143,6 @@ def test_gradients_by_finite_differences(name: str) -> None:
     torch.testing.assert_close((loss(1e-6) - loss(-1e-6)) / 2e-6, slope, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "moe"])  # which reads counts on the host
 def test_one_graph(name: str) -> None:
     layer, x = build(name), sequence()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
