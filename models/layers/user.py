@@ -31,7 +31,7 @@ def registered(name: str) -> Any:
     return LAYERS[name]
 
 
-copyreg.pickle(Adapted, lambda cls: (registered, (cls.name,)))
+copyreg.pickle(Adapted, lambda cls: (registered, (cls.name,)) if "name" in vars(cls) else cls.__qualname__)
 
 
 class AdaptedLayer(Layer, metaclass=Adapted):

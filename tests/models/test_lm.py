@@ -122,6 +122,27 @@ def test_tied_embeddings_are_one_parameter() -> None:
     assert counting.params(untied) - counting.params(tied) == 16 * 32 + 16
 
 
+@pytest.mark.parametrize("documents", [1, 2])
+def test_a_packed_row_of_no_tokens(documents: int) -> None:
+    lm = model()
+    logits = lm(tokens(1, 0), cu_seqlens=torch.zeros(documents + 1, dtype=torch.int32))
+    logits.sum().backward()
+    assert logits.shape == (1, 0, 16)
+    assert not any(p.grad.any() for p in lm.parameters() if p.grad is not None)
+
+
+@torch.no_grad()
+def test_states_are_continued_more_than_once() -> None:
+    """As beams and shared prompts do: a copy of the dicts is a copy of the states."""
+    lm, text = model(), tokens(2, 9)
+    states = lm.init_state(2)
+    lm(text[:, :5], states=states)
+    for path in (text[:, 5:], text[:, 5:].flip(1)):
+        own = [dict(state) for state in states]
+        steps = torch.stack([lm.step(path[:, t], own) for t in range(4)], 1)
+        torch.testing.assert_close(steps, lm(torch.cat([text[:, :5], path], 1))[:, 5:], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [True, False, None])
 def test_models_are_whole_after_the_meta_device(tied: bool | None, dtype: torch.dtype) -> None:
