@@ -58,7 +58,9 @@ class Mamba(Layer):
         if torch.is_grad_enabled():
             return super().step(x, state)
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        conv_state, scan_state = state["conv"].to(u.dtype, copy=True), state["scan"].clone()
+        dense = torch.contiguous_format
+        conv_state = state["conv"].to(u.dtype, copy=True, memory_format=dense)
+        scan_state = state["scan"].clone(memory_format=dense)
         u = causal_conv_step(conv_state, u, self.conv_weight, self.conv_bias, activation="silu")
         delta, B, C = self.project(u)
         parameters = self.A(), B, C, wide(self.D), z, wide(self.delta_bias)

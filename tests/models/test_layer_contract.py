@@ -264,3 +264,15 @@ def test_a_packed_row_of_no_tokens(name: str, documents: int) -> None:
     assert y.shape == (1, 0, DIM)
     gradients = torch.autograd.grad(y.sum(), [x, *layer.parameters()], allow_unused=True)
     assert not any(g.any() for g in gradients if g is not None)
+
+
+@torch.no_grad()
+def test_a_state_may_be_a_view(name: str) -> None:
+    """As of one prompt that several continuations share, or of rows of a larger tensor in another order."""
+    layer, x, state = build(name), sequence(), build(name).init_state(1)
+    layer(x[:1, :7], state=state)
+    shared = {key: t if t.dim() == 0 else t.expand(2, *t.shape[1:]) for key, t in state.items()}
+    turned = {key: t if t.dim() == 0 else t.expand(2, *t.shape[1:]).mT.contiguous().mT for key, t in state.items()}
+    wanted = layer(torch.cat([x[:1, :7].expand(2, -1, -1), x[:, 7:8]], 1))[:, 7]
+    for given in (shared, turned):
+        assert relative_error(layer.step(x[:, 7], given), wanted) < 1e-12
