@@ -10,10 +10,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from madkernels.models.layers import LAYERS, Layer, user_layers
+from madkernels.models.spec import LayerSpec, parse
 
 QUIET = {torch.float64: 1e-9, torch.float32: 1e-5}  # moves of outputs of unit scale that may be taken for rounding
 PLAIN = 1e-3  # moves, in parts of the largest output, that no rounding makes
@@ -49,6 +53,23 @@ def check_causal(make: Make, name: str, *, dim: int, batch: int = 4, seqlen: int
                 look_ahead(shaken, x, other, cuts)
     if dtype != torch.float32 and (shaken := _shaken(make, name, torch.float32, False, 3, x)):
         look_ahead(shaken, x, other, some)
+
+
+def layers_from_outside(arch: str) -> list[LayerSpec]:
+    """Those that add_layer added, each once."""
+    return [spec for spec in dict.fromkeys(parse(arch).layers) if spec.name in user_layers()]
+
+
+def check_layers_from_outside(arch: str, *, dim: int, batch: int, seqlen: int) -> None:
+    """:func:`check_causal` of each layer of an architecture that add_layer added."""
+    for spec in layers_from_outside(arch):
+        _check_layer(LAYERS[spec.name], spec, dim, batch, seqlen)  # type: ignore[arg-type]  # a class has a hash
+
+
+@cache
+def _check_layer(layer: type[Layer], spec: LayerSpec, dim: int, batch: int, seqlen: int) -> None:
+    """Once for each layer and shape."""
+    check_causal(lambda: layer(dim, **dict(spec.options)), str(spec), dim=dim, batch=batch, seqlen=seqlen)
 
 
 def check_trained(make: Make, name: str, x: Tensor, other: Tensor) -> None:

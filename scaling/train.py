@@ -32,6 +32,7 @@ from torch.utils.checkpoint import noop_context_fn
 
 from madkernels.fused import linear_cross_entropy
 from madkernels.models import HybridLM, counting
+from madkernels.models.causality import check_layers_from_outside
 from madkernels.models.init import parameter_groups
 from madkernels.models.lm import Place
 from madkernels.runs.engines import Diverged
@@ -43,6 +44,7 @@ from madkernels.scaling.watch import Guard, Log, points_of
 
 BETAS = (0.9, 0.95)
 CHECKPOINTING = ("none", "selective", "full")
+LOOKED_AT = 1024, 16  # longest rows, and their number, that a layer from outside is looked at with
 PATIENCE = 20  # steps left out one after the other
 
 
@@ -120,9 +122,11 @@ def train(
     Raises:
         Diverged: many steps one after the other had to be left out.
         Stopped: `stop` was wanted. It is a KeyboardInterrupt.
-        ValueError: the data are damaged or not those of the run, the batch does not divide among the processes, or the
-            folder holds another run, or damaged checkpoints only.
+        ValueError: a layer from outside looks ahead, the data are damaged or not those of the run, the batch does not divide
+            among the processes, or the folder holds another run, or damaged checkpoints only.
     """
+    longest, rows = LOOKED_AT
+    check_layers_from_outside(run.arch, dim=run.dim, batch=rows, seqlen=min(run.recipe.seqlen, longest))
     trainer = _Trainer(run, how or Execution(), on_point, stop)
     try:
         trainer.resume()

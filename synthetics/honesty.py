@@ -4,15 +4,12 @@ and once more with their trained weights before a score is given."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from madkernels.models.causality import check_causal, check_trained
-from madkernels.models.layers import LAYERS, Layer, user_layers
-from madkernels.models.spec import LayerSpec, parse
+from madkernels.models.causality import check_layers_from_outside, check_trained, layers_from_outside
 from madkernels.runs.engines import Refused
 from madkernels.synthetics.protocol import Run
 from madkernels.synthetics.tasks import IGNORE
@@ -22,25 +19,13 @@ BLIND = 128  # held-out sequences whose answers are asked for again without what
 LOST = 0.05  # accuracy that a causal model does not lose by that, whatever its rounding
 
 
-def layers_from_outside(arch: str) -> list[LayerSpec]:
-    """Each once."""
-    return [spec for spec in dict.fromkeys(parse(arch).layers) if spec.name in user_layers()]
-
-
 def check_layers(runs: Sequence[Run]) -> None:
     """Looks at each layer from outside at the width, length and batch size of its runs. ValueError names one that cheats."""
     shapes = dict.fromkeys(
         (r.arch, r.training.dim, r.task.length, min(r.training.batch, r.task.train_examples)) for r in runs
     )
     for arch, dim, seqlen, batch in shapes:
-        for spec in layers_from_outside(arch):
-            _check_layer(LAYERS[spec.name], spec, dim, batch, seqlen)  # type: ignore[arg-type]  # a class has a hash
-
-
-@cache
-def _check_layer(layer: type[Layer], spec: LayerSpec, dim: int, batch: int, seqlen: int) -> None:
-    """Once for each layer and shape."""
-    check_causal(lambda: layer(dim, **dict(spec.options)), str(spec), dim=dim, batch=batch, seqlen=seqlen)
+        check_layers_from_outside(arch, dim=dim, batch=batch, seqlen=seqlen)
 
 
 def check_scored(run: Run, model: nn.Module, make: Callable[[Run], nn.Module], held_out: tuple[Tensor, Tensor]) -> None:

@@ -22,9 +22,10 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from madkernels.models.causality import layers_from_outside
 from madkernels.models.init import parameter_groups
 from madkernels.runs.engines import Diverged, Refused
-from madkernels.synthetics.honesty import check_scored, layers_from_outside, loaded
+from madkernels.synthetics.honesty import check_scored, loaded
 from madkernels.synthetics.protocol import Run
 from madkernels.synthetics.tasks import IGNORE
 from madkernels.synthetics.train import BETAS, EVALUATION_BATCH, Tally, build, check_finite, data

@@ -174,3 +174,16 @@ def test_explicit_hyenas(name: str) -> None:
         y = sum(taps[:, j] * (k * v)[t - j] for j in range(min(6, t + 1))) + skip * (k * v)[t]
         outputs.append(layer.out.weight @ (q[t] * y) + layer.out.bias)
     assert relative_error(layer(x[None])[0], torch.stack(outputs)) < 1e-6  # the rates of the layer are in float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["rwkv6-time-mixer", "gated-linear-attention", "mamba2", "gated-deltanet"])
+def test_decoding_under_autocast_does_not_drift(name: str) -> None:
+    """600 steps are as near to float32 as the whole sequence at once is: what a state rounds does not add up."""
+    torch.manual_seed(0)
+    layer, x = LAYERS[name](64), torch.randn(1, 600, 64)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, state = layer(x), layer.init_state(1)
+        steps = torch.stack([layer.step(x[:, t], state) for t in range(600)], 1)
+    assert relative_error(steps[:, 300:], exact[:, 300:]) < 1.1 * relative_error(whole[:, 300:], exact[:, 300:])

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from madkernels.models.layers import LAYERS
+from madkernels.models.layers import LAYERS, add_layer
 from madkernels.runs.engines import Diverged
 from madkernels.scaling import checkpoint
 from madkernels.scaling import train as training
@@ -444,3 +445,23 @@ def test_gradients_that_stay_large_are_let_in() -> None:
     assert not found[0]
     assert all(found[12:])
     assert not guard.allows(math.nan, 1.0)
+
+
+class NextToken(torch.nn.Module):
+    """Adds what comes next, behind a gate that is shut at first."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gate = torch.nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate * x.roll(-1, 1)
+
+
+def test_a_layer_that_looks_ahead_is_not_trained(data: Path) -> None:
+    add_layer("next-token", NextToken)
+    try:
+        with pytest.raises(ValueError, match="layer next-token is not causal"):
+            train(run_of(data, arch="next-token"))
+    finally:
+        del LAYERS["next-token"]
