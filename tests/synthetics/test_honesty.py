@@ -158,7 +158,7 @@ def test_honest_runs_are_scored_as_without_a_look(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_layer_passes_once_trained(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them as if they came from outside."""
-    monkeypatch.setattr("madkernels.synthetics.honesty.user_layers", lambda: LAYERS)
+    monkeypatch.setattr("madkernels.models.causality.user_layers", lambda: LAYERS)
     for name in set(LAYERS) - set(layers.user_layers()):
         training = dataclasses.replace(TINY, dtype=dtype, dim=32, held_out=32, epochs=1)
         train(Run(name, dataclasses.replace(TASK, train_examples=64), training))
@@ -170,7 +170,7 @@ def test_a_layer_is_looked_at_in_the_shapes_of_its_runs(monkeypatch: pytest.Monk
     def note(make: Any, name: str, *, dim: int, batch: int, seqlen: int) -> None:
         shapes.append((name, dim, batch, seqlen))
 
-    monkeypatch.setattr("madkernels.synthetics.honesty.check_causal", note)
+    monkeypatch.setattr("madkernels.models.causality.check_causal", note)
     longer, fewer = dataclasses.replace(TASK, seqlen=20), dataclasses.replace(TASK, train_examples=8)
     check_layers([run_of("2*honest mlp", task) for task in (TASK, longer, fewer, TASK)])
     assert shapes == [("honest", 16, 32, 11), ("honest", 16, 32, 19), ("honest", 16, 8, 11)]
