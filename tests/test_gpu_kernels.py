@@ -155,7 +155,7 @@ def test_no_document_of_some_steps_is_refused() -> None:
         causal_conv(torch.zeros(1, 5, 2), torch.zeros(2, 3), cu_seqlens=torch.zeros(1, dtype=torch.int32))
 
 
-@pytest.mark.parametrize(("seqlen", "taps"), [(8192, 8192), (8193, 8193), (16384, 64), (16385, 16385)])
+@pytest.mark.parametrize(("seqlen", "taps"), [(8193, 8193), (16384, 64)])
 def test_long_convolutions_where_blocks_have_99_kilobytes(seqlen: int, taps: int) -> None:
     """As on compute capability 8.6, 8.9 and 12.0."""
     with backends.shared_memory(99 << 10):
