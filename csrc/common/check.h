@@ -138,9 +138,9 @@ class Checks {
     return like_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   }
 
-  void shape(const char* name, const Tensor& t, const Shape& wanted) const {
-    MK_CHECK(shape_of(t) == wanted, op_, ": ", name, " has shape ", to_string(shape_of(t)), "; expected ",
-             to_string(wanted));
+  void shape(const char* name, const Tensor& t, const Shape& wanted, Spelling spelling = {}) const {
+    const Shape got = shape_of(t);
+    MK_CHECK(got == wanted, op_, ": ", name, " has shape ", spelling.shape(got), "; expected ", spelling.shape(wanted));
     MK_CHECK(t.device() == like_.device(), op_, ": ", name, " is on another device than ", first_);
   }
   void type(const char* name, const Tensor& t, std::initializer_list<ScalarType> wanted) const {
@@ -162,9 +162,8 @@ class Checks {
   }
   // Activations, with the time axis that a step's lack; in the dtype of the first.
   void activation(const char* name, const Tensor& t, const Shape& wanted) const {
-    MK_CHECK(shape_of(t) == wanted, op_, ": ", name, " has shape ", spelling_.shape(shape_of(t)), "; expected ",
-             spelling_.shape(wanted));
-    tensor(name, t, wanted, like_.scalar_type());
+    shape(name, t, wanted, spelling_);
+    type(name, t, {like_.scalar_type()});
   }
   void activation(const char* name, const OptionalTensor& t, const Shape& wanted) const {
     if (t) activation(name, *t, wanted);
