@@ -13,7 +13,6 @@ from madkernels.ops.registration import (
     differentiate,
     differentiate_gradient,
     if_given,
-    or_empty,
     refuse_tangents,
     register_autocast,
     register_gradient,
@@ -141,8 +140,7 @@ def _by_reference(
 
 def _gradient_by_reference(dout: Tensor, dstate: Tensor | None, *inputs: Any) -> Sequence[Tensor]:
     *tensors, silu, initial_state, cu_seqlens = inputs
-    gradients = differentiate(_function(silu, cu_seqlens), [*tensors, initial_state], [dout, dstate])
-    return or_empty(gradients, dout)
+    return differentiate(_function(silu, cu_seqlens), [*tensors, initial_state], dout, dstate)
 
 
 def _function(silu: bool, cu_seqlens: Tensor | None) -> Callable[[Sequence[Any]], Sequence[Tensor]]:

@@ -93,23 +93,21 @@ def refuse_tangents(name: str, *values: Any) -> None:
         )
 
 
-def differentiate(function: Function, arguments: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]) -> list[Any]:
-    """The gradients of ``sum(cotangents * function(arguments))``, None where an argument is absent; differentiable again."""
+def differentiate(
+    function: Function, arguments: Sequence[Tensor | None], dout: Tensor, dstate: Tensor | None
+) -> Sequence[Tensor]:
+    """The gradients of ``dout out + dstate state``, the results of `function`, as the ops return them: empty where an
+    argument is absent. They can be differentiated again."""
     with torch.enable_grad():
         inputs = [_differentiable(t) for t in arguments]
-        found = iter(_gradients(function, inputs, cotangents))
-    return [None if t is None else next(found) for t in arguments]
+        found = iter(_gradients(function, inputs, [dout, dstate]))
+    return tuple(dout.new_empty(0) if t is None else next(found) for t in arguments)
 
 
 def _gradients(function: Function, inputs: Sequence[Any], seeds: Sequence[Tensor | None]) -> Sequence[Tensor]:
     pairs = [(o, s) for o, s in zip(function(inputs), seeds, strict=True) if s is not None]
     outputs, given = [o for o, _ in pairs], [t for t in inputs if t is not None]
     return torch.autograd.grad(outputs, given, [s for _, s in pairs], create_graph=True, materialize_grads=True)
-
-
-def or_empty(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """Gradients as the ops return them: empty where the argument is absent."""
-    return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
 
 def differentiate_gradient(
