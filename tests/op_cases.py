@@ -40,10 +40,13 @@ OPS = _calls(madkernels)
 REFERENCES = _calls(reference)
 
 
+WIDE = {"A", "D", "delta_bias"}  # at least float32, whatever the activations
+
+
 def draw(name: str, *leading: int, dtype: torch.dtype = torch.float64, **changes: tuple[int, ...]) -> dict[str, Tensor]:
-    """Inputs of an op, with `leading` axes before each, and other shapes for some."""
+    """Inputs of an op, activations in `dtype`, with `leading` axes before each, and other shapes for some."""
+    wide = WIDE if name == "causal_conv" else WIDE | {"initial_state"}
     generator = torch.Generator().manual_seed(1)
     shapes = SHAPES[name] | changes
-    return {
-        k: torch.randn(*leading, *shape, generator=generator, dtype=torch.float64).to(dtype) for k, shape in shapes.items()
-    }
+    drawn = {k: torch.randn(*leading, *shape, generator=generator, dtype=torch.float64) for k, shape in shapes.items()}
+    return {k: t.to(torch.promote_types(dtype, torch.float32) if k in wide else dtype) for k, t in drawn.items()}
