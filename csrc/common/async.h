@@ -8,39 +8,21 @@ namespace madkernels::device {
 
 // kBytes: 4, 8 or 16; both ends aligned to it.
 template <int kBytes, class T>
-__device__ __forceinline__ void copy_async(SharedPointer<T> to, const T* from) {
+__device__ __forceinline__ void copy_async(T* to, const T* from) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  constexpr int kCount = kBytes / static_cast<int>(sizeof(T));
-  check_aligned<kCount>(from);
-#ifdef MADKERNELS_EMULATED
-  T* shared = to.first(kCount);
-  check_aligned<kCount>(shared);
-  emulator::copy_later(shared, from, kBytes);
-#else
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   if constexpr (kBytes == 16) {  // past the first cache: it would hold a second copy
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes) : "memory");
   }
-#endif
 }
 
-__device__ __forceinline__ void copy_async_commit() {
-#ifdef MADKERNELS_EMULATED
-  emulator::commit_copies();
-#else
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
-#ifdef MADKERNELS_EMULATED
-  emulator::wait_for_copies(kPending);
-#else
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-#endif
 }
 
 }  // namespace madkernels::device

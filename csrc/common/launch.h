@@ -1,4 +1,4 @@
-// Launches a kernel on a one-dimensional grid, on a GPU or on the emulator.
+// Launches a kernel on a one-dimensional grid.
 #pragma once
 
 #include <cstddef>
@@ -6,11 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#ifdef MADKERNELS_EMULATED
-#include "emulator/emulator.h"
-#else
 #include "common/cuda_errors.h"
-#endif
 
 namespace madkernels {
 
@@ -31,18 +27,9 @@ inline void check_blocks(const char* name, int64_t blocks) {
   throw std::runtime_error(std::string(name) + ": " + std::to_string(blocks) + " blocks; a GPU takes at most 2^31 - 1");
 }
 
-#ifdef MADKERNELS_EMULATED
+#ifdef __CUDACC__
 
 // Kernels get their arguments by value. Nothing is launched for 0 blocks.
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t dynamic_shared, Stream,
-            const Arguments&... arguments) {
-  check_blocks(name, blocks);
-  if (blocks > 0) emulator::run(name, blocks, threads, dynamic_shared, [&] { kernel(arguments...); });
-}
-
-#elif defined(__CUDACC__)
-
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t dynamic_shared,
             Stream stream, const Arguments&... arguments) {

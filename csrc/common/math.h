@@ -1,5 +1,4 @@
-// Conversions and elementary functions of float, alike on a GPU and on the emulator but for the last bits. All propagate
-// NaN.
+// Conversions and elementary functions of float. All propagate NaN.
 #pragma once
 
 #include <cmath>
@@ -22,9 +21,7 @@ __device__ __forceinline__ To bits_as(From from) {
 
 // x, as a value that the compiler does not know to have: what is computed from it is computed again, not kept in registers.
 __device__ __forceinline__ float computed_again(float x) {
-#ifndef MADKERNELS_EMULATED
   asm volatile("" : "+f"(x));
-#endif
   return x;
 }
 
@@ -33,13 +30,9 @@ __device__ __forceinline__ float computed_again(float x) {
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) { return bits_as<float>(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ float to_float(Float16 x) {
-#ifdef MADKERNELS_EMULATED
-  return static_cast<float>(bits_as<_Float16>(x.bits));
-#else
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
-#endif
 }
 
 template <class T>
@@ -50,25 +43,15 @@ __device__ __forceinline__ float from_float<float>(float x) {
 }
 template <>
 __device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
-#ifdef MADKERNELS_EMULATED
-  const uint32_t bits = bits_as<uint32_t>(x);
-  if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
-  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-#else
   BFloat16 y;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
   return y;
-#endif
 }
 template <>
 __device__ __forceinline__ Float16 from_float<Float16>(float x) {
-#ifdef MADKERNELS_EMULATED
-  return {bits_as<uint16_t>(static_cast<_Float16>(x))};
-#else
   Float16 y;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
   return y;
-#endif
 }
 
 // ---- 2^x ----
@@ -76,14 +59,9 @@ __device__ __forceinline__ Float16 from_float<Float16>(float x) {
 // On the special-function unit: 4 lanes a cycle and scheduler. Relative error 2^-22; results and arguments below the normal
 // numbers are zero.
 __device__ __forceinline__ float exp2_mufu(float x) {
-#ifdef MADKERNELS_EMULATED
-  const float y = std::exp2(x);
-  return y < 1.17549435e-38f ? 0.f : y;
-#else
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-#endif
 }
 
 // On the FMA pipes: 2^x = 2^k (1 + r q(r)), where adding 1.5 * 2^23 leaves k in the low bits. Relative error 1e-7; exactly 1
@@ -102,34 +80,13 @@ __device__ __forceinline__ float exp2_fma(float x) {
   return x == x ? power : x;
 }
 
-// ---- cos and sin of pi x ----
-
-__device__ __forceinline__ float cos_pi(float x) {
-#ifdef MADKERNELS_EMULATED
-  return static_cast<float>(std::cos(3.14159265358979323846 * x));
-#else
-  return cospif(x);
-#endif
-}
-__device__ __forceinline__ float sin_pi(float x) {
-#ifdef MADKERNELS_EMULATED
-  return static_cast<float>(std::sin(3.14159265358979323846 * x));
-#else
-  return sinpif(x);
-#endif
-}
-
 // ---- activations: a few roundings from exact, relative to the result, whatever its size ----
 
 // Relative error 2^-23; zero beyond 2^126.
 __device__ __forceinline__ float reciprocal(float x) {
-#ifdef MADKERNELS_EMULATED
-  return 1.f / x;
-#else
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-#endif
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + expf(-x)); }

@@ -23,23 +23,12 @@ MADKERNELS_ANYWHERE inline bool is_aligned(const T* p) {
 }
 
 template <int N, class T>
-__device__ __forceinline__ void check_aligned(const T* p) {
-#ifdef MADKERNELS_EMULATED
-  if (!is_aligned<N>(p)) emulator::report("a misaligned access to " + std::to_string(N * sizeof(T)) + " bytes");
-#else
-  static_cast<void>(p);
-#endif
-}
-
-template <int N, class T>
 __device__ __forceinline__ Vector<T, N> load_vector(const T* p) {
-  check_aligned<N>(p);
   return *reinterpret_cast<const Vector<T, N>*>(p);
 }
 
 template <int N, class T>
 __device__ __forceinline__ void store_vector(T* p, const Vector<T, N>& v) {
-  check_aligned<N>(p);
   *reinterpret_cast<Vector<T, N>*>(p) = v;
 }
 
@@ -59,16 +48,5 @@ __device__ __forceinline__ void store_masked(T* p, const Vector<T, N>& v, int co
     if (i < count) p[i] = v[i];
   }
 }
-
-#ifdef MADKERNELS_EMULATED
-template <int N, class T>
-Vector<T, N> load_vector(const SharedPointer<T>& p) {
-  return load_vector<N>(static_cast<const T*>(p.first(N)));
-}
-template <int N, class T>
-void store_vector(const SharedPointer<T>& p, const Vector<T, N>& v) {
-  store_vector<N>(p.first(N), v);
-}
-#endif
 
 }  // namespace madkernels::device

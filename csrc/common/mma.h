@@ -13,73 +13,6 @@
 
 namespace madkernels::device {
 
-#ifdef MADKERNELS_EMULATED
-
-struct Fragments {
-  uint32_t a[4], b[2];
-};
-
-// Element (row, k) of A and (k, column) of B among all lanes' fragments of 16-bit numbers.
-template <class T>
-float element_of_a(const emulator::Exchanged& all, int row, int k) {
-  const int holder = row % 8 * 4 + k % 8 / 2, which = row / 8 + k / 8 * 2;
-  const uint32_t word = all.of<Fragments>(holder).a[which];
-  return to_float(T{static_cast<uint16_t>(k % 2 ? word >> 16 : word)});
-}
-template <class T>
-float element_of_b(const emulator::Exchanged& all, int k, int column) {
-  const uint32_t word = all.of<Fragments>(column * 4 + k % 8 / 2).b[k / 8];
-  return to_float(T{static_cast<uint16_t>(k % 2 ? word >> 16 : word)});
-}
-
-// c += A B over `depth`, where a(row, k) and b(k, column) are elements.
-template <class A, class B>
-void multiply_fragments(float (&c)[4], int depth, A&& a, B&& b) {
-  for (int i = 0; i < 4; i++) {
-    const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
-    float sum = 0;
-    for (int k = 0; k < depth; k++) sum += a(row, k) * b(k, column);
-    c[i] += sum;
-  }
-}
-
-template <class T>
-void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const Fragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  const emulator::Exchanged& all = emulator::exchange(&mine, sizeof(mine), kAllLanes, "mma_16x8x16");
-  multiply_fragments(
-      c, 16, [&](int row, int k) { return element_of_a<T>(all, row, k); },
-      [&](int k, int column) { return element_of_b<T>(all, k, column); });
-}
-
-inline float rounded_to_tf32(uint32_t bits) { return bits_as<float>(bits & 0xffffe000u); }
-
-inline void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const Fragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  const emulator::Exchanged& all = emulator::exchange(&mine, sizeof(mine), kAllLanes, "mma_16x8x8_tf32");
-  multiply_fragments(
-      c, 8, [&](int row, int k) { return rounded_to_tf32(all.of<Fragments>(row % 8 * 4 + k % 4).a[row / 8 + k / 4 * 2]); },
-      [&](int k, int column) { return rounded_to_tf32(all.of<Fragments>(column * 4 + k % 4).b[k / 4]); });
-}
-
-// Lane l gives the address of row l % 8 of matrix l / 8.
-template <int kCount, bool kTransposed = false, class T>
-void load_matrices(uint32_t (&to)[kCount], const SharedPointer<T>& row) {
-  static_assert(sizeof(T) == 2);
-  const T* address = lane() < 8 * kCount ? row.first(8) : nullptr;
-  if (address != nullptr) check_aligned<8>(address);
-  const emulator::Exchanged& all = emulator::exchange(&address, sizeof(address), kAllLanes, "load_matrices");
-  for (int m = 0; m < kCount; m++) {
-    const auto number = [&](int i) {
-      const int r = kTransposed ? lane() % 4 * 2 + i : lane() / 4, c = kTransposed ? lane() / 4 : lane() % 4 * 2 + i;
-      return bits_as<uint16_t>(all.of<const T*>(8 * m + r)[c]);
-    };
-    to[m] = number(0) | static_cast<uint32_t>(number(1)) << 16;
-  }
-}
-
-#else
-
 // c += A B; T: BFloat16 or Float16.
 template <class T>
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -137,7 +70,5 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[kCount], const T* r
                  : "memory");
   }
 }
-
-#endif
 
 }  // namespace madkernels::device

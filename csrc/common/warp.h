@@ -12,44 +12,6 @@ __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.
 
 // ---- exchanges; T: float, double, or an integer of 4 or 8 bytes ----
 
-#ifdef MADKERNELS_EMULATED
-
-template <class T>
-T shuffle_from(T v, int source, uint32_t mask, const char* what) {
-  if (source < 0 || source > 31 || !(mask >> source & 1)) {
-    emulator::report(std::string(what) + " from lane " + std::to_string(source) + ", which takes no part");
-  }
-  return emulator::exchange(&v, sizeof(v), mask, what).template of<T>(source);
-}
-template <class T>
-T shuffle(T v, int source, uint32_t mask = kAllLanes) {
-  return shuffle_from(v, source, mask, "shuffle");
-}
-template <class T>
-T shuffle_xor(T v, int bits, uint32_t mask = kAllLanes) {
-  return shuffle_from(v, lane() ^ bits, mask, "shuffle_xor");
-}
-template <class T>
-T shuffle_up(T v, int delta, uint32_t mask = kAllLanes) {
-  return shuffle_from(v, lane() < delta ? lane() : lane() - delta, mask, "shuffle_up");
-}
-template <class T>
-T shuffle_down(T v, int delta, uint32_t mask = kAllLanes) {
-  return shuffle_from(v, lane() + delta > 31 ? lane() : lane() + delta, mask, "shuffle_down");
-}
-
-inline void warp_sync(uint32_t mask = kAllLanes) { emulator::exchange("", 0, mask, "warp_sync"); }
-inline uint32_t warp_ballot(bool predicate, uint32_t mask = kAllLanes) {
-  const emulator::Exchanged& all = emulator::exchange(&predicate, sizeof(predicate), mask, "warp_ballot");
-  uint32_t lanes = 0;
-  for (int l = 0; l < 32; l++) {
-    if (mask >> l & 1 && all.of<bool>(l)) lanes |= 1u << l;
-  }
-  return lanes;
-}
-
-#else
-
 // The lane whose value is returned.
 template <class T>
 __device__ __forceinline__ T shuffle(T v, int source, uint32_t mask = kAllLanes) {
@@ -76,8 +38,6 @@ __device__ __forceinline__ void warp_sync(uint32_t mask = kAllLanes) { __syncwar
 __device__ __forceinline__ uint32_t warp_ballot(bool predicate, uint32_t mask = kAllLanes) {
   return __ballot_sync(mask, predicate);
 }
-
-#endif
 
 __device__ __forceinline__ bool warp_any(bool predicate, uint32_t mask = kAllLanes) {
   return warp_ballot(predicate, mask) != 0;

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kFftThreads, 2) fill_roots(Root<float>* roots,
   while (2 << depth <= node) depth++;
   float turns = 0.25f / static_cast<float>(1 << depth), weight = 0.5f;
   for (int k = 0; k < depth; k++, weight *= 0.5f) turns += node >> k & 1 ? weight : 0.f;
-  roots[node] = {cos_pi(turns), sin_pi(turns)};
+  roots[node] = {cospif(turns), sinpif(turns)};
 }
 
 // The spectra of a class, [groups, points] from its offset on.

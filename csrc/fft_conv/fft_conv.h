@@ -66,7 +66,7 @@ using ComplexFloat = fft::Point<float>;
 constexpr int kLeastLog2 = 5, kMostOnChip = 14, kMostColumns = 8, kMostClasses = kMostOnChip + kMostColumns - kLeastLog2 + 1;
 
 // Of the points of 2^channels channels: every 17th place is left out, and one at each channel's end.
-MADKERNELS_ANYWHERE constexpr int shared_bytes(int channels, int log2) {
+constexpr int shared_bytes(int channels, int log2) {
   return (((1 << log2) + (1 << (log2 - 4)) + 1) << channels) * static_cast<int>(sizeof(ComplexFloat));
 }
 

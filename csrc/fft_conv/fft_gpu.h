@@ -20,7 +20,7 @@ constexpr int kFftThreads = 256;  // with the registers that 16 points take, two
 // The points in shared memory: 2^log2 of each of 2^channels channels, of which `node` of the tree is the root. What
 // shared_bytes leaves out lets neighbouring threads find different banks in each pass.
 struct Shared {
-  SharedPointer<ComplexFloat> points;
+  ComplexFloat* points;
   int channels, log2, node;
 
   __device__ int stride() const { return (1 << log2) + (1 << (log2 - 4)) + 1; }
@@ -28,8 +28,7 @@ struct Shared {
 };
 
 __device__ inline Shared shared_points(int channels, int log2, int node) {
-  const int count = shared_bytes(channels, log2) / static_cast<int>(sizeof(ComplexFloat));
-  return {dynamic_shared<ComplexFloat>(0, count), channels, log2, node};
+  return {dynamic_shared<ComplexFloat>(0), channels, log2, node};
 }
 
 // One butterfly of a pass: the points first + k * part of a channel, parts of the block that is `node`.

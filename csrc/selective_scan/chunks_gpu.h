@@ -109,8 +109,7 @@ __device__ void load_decays(float (&log2)[kStates], const SelectiveScan& p, cons
 // staged[i * kStates + n] = projection[b, t + i, group, first + n], i < kRows; zero where there is none. By all threads,
 // each of which stays with one n.
 template <class T, int kStates, int kRows>
-__device__ void stage(SharedPointer<float> staged, const Projection& from, const Place& at, int t, int rows,
-                      const Run& run) {
+__device__ void stage(float* staged, const Projection& from, const Place& at, int t, int rows, const Run& run) {
   constexpr int kRowsAtOnce = kScanThreads / kStates;
   static_assert(kScanThreads % kStates == 0);
   const int n = static_cast<int>(threadIdx.x) % kStates, first = static_cast<int>(threadIdx.x) / kStates;

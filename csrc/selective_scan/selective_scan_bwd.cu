@@ -141,7 +141,7 @@ struct Turn {
 
 // Sums over the channels of a warp, to the block's part at [kWarps][kStates].
 template <class T, int kStates>
-__device__ void sum_over_channels(SharedPointer<float> part, float (&values)[kEach], const Thread<T, kStates>& k) {
+__device__ void sum_over_channels(float* part, float (&values)[kEach], const Thread<T, kStates>& k) {
   constexpr int kLast = kAcross<kStates>;
   const float sum = transposed_sum<kEach, 16, kLast>(values);
   if (transposed_sum_is_first<kEach, 16, kLast>(lane())) {
@@ -168,7 +168,7 @@ struct StepSums {
 template <class T, int kStates>
 __device__ __forceinline__ float step_forward(float (&after)[kStates], const float (&h)[kStates],
                                               const float (&decay)[kStates], const Thread<T, kStates>& k, int i,
-                                              SharedPointer<float> part) {
+                                              float* part) {
   using L = Layout<T, kStates>;
   advance(after, h, decay, k, i);
   const auto dy = k.tiles(L::kDy, i);
@@ -188,7 +188,7 @@ __device__ __forceinline__ float step_forward(float (&after)[kStates], const flo
 template <class T, int kStates>
 __device__ __forceinline__ StepSums step_back(Adjoint<kStates>& a, const float (&before)[kStates],
                                               const float (&decay)[kStates], const Thread<T, kStates>& k, int i,
-                                              SharedPointer<float> part) {
+                                              float* part) {
   using L = Layout<T, kStates>;
   const auto step = k.tiles(L::kStep, i), u = k.us(i), dy = k.tiles(L::kDy, i);
   const Vector<float, kEach> B = k.projection(L::kB, i), C = k.projection(L::kC, i);
@@ -231,7 +231,7 @@ __device__ float finish_step(const Thread<T, kStates>& k, const Turn& turn, int 
 // would be spilled.
 template <int kCount, class T, int kStates, class Enter>
 __device__ __forceinline__ float steps_back(Adjoint<kStates>& a, const Thread<T, kStates>& k, const Turn& turn, int i,
-                                            float skip, SharedPointer<float> partial, Enter&& enter) {
+                                            float skip, float* partial, Enter&& enter) {
   constexpr int kPart = 2 * kWarps * kStates;
   float h[kCount + 1][kStates], decay[kCount][kStates], y[kCount], dD = 0;
   enter(h[0]);
@@ -257,7 +257,7 @@ __device__ __forceinline__ float steps_back(Adjoint<kStates>& a, const Thread<T,
 // Back through the `count` steps of a unit of the chunk that begins at t -> the unit's part of dD.
 template <class T, int kStates>
 __device__ float unit_back(Adjoint<kStates>& a, const Thread<T, kStates>& k, const Turn& turn, int t, int unit, int count,
-                           float skip, SharedPointer<float> partial) {
+                           float skip, float* partial) {
   const int begin = unit * kUnit;  // in the chunk, as i below
   const bool whole = count == kUnit && document_at(k.p.docs, k.at.b, t + begin).end >= t + begin + kUnit;
   float dD = 0;
@@ -295,15 +295,14 @@ __device__ float* parts_column(const Thread<T, kStates>& k, const Run& run) {
 
 // The parts of dB and dC of `count` steps from t on: partial sums of the block's warps, added in order. By all threads.
 template <class T, int kStates>
-__device__ void store_projection_parts(float* column, const Thread<T, kStates>& k, int t, int count,
-                                       SharedPointer<float> partial) {
+__device__ void store_projection_parts(float* column, const Thread<T, kStates>& k, int t, int count, const float* partial) {
   constexpr int kSumsOfStep = 2 * kStates, kStepsAtOnce = kScanThreads / kSumsOfStep;
   const int n = static_cast<int>(threadIdx.x) % kStates, which = static_cast<int>(threadIdx.x) / kStates % 2;
 #pragma unroll
   for (int j = 0; j < kUnit; j += kStepsAtOnce) {
     const int i = j + static_cast<int>(threadIdx.x) / kSumsOfStep;
     if (i >= count || column == nullptr) continue;
-    const SharedPointer<float> sums = partial + ((i * 2 + which) * kWarps * kStates + n);
+    const float* sums = partial + ((i * 2 + which) * kWarps * kStates + n);
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; w++) sum += sums[w * kStates];
@@ -354,7 +353,7 @@ __global__ void __launch_bounds__(kScanThreads, 4) scan_back(SelectiveScanBackwa
   const SelectiveScan& p = q.forward;
   const Place at(p, split);
   const int runs = p.dstate > 0 ? runs_of<kStates>(p.dstate) : 1;
-  const Thread<T, kStates> k(q, at, runs > 1);
+  const Thread<T, kStates> k(q, at);
   const int64_t slot = at.slot(split);
   const float skip = p.D != nullptr ? static_cast<const float*>(p.D)[at.channel] : 0.f;
   Adjoint<kStates> a;
@@ -381,7 +380,7 @@ __global__ void __launch_bounds__(kScanThreads, 4) scan_back(SelectiveScanBackwa
       find_starts(a.log2, k, turn.run, t, rows);
       for (int s = (rows - 1) / kUnit; s >= 0; s--) {
         const int count = least(rows - s * kUnit, kUnit);
-        const SharedPointer<float> partial = k.shared + L::partial(s);
+        float* partial = k.shared + L::partial(s);
         dD += unit_back(a, k, turn, t, s, count, skip, partial);
         __syncthreads();
         store_projection_parts(column, k, t + s * kUnit, count, partial);
@@ -402,7 +401,7 @@ __global__ void __launch_bounds__(kScanThreads, 4) scan_back(SelectiveScanBackwa
 template <class T, int kStates>
 __global__ void __launch_bounds__(kScanThreads, 6) scan_back_segment(SelectiveScanBackward q, ScanSplit split) {
   constexpr int kRows = 16;
-  MADKERNELS_SHARED(float, staged, 2 * kRows * kStates);  // C, twice: one is filled while the other is read
+  __shared__ __align__(16) float staged[2 * kRows * kStates];  // C, twice: one is filled while the other is read
   const SelectiveScan& p = q.forward;
   const Place at(p, split);
   const int64_t slot = at.slot(split);
@@ -417,7 +416,7 @@ __global__ void __launch_bounds__(kScanThreads, 6) scan_back_segment(SelectiveSc
     Document document = document_at(p.docs, at.b, at.end - 1);
     for (int t = (at.end - 1) / kRows * kRows; t >= at.begin; t -= kRows, half ^= 1) {
       const int rows = least(at.end - t, kRows);
-      const SharedPointer<float> C = staged + half * kRows * kStates;
+      float* C = staged + half * kRows * kStates;
       stage<T, kStates, kRows>(C, p.C, at, t, rows, run);
       float step[kRows], dy[kRows];
       load_steps<T>(step, p.delta, at.b, t, at.channel, rows);

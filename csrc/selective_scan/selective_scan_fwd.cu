@@ -21,13 +21,13 @@ static_assert(kScanChunk % kUnit == 0);
 
 // The columns of a thread in the unit's tiles, at their own channel: [kUnit][kScanThreads].
 struct Columns {
-  SharedPointer<float> step, input, sum;  // delta', delta' u, y
+  float *step, *input, *sum;  // delta', delta' u, y
 };
 
 // Steps first .. stop of a unit through one run of states. B, C: [kUnit][kStates].
 template <int kStates, bool kAll, bool kSums>
-__device__ void walk(float (&h)[kStates], const float (&log2)[kStates], const Columns& columns, SharedPointer<float> B,
-                     SharedPointer<float> C, int first, int stop, int count) {
+__device__ void walk(float (&h)[kStates], const float (&log2)[kStates], const Columns& columns, const float* B,
+                     const float* C, int first, int stop, int count) {
   for (int i = first; i < stop; i++) {
     const int at = i * kScanThreads + static_cast<int>(threadIdx.x);
     const float step = columns.step[at], input = columns.input[at];
@@ -89,7 +89,7 @@ __device__ void finish(const Columns& columns, const SelectiveScan& p, const Pla
 template <int kStates, bool kSums>
 __device__ Document walk_documents(float (&h)[kStates], const float (&log2)[kStates], const SelectiveScan& p,
                                    const Place& at, const Run& run, Document document, const Columns& columns,
-                                   SharedPointer<float> B, SharedPointer<float> C, int t, int rows) {
+                                   const float* B, const float* C, int t, int rows) {
   for (int i = 0; i < rows;) {
     const int64_t matrix = static_cast<int64_t>(document.index) * p.dim + at.channel;
     // Threads behind the last channel read none: where it is updated in place, another thread has it.
@@ -110,9 +110,9 @@ __device__ Document walk_documents(float (&h)[kStates], const float (&log2)[kSta
 
 template <class T, int kStates, bool kSums>
 __global__ void __launch_bounds__(kScanThreads, kBlocksEach) scan(SelectiveScan p, ScanSplit split) {
-  MADKERNELS_SHARED(float, tiles, 3 * kUnit * kScanThreads);
-  MADKERNELS_SHARED(float, staged, 4 * kUnit * kStates);  // B and C, twice: one is filled while the other is read
-  const Columns columns{tiles + 0, tiles + kUnit * kScanThreads, tiles + 2 * kUnit * kScanThreads};
+  __shared__ __align__(16) float tiles[3 * kUnit * kScanThreads];
+  __shared__ __align__(16) float staged[4 * kUnit * kStates];  // B and C, twice: one is filled while the other is read
+  const Columns columns{tiles, tiles + kUnit * kScanThreads, tiles + 2 * kUnit * kScanThreads};
   const Place at(p, split);
   const int runs = runs_of<kStates>(p.dstate);
   const int64_t slot = at.slot(split), chunks = (p.seqlen + kScanChunk - 1) / kScanChunk;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kScanThreads, kBlocksEach) scan(SelectiveScan 
     Document next = document;
     for (int r = 0; r < runs; r++, half ^= 1) {
       const Run run = Run::of<kStates>(p.dstate, r);
-      const SharedPointer<float> B = staged + half * 2 * kUnit * kStates, C = B + kUnit * kStates;
+      float *B = staged + half * 2 * kUnit * kStates, *C = B + kUnit * kStates;
       stage<T, kStates, kUnit>(B, p.B, at, t, rows, run);
       if (kSums) stage<T, kStates, kUnit>(C, p.C, at, t, rows, run);
       if (runs > 1 || t == at.begin) {

@@ -42,16 +42,16 @@ struct Thread {
   const SelectiveScanBackward& q;
   const SelectiveScan& p;
   const Place& at;
-  SharedPointer<float> shared;
-  SharedPointer<T> u_tile;
+  float* shared;
+  T* u_tile;
   int corner, state, first_channel, channels;
 
-  __device__ Thread(const SelectiveScanBackward& q, const Place& at, bool many)
+  __device__ Thread(const SelectiveScanBackward& q, const Place& at)
       : q(q),
         p(q.forward),
         at(at),
-        shared(dynamic_shared<float>(0, L::floats(many))),
-        u_tile(dynamic_shared<T>(L::kU * static_cast<int>(sizeof(float)), L::kTile)),
+        shared(dynamic_shared<float>(0)),
+        u_tile(dynamic_shared<T>(L::kU * static_cast<int>(sizeof(float)))),
         corner(warp_index() * 32 + lane() / kChannels * kChannels),
         state(lane() % kChannels * kEach) {
     const int in_group = static_cast<int>(p.channels_per_group()), before = at.block * kScanThreads + corner;
@@ -76,7 +76,7 @@ struct Thread {
   __device__ Vector<float, kEach> projection(int which, int i) const {
     return load_vector<kEach>(shared + (which + i * kStates + state));
   }
-  __device__ SharedPointer<float> start(int unit, int c) const {
+  __device__ float* start(int unit, int c) const {
     return shared + (L::kStarts + (((unit - 1) * kChannels + c) * kScanThreads + static_cast<int>(threadIdx.x)) * kEach);
   }
 };

@@ -1,12 +1,11 @@
-// Tests of device code that run on the emulator and on a GPU alike: TEST(name) { ... EXPECT(..) ... }.
+// Tests of device code: TEST(name) { ... EXPECT(..) ... }.
 //
-//   device_tests --list           their names
-//   device_tests [--seed N] [NAME...]   runs those named, or all; 0 if all pass
+//   device_tests --list      their names
+//   device_tests [NAME...]   runs those named, or all; 0 if all pass
 #pragma once
 
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <functional>
 #include <map>
 #include <stdexcept>
@@ -35,20 +34,10 @@ template <class T>
 class Array {
  public:
   explicit Array(size_t count, T value = T{}) : count_(count) {
-#ifdef MADKERNELS_EMULATED
-    data_ = static_cast<T*>(std::aligned_alloc(256, (count * sizeof(T) + 255) / 256 * 256));
-#else
     if (cudaMallocManaged(&data_, count * sizeof(T)) != cudaSuccess) throw std::runtime_error("no memory");
-#endif
     for (size_t i = 0; i < count; i++) data_[i] = value;
   }
-  ~Array() {
-#ifdef MADKERNELS_EMULATED
-    std::free(data_);
-#else
-    cudaFree(data_);
-#endif
-  }
+  ~Array() { cudaFree(data_); }
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;
   T* get() const { return data_; }
@@ -64,10 +53,8 @@ class Array {
 template <class... Parameters, class... Arguments>
 void run(void (*kernel)(Parameters...), int blocks, int threads, size_t shared, const Arguments&... arguments) {
   madkernels::launch("test", kernel, blocks, threads, shared, nullptr, arguments...);
-#ifndef MADKERNELS_EMULATED
   const cudaError_t error = cudaDeviceSynchronize();
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-#endif
 }
 
 inline bool near(float x, double exact, double relative) {

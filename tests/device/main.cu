@@ -24,14 +24,7 @@ int main(int count, char** arguments) {
       for (const auto& [name, test] : harness::tests()) std::printf("%s\n", name.c_str());
       return 0;
     }
-    if (std::strcmp(arguments[i], "--seed") == 0 && i + 1 < count) {
-#ifdef MADKERNELS_EMULATED
-      madkernels::emulator::set_seed(std::strtoull(arguments[i + 1], nullptr, 10));
-#endif
-      i++;
-    } else {
-      names.push_back(arguments[i]);
-    }
+    names.push_back(arguments[i]);
   }
   int failures = 0;
   if (names.empty()) {

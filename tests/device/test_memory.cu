@@ -33,7 +33,7 @@ __global__ void masked(const int* from, int* to) {
 
 // Two groups; the second is under way while the first is used.
 __global__ void copies_later(const float* from, float* to) {
-  MADKERNELS_SHARED(float, buffer, 2 * 32 * 4);
+  __shared__ __align__(16) float buffer[2 * 32 * 4];
   const int t = static_cast<int>(threadIdx.x);
   copy_async<16>(buffer + 4 * t, from + 4 * t);
   copy_async_commit();

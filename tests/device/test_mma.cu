@@ -9,8 +9,8 @@ namespace {
 // C [16, 8] = A [16, 16] B [16, 8] through shared memory, ldmatrix and mma. a: [16][16], b: [16][8], row by row.
 template <class T>
 __global__ void multiply(const float* a, const float* b, float* c) {
-  MADKERNELS_SHARED(T, a_tile, 16 * 16);
-  MADKERNELS_SHARED(T, b_tile, 16 * 8);
+  __shared__ __align__(16) T a_tile[16 * 16];
+  __shared__ __align__(16) T b_tile[16 * 8];
   for (int i = lane(); i < 256; i += 32) a_tile[i] = from_float<T>(a[i]);
   for (int i = lane(); i < 128; i += 32) b_tile[i] = from_float<T>(b[i]);
   warp_sync();

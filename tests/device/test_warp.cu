@@ -34,7 +34,7 @@ __global__ void half_a_warp(int* out) {
 }
 
 __global__ void reductions(const float* x, float* out) {
-  MADKERNELS_SHARED(float, shared, kThreads / 32);
+  __shared__ __align__(16) float shared[kThreads / 32];
   const float v = x[threadIdx.x];
   float* mine = out + threadIdx.x * 6;
   mine[0] = warp_sum(v);
@@ -47,7 +47,7 @@ __global__ void reductions(const float* x, float* out) {
 }
 
 __global__ void scans(int* out) {
-  MADKERNELS_SHARED(int, shared, kThreads / 32);
+  __shared__ __align__(16) int shared[kThreads / 32];
   out[threadIdx.x] =
       block_inclusive_scan<kThreads>(static_cast<int>(threadIdx.x) % 5, shared, [](int a, int b) { return a + b; });
   __syncthreads();
