@@ -169,7 +169,7 @@ Tensor causal_conv_step(Tensor state, Tensor x, Tensor weight, OptionalTensor bi
 
 }  // namespace
 
-#ifndef MADKERNELS_CUDA
+#if MADKERNELS_DEFINES_SCHEMA
 STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
   m.def(
       "causal_conv(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens) "

@@ -16,22 +16,24 @@
 #include "common/dtype.h"
 #include "common/strided.h"
 
-// An op's entry is compiled for up to three libraries: the CPU's, CUDA's, and the one that runs the CUDA kernels on an
-// emulator, whose ops have a namespace of their own. Only their registrations and what they launch differ.
-#if defined(MADKERNELS_CUDA)
-#define MADKERNELS_LIBRARY madkernels
-#define MADKERNELS_KEY CUDA
-#elif defined(MADKERNELS_EMULATED)
-#define MADKERNELS_LIBRARY madkernels_emulated
-#define MADKERNELS_KEY CPU
-#else
-#define MADKERNELS_LIBRARY madkernels
-#define MADKERNELS_KEY CPU
-#endif
-#if defined(MADKERNELS_CUDA) || defined(MADKERNELS_EMULATED)
+// An op's entry is compiled for up to three libraries: the CPU's, CUDA's, and the simulator's, which runs the CUDA kernels
+// without a GPU; its build gives MADKERNELS_LIBRARY, the namespace of its ops, and MADKERNELS_KEY. Only the registrations
+// and what is launched differ. CUDA's library has no schemas: its ops are those that the CPU's defines.
+#ifdef MADKERNELS_CUDA
 #define MADKERNELS_GPU 1
 #else
 #define MADKERNELS_GPU 0
+#endif
+#ifdef MADKERNELS_LIBRARY
+#define MADKERNELS_DEFINES_SCHEMA 1
+#elif MADKERNELS_GPU
+#define MADKERNELS_LIBRARY madkernels
+#define MADKERNELS_KEY CUDA
+#define MADKERNELS_DEFINES_SCHEMA 0
+#else
+#define MADKERNELS_LIBRARY madkernels
+#define MADKERNELS_KEY CPU
+#define MADKERNELS_DEFINES_SCHEMA 1
 #endif
 
 namespace madkernels {

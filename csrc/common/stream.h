@@ -1,14 +1,11 @@
 // Where kernels of the CUDA part run: the tensor's device, made current, and torch's stream there.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#if defined(MADKERNELS_CUDA)
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include "common/cuda_errors.h"
-#endif
 #include "common/launch.h"
 
 namespace madkernels {
@@ -17,22 +14,17 @@ namespace madkernels {
 // of the tensor's device.
 class OnDevice {
  public:
-  int multiprocessors() const { return madkernels::multiprocessors(); }
-  int most_shared_bytes() const { return madkernels::most_shared_bytes(); }
-#if defined(MADKERNELS_CUDA)
   explicit OnDevice(const torch::stable::Tensor& t) : guard_(t.get_device_index()) {
     use_device(t.get_device_index());
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
   }
+  int multiprocessors() const { return madkernels::multiprocessors(); }
+  int most_shared_bytes() const { return madkernels::most_shared_bytes(); }
   void* stream() const { return stream_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
-#else  // the emulator has one device and no streams
-  explicit OnDevice(const torch::stable::Tensor&) {}
-  void* stream() const { return nullptr; }
-#endif
 };
 
 }  // namespace madkernels

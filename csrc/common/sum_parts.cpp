@@ -1,7 +1,7 @@
 // Deterministic reduction of a workspace: parts are added in order, so the sum does not depend on the number of threads.
 #include "common/check.h"
 
-#if defined(MADKERNELS_CUDA) || defined(MADKERNELS_EMULATED)
+#if MADKERNELS_GPU
 #include "common/stream.h"
 #include "common/sum_parts.h"
 #endif
@@ -9,7 +9,7 @@
 namespace madkernels {
 namespace {
 
-#if defined(MADKERNELS_CUDA) || defined(MADKERNELS_EMULATED)
+#if MADKERNELS_GPU
 
 void sum_into(const Tensor& parts, int64_t outer, int64_t count, int64_t inner, Tensor& sums) {
   const OnDevice on(parts);

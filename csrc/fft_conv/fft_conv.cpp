@@ -398,7 +398,7 @@ Tensor fft_conv_step(Tensor state, Tensor u, Tensor filter, OptionalTensor skip,
 
 }  // namespace
 
-#ifndef MADKERNELS_CUDA
+#if MADKERNELS_DEFINES_SCHEMA
 STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
   m.def(
       "fft_conv(Tensor u, Tensor filter, Tensor? skip, Tensor? pre_gate, Tensor? post_gate, bool causal, "

@@ -219,7 +219,7 @@ Tensor selective_scan_step(Tensor state, Tensor u, Tensor delta, Tensor A, Tenso
 
 }  // namespace
 
-#ifndef MADKERNELS_CUDA
+#if MADKERNELS_DEFINES_SCHEMA
 STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
   m.def(
       "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
