@@ -1,4 +1,4 @@
-# nvcc, and how CUDA files are compiled: included by CMakeLists.txt. Without nvcc it only says so: NVCC is false then.
+# nvcc, and how CUDA files are compiled: included by CMakeLists.txt. Without nvcc, NVCC is false and there are no rules.
 #
 # nvcc runs once for a file. In nvcc/<folder>/ of the build folder it leaves, beside one another:
 #

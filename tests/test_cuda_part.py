@@ -73,7 +73,9 @@ def test_what_is_said_of_a_gpu_that_cannot_be_used(tmp_path: Path) -> None:
     """By the part's own code, linked with a CUDA runtime that answers as it is told."""
     flags = ["-std=c++20", "--expt-relaxed-constexpr", "-Icsrc", "-DMADKERNELS_CUDA", '-DMADKERNELS_CUDA_ARCHS="80,90a"']
     sources = ["tests/cuda_errors.cpp", "csrc/common/cuda_errors.cu", "csrc/common/launch.cu"]
-    command = [str(find_nvcc()), *flags, "-arch=sm_90", "-Xlinker", "--allow-multiple-definition", *sources]
+    nvcc = str(find_nvcc())
+    flags.append(f"-L{Path(nvcc).parent.parent / 'lib'}")  # where pip's nvcc itself does not look
+    command = [nvcc, *flags, "-arch=sm_90", "-Xlinker", "--allow-multiple-definition", *sources]
     built = subprocess.run([*command, "-o", tmp_path / "errors"], cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     found = subprocess.run([tmp_path / "errors"], capture_output=True, text=True, check=True)
