@@ -3,7 +3,8 @@
 #   make demo      install, then score two architectures on the MAD tasks
 #   make test      install, then run the tests
 #   make lint      formatters, linters and type checkers
-#   make cuda-check  compile every CUDA kernel and write docs/cuda-resources.md: registers, spills, shared memory (needs nvcc)
+#   make cuda-check  compile every CUDA kernel and write docs/cuda-resources.md: registers, spills, shared memory (needs nvcc, which
+#                    `.venv/bin/pip install -e '.[cuda-dev]'` gives where there is no CUDA toolkit)
 #   make gpu-check   on a machine with a GPU, offline, 9 minutes at most: build, op tests, compute-sanitizer, benchmarks; results in
 #                    the folder OUT; WHEELS: a folder of wheels of pytest and hypothesis, where they are not installed
 #   make documents  runs the commands and the Python of README.md and docs/, from the pages
@@ -70,8 +71,8 @@ sanitize: install
 	  $(CURDIR)/tests/test_fft_conv.py \
 	  $(CURDIR)/tests/test_gpu_kernels.py
 
-cuda-check:
-	$(PYTHON) tests/cuda_check.py --markdown docs/cuda-resources.md
+cuda-check: install
+	$(BIN)/python tests/cuda_check.py --markdown docs/cuda-resources.md
 
 # With the packages that PYTHON has, and no network.
 gpu-check:

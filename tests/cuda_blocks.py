@@ -18,12 +18,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cuda_check import demangle, find_nvcc, nvcc_command, short_name
+from cuda_check import demangle, kept, short_name
+from native import build, find_nvcc
 
 BRANCH = re.compile(r"\b(BRA|EXIT|RET)\b")
 
@@ -88,14 +88,16 @@ def main() -> int:
     parser.add_argument("--arch", default="90a")
     parser.add_argument("--least", type=int, default=1, metavar="N", help="leave out blocks of fewer instructions")
     options = parser.parse_args()
-    nvcc, nvdisasm = find_nvcc(), find_nvdisasm()
-    if nvcc is None or nvdisasm is None:
+    nvdisasm = find_nvdisasm()
+    if find_nvcc() is None or nvdisasm is None:
         print("cuda-blocks: needs nvcc, and nvdisasm, which Triton's package has too", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as folder:
-        command = [*nvcc_command(nvcc, options.arch), "-cubin", str(options.file), "-o", f"{folder}/out.cubin"]
-        subprocess.run(command, check=True)
-        listing = subprocess.run([nvdisasm, "-c", f"{folder}/out.cubin"], capture_output=True, text=True, check=True).stdout
+    folder = build(f"nvcc/{options.file.resolve().parent.name}/{options.file.stem}.o")
+    cubin = kept(options.file.resolve(), folder, f"{options.arch}.cubin")
+    if not cubin.exists():
+        print(f"cuda-blocks: the build has no code for {options.arch}: see MADKERNELS_CUDA_ARCHS", file=sys.stderr)
+        return 2
+    listing = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     found = dict(functions(listing))
     names = dict(zip(map(short_name, demangle(list(found))), found, strict=True))
     if options.kernel not in names:

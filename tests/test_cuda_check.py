@@ -1,14 +1,16 @@
-"""How `make cuda-check` reads ptxas, and tests/cuda_blocks.py a disassembly."""
+"""How nvcc is run, how `make cuda-check` reads ptxas, and tests/cuda_blocks.py a disassembly."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import cuda_blocks
 import cuda_check
 import pytest
-from cuda_check import Compiled, Kernel, as_markdown, as_text, compile_file, parse, problems, rows, short_name
+from cuda_check import Compiled, Kernel, as_markdown, as_text, parse, problems, rows, short_name
+from native import ROOT, find_nvcc
 
 LOG = """\
 ptxas info    : 24 bytes gmem, 8 bytes cmem[4]
@@ -18,7 +20,7 @@ ptxas info    : Function properties for _Z4plainPf
 ptxas info    : Used 27 registers, used 1 barriers, 4096 bytes smem, 392 bytes cmem[0]
 ptxas info    : Compile time = 30.699 ms
 ptxas warning : something that no version has said so far
-ptxas info    : Compiling entry function '_Z5heavyPf' for 'sm_80'
+ptxas info    : Compiling entry function '_Z5heavyPf' for 'sm_90a'
 ptxas info    : Function properties for _Z6calledPf
     16 bytes stack frame, 999 bytes spill stores, 999 bytes spill loads
 ptxas info    : Function properties for _Z5heavyPf
@@ -27,21 +29,28 @@ ptxas info    : Used 255 registers, used 0 barriers, 64 bytes cumulative stack s
 """
 
 
-def compiled(kernels: list[Kernel], failure: str = "") -> Compiled:
-    return Compiled(Path("csrc/common/some.cu"), "80", 1.25, kernels, failure)
+def compiled(kernels: list[Kernel]) -> Compiled:
+    return Compiled(Path("csrc/common/some.cu"), kernels)
+
+
+def nvcc_once(nvcc: str, source: Path) -> subprocess.CompletedProcess[str]:
+    """Compiles a file as the build does, for sm_80: x.o and the rest beside it."""
+    command = [sys.executable, str(ROOT / "csrc" / "nvcc_once.py"), str(source.with_suffix(".o")), "80"]
+    command += [nvcc, "-gencode", "arch=compute_80,code=sm_80", "-Xptxas=-v", "-c", str(source)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=source.parent)
 
 
 def test_parses_what_ptxas_says() -> None:
-    assert parse(LOG, "80") == [
+    assert parse(LOG) == [
         Kernel("_Z4plainPf", "80", 27, 0, 0, 0, 4096),
-        Kernel("_Z5heavyPf", "80", 255, 12, 20, 64, 0),
+        Kernel("_Z5heavyPf", "90a", 255, 12, 20, 64, 0),
     ]
-    assert parse("ptxas info    : 0 bytes gmem\n", "80") == []
+    assert parse("ptxas info    : 0 bytes gmem\n") == []
 
 
 def test_a_kernel_without_registers_is_an_error() -> None:
     with pytest.raises(ValueError, match="not understood"):
-        parse("ptxas info : Compiling entry function '_Z1aPf' for 'sm_80'\n", "80")
+        parse("ptxas info : Compiling entry function '_Z1aPf' for 'sm_80'\n")
 
 
 @pytest.mark.parametrize(
@@ -68,11 +77,11 @@ def test_spills_fail_unless_they_are_allowed(monkeypatch: pytest.MonkeyPatch) ->
 def test_tables() -> None:
     table = list(rows([compiled([Kernel("a<float>", "80", 27, 0, 0, 0, 4096), Kernel("b", "80", 8, 0, 0, 0, 0)])]))
     first = as_text(table).splitlines()[1]
-    assert first.split() == ["common/some.cu", "a<float>", "sm_80", "27", "0", "0", "4096", "0", "1.2", "s"]
+    assert first.split() == ["common/some.cu", "a<float>", "sm_80", "27", "0", "0", "4096", "0"]
     assert "| common/some.cu | `b` | sm_80 | 8 | 0 | 0 | 0 | 0 |" in as_markdown(table, "13.0")
 
 
-@pytest.mark.skipif(cuda_check.find_nvcc() is None, reason="there is no nvcc")
+@pytest.mark.skipif(find_nvcc() is None, reason="there is no nvcc")
 @pytest.mark.parametrize("declared", ["__device__", "__host__ __device__"])
 def test_host_calls_of_device_functions_fail(declared: str, tmp_path: Path) -> None:
     """nvcc itself says nothing where the caller is a template."""
@@ -81,18 +90,31 @@ def test_host_calls_of_device_functions_fail(declared: str, tmp_path: Path) -> N
         f"{declared} inline bool odd(int x) {{ return x % 2; }}\n"
         "template <class T> bool odd_of(T x) { return odd(x); }\n"
         "int main(int count, char**) { return odd_of(count); }\n"
+        "__global__ void store(int* x) { *x = odd(*x); }\n"
     )
-    found = problems([compile_file(str(cuda_check.find_nvcc()), source, "80")])
-    assert found == ([f"x.cu fails for sm_80:\n{cuda_check.DEVICE_ONLY}"] if declared == "__device__" else [])
+    run = nvcc_once(str(find_nvcc()), source)
+    if declared == "__device__":
+        assert run.returncode == 1
+        assert "x.cu: a host function calls one that is __device__ only" in run.stdout
+        assert not (tmp_path / "x.o").exists(), "the next build would take it"
+    else:
+        assert (run.returncode, run.stdout) == (0, "")
+        assert {path.name for path in tmp_path.iterdir()} == {"x.cu", "x.o", "x.80.ptx", "x.80.cubin", "x.log"}
+        assert ".target sm_80" in (tmp_path / "x.80.ptx").read_text()
+        assert [kernel.name for kernel in parse((tmp_path / "x.log").read_text())] == ["_Z5storePi"]
 
 
-def test_files_that_do_not_compile_fail(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [0, 1])
+def test_what_nvcc_says_is_shown(code: int, tmp_path: Path) -> None:
+    """All of it where it fails, else what is no report of ptxas."""
+    report, other = "ptxas info    : 0 bytes gmem\n", "  no such thing\n"
     nvcc = tmp_path / "nvcc"
-    nvcc.write_text("#!/bin/sh\necho 'error: no such thing' >&2\nexit 1\n")
+    made = 'cc -c -x c /dev/null -o "$7" && touch "${10}/x.ptx" "${10}/x.sm_80.cubin"'  # $7: behind -o; $10: --keep-dir
+    nvcc.write_text(f"#!/bin/sh\n{made}\nprintf '{report}{other}' >&2\nexit {code}\n")
     nvcc.chmod(0o755)
-    (problem,) = problems([compile_file(str(nvcc), tmp_path / "x.cu", "80")])
-    assert "x.cu fails for sm_80" in problem
-    assert "no such thing" in problem
+    run = nvcc_once(str(nvcc), tmp_path / "x.cu")
+    assert (run.returncode, run.stdout) == (code, report + other if code else other), run.stderr
+    assert (tmp_path / "x.log").read_text() == report + other
 
 
 def test_says_where_nvcc_was_looked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
