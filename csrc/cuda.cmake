@@ -23,12 +23,11 @@ packages of ${Python_EXECUTABLE}: install the CUDA toolkit or madkernels[cuda-de
 MADKERNELS_CUDA=off.")
 endif()
 
-# The CUDA runtime, linked statically: another toolkit's may be loaded beside it. nvcc says in which folder it itself lies and
-# where its libraries do; those of pip lie in another.
-execute_process(COMMAND ${NVCC} --dryrun -ccbin ${CMAKE_CXX_COMPILER} -x cu -c /dev/null ERROR_VARIABLE nvcc_says COMMAND_ERROR_IS_FATAL ANY)
-string(REGEX MATCH "TOP=([^\n]*)" top "${nvcc_says}")
+# The CUDA runtime, linked statically: another toolkit's may be loaded beside it. The libraries of pip lie in another folder
+# than nvcc says.
+string(REGEX MATCH "TOP=([^\n]*)" top "${NVCC_SAYS}")
 set(top "${CMAKE_MATCH_1}")
-string(REGEX MATCHALL "-L[^\"\n]+" folders "${nvcc_says}")
+string(REGEX MATCHALL "-L[^\"\n]+" folders "${NVCC_SAYS}")
 list(TRANSFORM folders REPLACE "^-L" "")
 find_library(CUDART libcudart_static.a NO_CACHE HINTS ${folders} ${top}/lib64 ${top}/lib)
 if(NOT CUDART)

@@ -20,6 +20,14 @@ find_program(NVCC nvcc PATHS ENV PATH ENV CUDA_HOME ENV CUDA_PATH /usr/local/cud
 if(NOT NVCC)
   return()
 endif()
+# nvcc says in which folders it itself, its headers and its libraries lie; found on PATH it may be a script that calls it.
+execute_process(COMMAND ${NVCC} --dryrun -ccbin ${CMAKE_CXX_COMPILER} -x cu -c /dev/null ERROR_VARIABLE NVCC_SAYS
+                RESULT_VARIABLE nvcc_failed)
+if(nvcc_failed)
+  message(STATUS "${NVCC} does not run: ${NVCC_SAYS}")
+  set(NVCC "")
+  return()
+endif()
 
 list(SORT MADKERNELS_CUDA_ARCHS COMPARE NATURAL)
 set(CUDA_CODE "")

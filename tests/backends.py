@@ -1,25 +1,23 @@
-"""Where the ops of a test run: on the CPU, or by the CUDA kernels, on an emulator or on a GPU.
+"""Where the ops of a test run: on the CPU, or by the CUDA kernels, on the simulator or on a GPU.
 
-The emulator's library has the ops under a name of its own, `torch.ops.madkernels_emulated`. While a test runs on it, they
+The simulator's library has the ops under a name of its own, `torch.ops.madkernels_simulated`. While a test runs on it, they
 stand in for the CPU kernels, so that all that lies above (autograd, fakes, autocast) is the same.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
-import sys
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
+from typing import Any
 
+import native
 import torch
 
-NAMES = ("cpu", "emulated", "cuda")
+NAMES = ("cpu", "ptx", "cuda")
 OPS = (
     "selective_scan",
     "selective_scan_backward",
@@ -31,9 +29,9 @@ OPS = (
     "fft_conv_backward",
     "fft_conv_step",
 )
-ROOT = Path(__file__).resolve().parent.parent
-SANITIZE = os.environ.get("MADKERNELS_SANITIZE", "OFF")
-BUILD = ROOT / "build" / ("emulator" if SANITIZE == "OFF" else "emulator-sanitize")
+ROOT = native.ROOT
+SCHEDULES = ("order", "reverse", "warps", "lanes")
+MULTIPROCESSORS, SHARED_BYTES = 4, 227 << 10
 
 _current = "cpu"
 
@@ -49,8 +47,8 @@ def using(name: str) -> Iterator[None]:
     global _current
     _current = name
     try:
-        if name == "emulated":
-            with emulated_ops():
+        if name == "ptx":
+            with simulated_ops():
                 yield
         else:
             yield
@@ -58,68 +56,102 @@ def using(name: str) -> Iterator[None]:
         _current = "cpu"
 
 
-def build(target: str) -> Path:
-    """Builds a target of csrc/emulator -> the folder it is in."""
-    cmake = [sys.executable, "-m", "cmake"]
-    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    options = ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja', path=beside)}"]
-    options += [f"-DPython_EXECUTABLE={sys.executable}", f"-DMADKERNELS_SANITIZE={SANITIZE}"]
-    options += ["-DMADKERNELS_EMULATOR=ON", "-DMADKERNELS_CUDA=off"]
-    commands = ([*cmake, f"-S{ROOT}", f"-B{BUILD}", *options], [*cmake, "--build", str(BUILD), "--target", target])
-    for command in commands:
-        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not for the compiler
-        run = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    return BUILD
+@cache
+def core() -> ctypes.CDLL:
+    """The simulator without kernels, built where it is not: csrc/simulator/control.h says what it answers."""
+    [library] = native.build("simulator").rglob("libsimulator.so")
+    found = ctypes.CDLL(str(library))
+    for name in ("kernels", "launched", "barriers", "instructions", "run"):
+        getattr(found, f"simulator_{name}").restype = ctypes.c_char_p
+    found.simulator_steps.restype = ctypes.c_int64
+    return found
 
 
 @cache
-def emulator() -> ctypes.CDLL:
-    """The library of the emulated ops, built where it is not."""
-    [library] = build("emulated_ops").rglob("emulated_ops.so")
+def simulator() -> ctypes.CDLL:
+    """The simulator with the ops' kernels."""
+    [library] = native.build("simulated_ops").rglob("simulated_ops.so")
     torch.ops.load_library(str(library))
-    return ctypes.CDLL(str(library))
+    core().simulator_set_races(1)
+    return core()
 
 
-def set_seed(seed: int) -> None:
-    """Chooses the order in which the emulator runs its threads."""
-    emulator().madkernels_emulator_set_seed(ctypes.c_uint64(seed))
+def set_schedule(name: str, seed: int = 0) -> None:
+    """Chooses the order in which the simulator runs warps and lanes."""
+    simulator().simulator_set_schedule(SCHEDULES.index(name), ctypes.c_uint64(seed))
 
 
 def set_multiprocessors(count: int) -> None:
-    """Chooses the size of the emulated GPU, by which kernels decide how to split their work."""
-    emulator().madkernels_emulator_set_multiprocessors(ctypes.c_int(count))
+    """Chooses the size of the simulated GPU, by which kernels decide how to split their work."""
+    simulator().simulator_set_multiprocessors(count)
+
+
+@contextmanager
+def without_races() -> Iterator[None]:
+    """Looks for no races for a while."""
+    simulator().simulator_set_races(0)
+    try:
+        yield
+    finally:
+        simulator().simulator_set_races(1)
 
 
 @contextmanager
 def shared_memory(size: int) -> Iterator[None]:
-    """Gives blocks of the emulated GPU so many bytes of shared memory, for a while."""
-    emulator().madkernels_emulator_set_most_shared_bytes(size)
+    """Gives blocks of the simulated GPU so many bytes of shared memory, for a while."""
+    simulator().simulator_set_shared_bytes(size)
     try:
         yield
     finally:
-        emulator().madkernels_emulator_set_most_shared_bytes(227 << 10)
+        simulator().simulator_set_shared_bytes(SHARED_BYTES)
+
+
+def launched() -> list[str]:
+    """The kernels launched since this was last asked, by their mangled names."""
+    return simulator().simulator_launched().decode().split()
+
+
+def kernels() -> list[str]:
+    """All of the ops' kernels, by their mangled names, once one was launched."""
+    return simulator().simulator_kernels().decode().split()
+
+
+def barriers(kernel: str) -> dict[int, str]:
+    """The barriers of a kernel, of blocks and of warps: where each stands in source and PTX."""
+    lines = simulator().simulator_barriers(kernel.encode()).decode().splitlines()
+    return {int(number): place for number, _, place in (line.partition(" ") for line in lines)}
 
 
 @contextmanager
-def without_barrier(file: str, line: int) -> Iterator[None]:
-    """Makes the emulator pass over the barrier at a line of a file of csrc."""
-    skip = emulator().madkernels_emulator_skip_barrier
-    skip(file.encode(), line)
+def without_barrier(kernel: str, number: int) -> Iterator[None]:
+    """Leaves a barrier out for a while."""
+    simulator().simulator_leave_out(kernel.encode(), number)
     try:
         yield
     finally:
-        skip(b"", 0)
+        simulator().simulator_leave_out(kernel.encode(), -1)
+
+
+def of_one_call(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op, whose kernels may touch no tensors but those of the call."""
+
+    @functools.wraps(op)
+    def call(*arguments: Any) -> Any:
+        simulator().simulator_forget_memory()
+        return op(*arguments)
+
+    return call
 
 
 @contextmanager
-def emulated_ops() -> Iterator[None]:
-    emulator()
+def simulated_ops() -> Iterator[None]:
+    simulator()
     library = torch.library.Library("madkernels", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is overridden
-        for op in OPS:
-            library.impl(op, getattr(torch.ops.madkernels_emulated, op).default, "CPU", allow_override=True)
+        for name in OPS:
+            op = getattr(torch.ops.madkernels_simulated, name).default
+            library.impl(name, of_one_call(op), "CPU", allow_override=True)
     try:
         yield
     finally:

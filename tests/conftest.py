@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import backends
+import native
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -18,12 +19,14 @@ settings.load_profile("same every time")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    default = "cpu,emulated" + (",cuda" if torch.cuda.is_available() else "")
+    default = "cpu,ptx" + (",cuda" if torch.cuda.is_available() else "")
     parser.addoption("--backend", default=default, help=f"where ops run, of {', '.join(backends.NAMES)}")
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "backends(*names): the only backends on which a test makes sense")
+    config.addinivalue_line("markers", "slow: takes minutes; only with --slow")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -34,10 +37,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", names, indirect=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves out float64 on backends that have none of it."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out float64 on backends that have none of it, and what is slow unless it is asked for."""
 
     def possible(item: pytest.Item) -> bool:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            return False
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         return parameters.get("backend", "cpu") == "cpu" or parameters.get("dtype") != torch.float64
 
@@ -47,6 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test of an op runs once a backend."""
+    if request.param == "ptx" and native.find_nvcc() is None:
+        pytest.skip("there is no nvcc, whose PTX the simulator runs: pip install -e '.[cuda-dev]'")
     with backends.using(request.param):
         yield request.param
 

@@ -1,4 +1,4 @@
-"""The device vocabulary and the emulator: the programs of tests/device, on the emulator."""
+"""Programs of CUDA on the simulator: the device vocabulary's tests, and kernels that are wrong on purpose."""
 
 from __future__ import annotations
 
@@ -8,39 +8,42 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import backends
+import native
 import pytest
 
-SOURCES = sorted((Path(__file__).parent / "device").glob("*.cu"))
-NAMES = [name for source in SOURCES for name in re.findall(r"^TEST\((\w+)\)", source.read_text(), re.MULTILINE)]
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.backends("ptx")]
+PROGRAMS = {"device_tests": "device", "simulator_tests": "simulator"}  # and the folders of their sources
+SCHEDULES = ("order", "reverse", *(f"{kind}:{seed}" for kind in ("warps", "lanes") for seed in range(9)))
+
+
+def names_of(program: str) -> list[str]:
+    sources = sorted((Path(__file__).parent / PROGRAMS[program]).glob("*.cu"))
+    return [name for source in sources for name in re.findall(r"^TEST\((\w+)\)", source.read_text(), re.MULTILINE)]
 
 
 @cache
-def program(name: str) -> Path:
-    return backends.build(name) / name
+def built(program: str) -> Path:
+    return native.build(program) / program
 
 
-def run(name: str, *arguments: str) -> None:
-    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}  # threads of a kernel that failed are not unwound
-    command = [program(name), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+def run(program: str, *arguments: str, schedule: str = "order") -> str:
+    settings = {"MADKERNELS_SIMULATED_SCHEDULE": schedule, "MADKERNELS_SIMULATED_RACES": "1"}
+    command = [built(program), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | settings)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_on_the_emulator(name: str) -> None:
-    run("device_tests", name)
+@pytest.mark.parametrize(("program", "name"), [(program, name) for program in PROGRAMS for name in names_of(program)])
+def test_program(program: str, name: str) -> None:
+    run(program, name)
 
 
-def test_list_is_complete() -> None:
-    listed = subprocess.run([program("device_tests"), "--list"], capture_output=True, text=True, check=True)
-    assert sorted(listed.stdout.split()) == sorted(NAMES)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_list_is_complete(program: str) -> None:
+    assert sorted(run(program, "--list").split()) == sorted(names_of(program))
 
 
-def test_under_many_schedules() -> None:
-    for seed in range(20):
-        run("device_tests", "--seed", str(seed))
-
-
-def test_under_the_address_sanitizer() -> None:
-    run("device_tests_asan")
+def test_vocabulary_under_many_schedules() -> None:
+    for schedule in SCHEDULES:
+        run("device_tests", schedule=schedule)

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import backends
 import gpu_check
 import gpu_smoke
 import pytest
@@ -83,10 +82,11 @@ def test_says_that_there_is_no_gpu(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.backends("ptx")
 def test_what_the_sanitizer_is_given_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_smoke, "DEVICE", "cpu")
-    with backends.using("emulated"):
-        gpu_smoke.main()
+    gpu_smoke.main()
 
 
 def test_bench_takes_its_cases(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def check_scan(op: Any, inputs: dict[str, Tensor | None], **options: Any) -> Non
 
 
 # The 2^x of a GPU may be wrong in one direction on average, and a state adds its errors up over the steps that it remembers:
-# with a mean error put into the emulator's, the results of these tests were wrong by up to 48 times as much.
+# with a mean error put into it, the results of these tests were wrong by up to 48 times as much.
 EXP2_ERRORS = 64
 
 
@@ -91,7 +91,7 @@ def mean_error_of_exp2() -> float:
     return float((state[0].double() / exact - 1).mean())
 
 
-@pytest.mark.backends("emulated", "cuda")
+@pytest.mark.backends("ptx", "cuda")
 def test_mean_error_of_exp2() -> None:
     assert abs(mean_error_of_exp2()) <= 2**-22  # the largest single error, says CUDA
     if backends.device().type != "cuda":
@@ -412,7 +412,7 @@ def test_refusals(change: dict[str, Tensor], message: str) -> None:
         selective_scan(**inputs)
 
 
-@pytest.mark.backends("cpu", "emulated")  # looking at them on a GPU would wait for it
+@pytest.mark.backends("cpu", "ptx")  # looking at them on a GPU would wait for it
 @pytest.mark.backends("cpu")  # on a GPU the host would have to wait to see them
 @pytest.mark.parametrize(
     ("offsets", "message"),

@@ -38,7 +38,7 @@ __global__ void copies_later(const float* from, float* to) {
   copy_async<16>(buffer + 4 * t, from + 4 * t);
   copy_async_commit();
   copy_async<4>(buffer + (128 + t), from + 128 + t);
-  copy_async<8>(buffer + (192 + 2 * (t % 16)), from + 192 + 2 * (t % 16));
+  if (t < 16) copy_async<8>(buffer + (192 + 2 * t), from + 192 + 2 * t);
   copy_async_commit();
   copy_async_wait<1>();
   __syncthreads();
