@@ -248,7 +248,7 @@ __device__ __forceinline__ float steps_back(Adjoint<kStates>& a, const Thread<T,
     }
     StepSums sums = step_back(a, h[j], decay[j], k, i + j, partial + j * kPart);
     sums.y = y[j];
-    warp_sync();  // a lane finishes its own channel, whose tiles others have read
+    if (kAcross<kStates> > 1) warp_sync();  // a lane finishes its own channel, whose tiles others have read
     dD += finish_step(k, turn, i + j, skip, sums);
   }
   return dD;
