@@ -5,6 +5,8 @@
 #   make lint      formatters, linters and type checkers
 #   make cuda-check  compile every CUDA kernel and write docs/cuda-resources.md: registers, spills, shared memory (needs nvcc, which
 #                    `.venv/bin/pip install -e '.[cuda-dev]'` gives where there is no CUDA toolkit)
+#   make ptx-check   runs what nvcc makes of the CUDA kernels on the CPU: op tests, vocabulary, every barrier left out in turn, convolutions
+#                    of every length (needs nvcc, as cuda-check does)
 #   make gpu-check   on a machine with a GPU, offline, 9 minutes at most: build, op tests, compute-sanitizer, benchmarks; results in
 #                    the folder OUT; WHEELS: a folder of wheels of pytest and hypothesis, where they are not installed
 #   make documents  runs the commands and the Python of README.md and docs/, from the pages
@@ -20,7 +22,9 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: install demo test lint format documents sanitize cuda-check gpu-check gpu-training wheel clean
+PTX_TESTS := simulator device gpu_kernels gpu_check selective_scan causal_conv fft_conv views
+
+.PHONY: install demo test lint format documents sanitize cuda-check ptx-check gpu-check gpu-training wheel clean
 
 install: .venv/installed
 
@@ -67,12 +71,14 @@ sanitize: install
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	MADKERNELS_SANITIZE=ON PYTHONPATH=$(CURDIR)/build/sanitized ../../$(BIN)/python -m pytest --rootdir=$(CURDIR)/tests -c $(CURDIR)/pyproject.toml \
-	  --capture=sys -p no:cacheprovider $(CURDIR)/tests/test_selective_scan.py $(CURDIR)/tests/test_causal_conv.py \
-	  $(CURDIR)/tests/test_fft_conv.py \
-	  $(CURDIR)/tests/test_gpu_kernels.py
+	  --capture=sys -p no:cacheprovider --backend cpu $(CURDIR)/tests/test_selective_scan.py \
+	  $(CURDIR)/tests/test_causal_conv.py $(CURDIR)/tests/test_fft_conv.py
 
 cuda-check: install
 	$(BIN)/python tests/cuda_check.py --markdown docs/cuda-resources.md
+
+ptx-check: install
+	$(BIN)/python -m pytest --backend ptx --slow $(addprefix tests/test_,$(addsuffix .py,$(PTX_TESTS)))
 
 # With the packages that PYTHON has, and no network.
 gpu-check:
