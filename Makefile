@@ -3,8 +3,8 @@
 #   make demo      install, then score two architectures on the MAD tasks
 #   make test      install, then run the tests
 #   make lint      formatters, linters and type checkers
-#   make cuda-check  compile every CUDA kernel and write docs/cuda-resources.md: registers, spills, shared memory (needs nvcc, which
-#                    `.venv/bin/pip install -e '.[cuda-dev]'` gives where there is no CUDA toolkit)
+#   make cuda-check  compile every CUDA kernel and write docs/cuda-resources.md: registers, spills, shared memory (needs nvcc;
+#                    CONTRIBUTING.md says how to get it where there is no CUDA toolkit)
 #   make ptx-check   runs what nvcc makes of the CUDA kernels on the CPU: op tests, vocabulary, every barrier left out in turn, convolutions
 #                    of every length (needs nvcc, as cuda-check does)
 #   make gpu-check   on a machine with a GPU, offline, 9 minutes at most: build, op tests, compute-sanitizer, benchmarks; results in

@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test of an op runs once a backend."""
     if request.param == "ptx" and native.find_nvcc() is None:
-        pytest.skip("there is no nvcc, whose PTX the simulator runs: pip install -e '.[cuda-dev]'")
+        pytest.skip("there is no nvcc, whose PTX the simulator runs; CONTRIBUTING.md says how to get it")
     with backends.using(request.param):
         yield request.param
 
