@@ -53,7 +53,7 @@ lint: install
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
 	$(BIN)/mypy
 	$(BIN)/pyright
-	$(BIN)/python tests/check_sources.py
+	$(BIN)/python tools/check_sources.py
 
 format: install
 	$(BIN)/ruff check --fix
@@ -61,7 +61,7 @@ format: install
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
 
 documents: install
-	$(BIN)/python tests/documents.py
+	$(BIN)/python tools/documents.py
 
 # The sanitizers' runtime has to be loaded before Python; leaks are Python's own, so they are not reported.
 sanitize: install
@@ -75,18 +75,18 @@ sanitize: install
 	  $(CURDIR)/tests/test_causal_conv.py $(CURDIR)/tests/test_fft_conv.py
 
 cuda-check: install
-	$(BIN)/python tests/cuda_check.py --markdown docs/cuda-resources.md
+	$(BIN)/python tools/cuda_check.py --markdown docs/cuda-resources.md
 
 ptx-check: install
 	$(BIN)/python -m pytest --backend ptx --slow $(addprefix tests/test_,$(addsuffix .py,$(PTX_TESTS)))
 
 # With the packages that PYTHON has, and no network.
 gpu-check:
-	$(PYTHON) tests/gpu_check.py --out $(or $(OUT),out/gpu-check) $(if $(WHEELS),--wheels $(WHEELS))
+	$(PYTHON) tools/gpu_check.py --out $(or $(OUT),out/gpu-check) $(if $(WHEELS),--wheels $(WHEELS))
 
 # After gpu-check, whose build it uses.
 gpu-training:
-	PYTHONPATH=. $(PYTHON) tests/gpu_training.py --json $(or $(OUT),out)/training.json
+	PYTHONPATH=. $(PYTHON) tools/gpu_training.py --json $(or $(OUT),out)/training.json
 
 # The wheel is built from the source distribution, so that both are known to work.
 wheel: install

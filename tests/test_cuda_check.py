@@ -1,4 +1,4 @@
-"""How nvcc is run, how `make cuda-check` reads ptxas, and tests/cuda_blocks.py a disassembly."""
+"""How nvcc is run, how `make cuda-check` reads ptxas, and tools/cuda_blocks.py a disassembly."""
 
 from __future__ import annotations
 

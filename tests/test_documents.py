@@ -1,4 +1,4 @@
-"""How pages are read and run by tests/documents.py."""
+"""How pages are read and run by tools/documents.py."""
 
 from __future__ import annotations
 

@@ -100,6 +100,6 @@ def test_bench_takes_its_cases(tmp_path: Path) -> None:
 def test_runs_together_are_compared_here_too(tmp_path: Path) -> None:
     """What the check starts on a GPU, small and on the CPU."""
     file = tmp_path / "together.json"
-    command = [sys.executable, "tests/gpu_together.py", "--device", "cpu", "--quick", "--json", str(file)]
+    command = [sys.executable, "tools/gpu_together.py", "--device", "cpu", "--quick", "--json", str(file)]
     subprocess.run(command, check=True, cwd=gpu_check.ROOT, timeout=200)
     assert all(entry["error"] < 1e-3 for entry in json.loads(file.read_text()).values())

@@ -1,6 +1,6 @@
 """Times training steps of presets on the project's ops against the same models on plain torch ops, compiled; JSON to a file.
 
-python tests/gpu_training.py [--device cuda] [--json FILE]
+python tools/gpu_training.py [--device cuda] [--json FILE]
 
 The last is a slice, 8 of the 32 blocks of the 7B model. MFU is by the project's own count of operations.
 """

@@ -1,6 +1,6 @@
 """Times a setting's grid trained as one model against its runs one by one, and compares their losses; JSON to a file.
 
-python tests/gpu_together.py [--device cuda] [--json FILE]
+python tools/gpu_together.py [--device cuda] [--json FILE]
 """
 
 from __future__ import annotations

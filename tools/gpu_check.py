@@ -172,11 +172,11 @@ def check_ops(checks: Checks) -> None:
         workers = [] if missing(("xdist",)) else ["-n", str(WORKERS)]
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "--backend", "cuda", *tests]
         checks.run("op-tests", pytest, LIMITS["op-tests"])
-    checks.run("smoke", [sys.executable, "tests/gpu_smoke.py"], LIMITS["smoke"])
+    checks.run("smoke", [sys.executable, "tools/gpu_smoke.py"], LIMITS["smoke"])
     sanitizer = shutil.which("compute-sanitizer", path=checks.environment["PATH"])
     for tool in ("memcheck", "racecheck"):
         if sanitizer:
-            command = [sanitizer, f"--tool={tool}", "--error-exitcode=1", sys.executable, "tests/gpu_smoke.py"]
+            command = [sanitizer, f"--tool={tool}", "--error-exitcode=1", sys.executable, "tools/gpu_smoke.py"]
             checks.run(f"sanitizer-{tool}", command, LIMITS["sanitizer-{tool}"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         else:
             checks.skip(f"sanitizer-{tool}", "compute-sanitizer is not on PATH")
@@ -212,7 +212,7 @@ def main() -> int:
             bench = [sys.executable, "-m", "madkernels.cli", "bench", op, "--device", "cuda", "--shapes", str(cases)]
             bench += ["--dtype", "bfloat16", "--json", str(checks.out / f"{op}.json")]
             checks.run(f"bench-{op}", bench, LIMITS["bench-{op}"])
-        together = [sys.executable, "tests/gpu_together.py", "--json", str(checks.out / "together.json")]
+        together = [sys.executable, "tools/gpu_together.py", "--json", str(checks.out / "together.json")]
         checks.run("together", together, LIMITS["together"])
     print(checks.summary())
     return int(any(outcome.result not in ("passed", "skipped") for outcome in checks.outcomes))

@@ -1,6 +1,6 @@
 """Shows the instructions of a CUDA kernel block by block, to count what a path through it issues. Needs nvcc, no GPU.
 
-python tests/cuda_blocks.py csrc/causal_conv/causal_conv_fwd.cu "convolve_forward<BFloat16, 2>" [--arch 90a] [--least 8]
+python tools/cuda_blocks.py csrc/causal_conv/causal_conv_fwd.cu "convolve_forward<BFloat16, 2>" [--arch 90a] [--least 8]
 
 A line is a stretch of code without a branch: the number of its first instruction, how many there are, the commonest, and
 the branch that ends it. Which of them a whole group of steps goes through is for the reader to see: the blocks of rare cases
