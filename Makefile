@@ -22,7 +22,9 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-PTX_TESTS := simulator device gpu_kernels gpu_check selective_scan causal_conv fft_conv views
+# The op tests, of all ops that the package names.
+OP_TESTS = $(shell $(BIN)/python -c 'import madkernels; print(*(f"$(CURDIR)/tests/test_{op}.py" for op in madkernels.OPS))')
+PTX_TESTS := $(addprefix tests/test_,$(addsuffix .py,simulator device gpu_kernels gpu_check views))
 
 .PHONY: install demo test lint format documents sanitize cuda-check ptx-check gpu-check gpu-training wheel clean
 
@@ -71,14 +73,13 @@ sanitize: install
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	MADKERNELS_SANITIZE=ON PYTHONPATH=$(CURDIR)/build/sanitized ../../$(BIN)/python -m pytest --rootdir=$(CURDIR)/tests -c $(CURDIR)/pyproject.toml \
-	  --capture=sys -p no:cacheprovider --backend cpu $(CURDIR)/tests/test_selective_scan.py \
-	  $(CURDIR)/tests/test_causal_conv.py $(CURDIR)/tests/test_fft_conv.py
+	  --capture=sys -p no:cacheprovider --backend cpu $(OP_TESTS)
 
 cuda-check: install
 	$(BIN)/python tools/cuda_check.py --markdown docs/cuda-resources.md
 
 ptx-check: install
-	$(BIN)/python -m pytest --backend ptx --slow $(addprefix tests/test_,$(addsuffix .py,$(PTX_TESTS)))
+	$(BIN)/python -m pytest --backend ptx --slow $(PTX_TESTS) $(OP_TESTS)
 
 # With the packages that PYTHON has, and no network.
 gpu-check:

@@ -9,27 +9,29 @@ from typing import TYPE_CHECKING, Any
 from madkernels._version import __version__
 
 if TYPE_CHECKING:
-    from madkernels.ops.causal_conv import causal_conv, causal_conv_step
-    from madkernels.ops.fft_conv import fft_conv, fft_conv_step
-    from madkernels.ops.selective_scan import selective_scan, selective_scan_step
+    from madkernels.ops.causal_conv import causal_conv as causal_conv
+    from madkernels.ops.causal_conv import causal_conv_step as causal_conv_step
+    from madkernels.ops.fft_conv import fft_conv as fft_conv
+    from madkernels.ops.fft_conv import fft_conv_step as fft_conv_step
+    from madkernels.ops.selective_scan import selective_scan as selective_scan
+    from madkernels.ops.selective_scan import selective_scan_step as selective_scan_step
 
-__all__ = [
-    "__version__",
-    "causal_conv",
-    "causal_conv_step",
-    "fft_conv",
-    "fft_conv_step",
-    "selective_scan",
-    "selective_scan_step",
-]
+OPS: dict[str, tuple[str, ...]] = {  # each with its public functions; an op's name is that of its files
+    "causal_conv": ("causal_conv", "causal_conv_step"),
+    "fft_conv": ("fft_conv", "fft_conv_step"),
+    "selective_scan": ("selective_scan", "selective_scan_step"),
+}
+_OWNERS = {function: op for op, functions in OPS.items() for function in functions}
+
+__all__ = ["OPS", "__version__", *_OWNERS]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _OWNERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from madkernels import ops
 
-    return getattr(getattr(ops, name.removesuffix("_step")), name)
+    return getattr(getattr(ops, _OWNERS[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -35,6 +35,7 @@ from madkernels.models import HybridLM, counting
 from madkernels.models.causality import check_layers_from_outside
 from madkernels.models.init import parameter_groups
 from madkernels.models.lm import Place
+from madkernels.ops.registration import kept_under_recomputation
 from madkernels.runs.engines import Diverged
 from madkernels.scaling import checkpoint
 from madkernels.scaling.data import Batch, Batches, Corpus, held_out
@@ -408,7 +409,7 @@ def _objective(run: LMRun, how: Execution, device: torch.device, ranks: int) -> 
 
 def kept_results() -> list[Any]:
     """The operations whose results selective recomputation keeps: they cost more to do again than to remember."""
-    aten, own = torch.ops.aten, torch.ops.madkernels
+    aten = torch.ops.aten
     return [
         aten.mm.default,
         aten.addmm.default,
@@ -418,9 +419,7 @@ def kept_results() -> list[Any]:
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
-        own.selective_scan.default,
-        own.causal_conv.default,
-        own.fft_conv.default,
+        *kept_under_recomputation(),
     ]
 
 

@@ -18,17 +18,6 @@ import native
 import torch
 
 NAMES = ("cpu", "ptx", "cuda")
-OPS = (
-    "selective_scan",
-    "selective_scan_backward",
-    "selective_scan_step",
-    "causal_conv",
-    "causal_conv_backward",
-    "causal_conv_step",
-    "fft_conv",
-    "fft_conv_backward",
-    "fft_conv_step",
-)
 ROOT = native.ROOT
 SCHEDULES = ("order", "reverse", "warps", "lanes")
 MULTIPROCESSORS, SHARED_BYTES = 4, 227 << 10
@@ -143,13 +132,19 @@ def of_one_call(op: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def registered_names() -> list[str]:
+    """Of the simulator's ops, backwards and steps included."""
+    names = [name.partition("::") for name in torch._C._dispatch_get_all_op_names()]
+    return [name for namespace, _, name in names if namespace == "madkernels_simulated"]
+
+
 @contextmanager
 def simulated_ops() -> Iterator[None]:
     simulator()
     library = torch.library.Library("madkernels", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is overridden
-        for name in OPS:
+        for name in registered_names():
             op = getattr(torch.ops.madkernels_simulated, name).default
             library.impl(name, of_one_call(op), "CPU", allow_override=True)
     try:

@@ -17,8 +17,7 @@ from native import find_nvcc
 from torch import Tensor
 
 import madkernels
-from madkernels import cuda, ops  # noqa: F401  (ops: registers the refusals)
-from madkernels.cli.doctor import OPS
+from madkernels import OPS, cuda, ops  # noqa: F401  (ops: registers the refusals)
 
 ROOT = Path(__file__).parent.parent
 BUILT = Path(madkernels.__file__).parent / f"_C_cuda{EXTENSION_SUFFIXES[0]}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from madkernels import _C
+from madkernels import _C, OPS
 
 TESTS = Path(__file__).parent
 WITH_KERNELS = [
@@ -29,13 +29,7 @@ WITH_KERNELS = [
 @pytest.mark.parametrize("isa", [isa for isa in _C.cpu_supported() if isa != _C.cpu_isa()])
 def test_op_tests_pass(isa: str) -> None:
     command = [sys.executable, "-m", "pytest", "--backend", "cpu", "-k", " or ".join(WITH_KERNELS)]
-    command += [
-        str(TESTS / "test_selective_scan.py"),
-        str(TESTS / "test_causal_conv.py"),
-        str(TESTS / "test_fft_conv.py"),
-        "-p",
-        "no:cacheprovider",
-    ]
+    command += [*(str(TESTS / f"test_{op}.py") for op in OPS), "-p", "no:cacheprovider"]
     environment = os.environ | {"MADKERNELS_CPU": isa}
     run = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-3000:]

@@ -10,6 +10,7 @@ from op_cases import OPS, SHAPES
 from torch import Tensor
 
 from madkernels import causal_conv
+from madkernels.ops.registration import register_autocast
 
 MODELS = 3
 
@@ -59,3 +60,9 @@ def test_offsets_cannot_be_mapped() -> None:
     packed = torch.func.vmap(lambda x: causal_conv(x, weight, cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32)))(x)
     alone = torch.func.vmap(lambda x: torch.cat([causal_conv(x[:, :3], weight), causal_conv(x[:, 3:], weight)], 1))(x)
     assert relative_rms(packed, alone) < 1e-6
+
+
+def test_arguments_are_named_as_in_the_schema() -> None:
+    """A renamed argument is told where the op is registered."""
+    with pytest.raises(ValueError, match=r"causal_conv has no argument 'u'; it has x, weight, bias, silu"):
+        register_autocast("madkernels::causal_conv", activations=("u",))

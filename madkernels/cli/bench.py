@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from madkernels import OPS
 
 if TYPE_CHECKING:  # torch is loaded when the command runs, not to print its help
     import torch
@@ -16,7 +19,6 @@ if TYPE_CHECKING:  # torch is loaded when the command runs, not to print its hel
     from madkernels.benchmarks.cases import Case
     from madkernels.benchmarks.harness import Benchmark, Peer
 
-OPS = ("selective_scan", "causal_conv", "fft_conv")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -70,13 +72,10 @@ def bench(
 
 
 def _benchmark(op: str) -> Benchmark:
-    from madkernels.benchmarks import causal_conv, fft_conv, selective_scan
-
-    benchmarks: list[Benchmark] = [selective_scan.BENCHMARK, causal_conv.BENCHMARK, fft_conv.BENCHMARK]
-    known = {benchmark.name: benchmark for benchmark in benchmarks}
-    if op not in known:
+    if op not in OPS:
         raise ValueError(f"op {op!r} has no benchmark; expected {' or '.join(OPS)}")
-    return known[op]
+    benchmark: Benchmark = import_module(f"madkernels.benchmarks.{op}").BENCHMARK
+    return benchmark
 
 
 def _cases(benchmark: Benchmark, shapes: str | None, quick: bool) -> Sequence[Case]:

@@ -9,10 +9,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from madkernels import cuda
-from madkernels._version import __version__  # not the package's public names: they need the extension
+from madkernels import OPS, __version__, cuda  # not the ops themselves: they need the extension
 
-OPS = ("selective_scan", "causal_conv", "fft_conv")
 BUILD = "pip install --no-build-isolation ."
 
 

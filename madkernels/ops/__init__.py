@@ -3,11 +3,17 @@
 Importing this package registers `torch.ops.madkernels`.
 """
 
+from importlib import import_module
+from typing import Any
+
 import torch  # noqa: F401  (first: it loads the libraries that the extension links to)
 
-from madkernels import _C, cuda  # noqa: F401
-from madkernels.ops import causal_conv, fft_conv, selective_scan
+from madkernels import _C, OPS, cuda  # noqa: F401
 
+for _op in OPS:
+    import_module(f"{__name__}.{_op}")
 cuda.refuse_where_there_are_none()
 
-__all__ = ["causal_conv", "fft_conv", "selective_scan"]
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

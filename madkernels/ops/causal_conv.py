@@ -13,6 +13,7 @@ from madkernels.ops.registration import (
     differentiate,
     differentiate_gradient,
     if_given,
+    keep_under_recomputation,
     refuse_tangents,
     register_autocast,
     register_gradient,
@@ -178,6 +179,7 @@ def _second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
 
 register_gradient("madkernels::causal_conv", _forward_gradient, _save_forward, _by_reference)
 register_gradient("madkernels::causal_conv_backward", _second_gradient, _save_backward, _gradient_by_reference)
-register_autocast(_forward, "madkernels::causal_conv", activations=(0, 4))
-register_autocast(_step, "madkernels::causal_conv_step", activations=(1,))
-register_vmap("madkernels::causal_conv", _forward, (2, 0, 0, None, 2, None), (2, 2))
+register_autocast("madkernels::causal_conv", activations=("x", "initial_state"))
+register_autocast("madkernels::causal_conv_step", activations=("x",))
+register_vmap("madkernels::causal_conv", {"x": 2, "weight": 0, "bias": 0, "initial_state": 2}, results=(2, 2))
+keep_under_recomputation("madkernels::causal_conv")

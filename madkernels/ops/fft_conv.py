@@ -13,6 +13,7 @@ from madkernels.ops.registration import (
     differentiate,
     differentiate_gradient,
     if_given,
+    keep_under_recomputation,
     refuse_tangents,
     register_autocast,
     register_gradient,
@@ -192,6 +193,8 @@ def _second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
 
 register_gradient("madkernels::fft_conv", _forward_gradient, _save_forward, _by_reference)
 register_gradient("madkernels::fft_conv_backward", _second_gradient, _save_backward, _gradient_by_reference)
-register_autocast(_forward, "madkernels::fft_conv", activations=(0, 3, 4))
-register_autocast(_step, "madkernels::fft_conv_step", activations=(1, 4, 5))
-register_vmap("madkernels::fft_conv", _forward, (2, 0, 0, 2, 2, None, 2, None, None), (2, 2))
+register_autocast("madkernels::fft_conv", activations=("u", "pre_gate", "post_gate"))
+register_autocast("madkernels::fft_conv_step", activations=("u", "pre_gate", "post_gate"))
+_CHANNELS = {"u": 2, "filter": 0, "skip": 0, "pre_gate": 2, "post_gate": 2, "initial_state": 2}
+register_vmap("madkernels::fft_conv", _CHANNELS, results=(2, 2))
+keep_under_recomputation("madkernels::fft_conv")

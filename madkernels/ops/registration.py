@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,24 @@ from madkernels.tangents import has_tangent
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
-def register_autocast(op: Callable[..., Any], name: str, activations: Collection[int]) -> None:
-    """Under autocast, casts the arguments of `op` at the positions `activations`; parameters and states stay as they are."""
+def overload(name: str) -> Any:
+    """The op that is registered as "madkernels::...", from the schema in its C++ entry."""
+    return getattr(getattr(torch.ops, name.partition("::")[0]), name.partition("::")[2]).default
+
+
+def position(name: str, argument: str) -> int:
+    """Where an argument stands in the schema of an op; a ValueError where it has none of that name."""
+    names = [a.name for a in overload(name)._schema.arguments]
+    if argument not in names:
+        raise ValueError(f"{name} has no argument {argument!r}; it has {', '.join(names)}")
+    return names.index(argument)
+
+
+def register_autocast(name: str, activations: Collection[str]) -> None:
+    """Under autocast, casts the arguments named `activations`; parameters and states stay as they are."""
+    positions = {position(name, argument) for argument in activations}
     for device, key in _AUTOCAST_KEYS.items():
-        torch.library.impl(name, key)(_autocast_rule(op, device, key, activations))
+        torch.library.impl(name, key)(_autocast_rule(overload(name), device, key, positions))
 
 
 def _autocast_rule(op: Callable[..., Any], device: str, key: str, activations: Collection[int]) -> Callable[..., Any]:
@@ -52,6 +66,18 @@ def if_given(argument: Tensor | None, gradient: Tensor) -> Tensor | None:
 
 
 Function = Callable[[Sequence[Any]], Sequence[Tensor]]
+
+_kept: list[Any] = []
+
+
+def keep_under_recomputation(name: str) -> None:
+    """Says that selective recomputation keeps the op's results: they cost more to compute again than to remember."""
+    _kept.append(overload(name))
+
+
+def kept_under_recomputation() -> list[Any]:
+    """The ops, of those imported, that :func:`keep_under_recomputation` named."""
+    return list(_kept)
 
 
 def register_gradient(
@@ -147,22 +173,29 @@ def _differentiable(t: Tensor | None) -> Tensor | None:
 Axis = int | tuple[int, int] | None
 
 
-def register_vmap(name: str, op: Callable[..., Any], arguments: Sequence[Axis], results: Sequence[int]) -> None:
+def register_vmap(
+    name: str, channels: Mapping[str, Axis], results: Sequence[int], op: Callable[..., Any] | None = None
+) -> None:
     """Under vmap, one call for all maps: each is so many more channels, and channels do not mix.
 
     Gradients are best taken outside, as by ``torch.func.vmap(f)(...).sum().backward()``: those of ``torch.func.grad`` go
     through the reference.
 
     Args:
-        name, op: what is registered.
-        arguments: the axis of channels (or of groups of channels) of each argument, (axis, rank) where it may be left out of
-            a tensor of this rank; None for what has none, and cannot be mapped: offsets and flags.
+        name: what is registered.
+        channels: by argument the axis of its channels (or of groups of channels), (axis, rank) where it may be left out of a
+            tensor of this rank. What is not named has none and cannot be mapped: offsets and flags.
         results: the axis of channels of each result; of one that comes back empty it is ignored.
+        op: what is called, if not the op itself.
     """
+    call = op or overload(name)
+    axes: list[Axis] = [None] * len(overload(name)._schema.arguments)
+    for argument, axis in channels.items():
+        axes[position(name, argument)] = axis
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        folded = [_fold(a, dim, axis, info.batch_size) for a, dim, axis in zip(args, in_dims, arguments, strict=True)]
-        found = op(*folded)
+        folded = [_fold(a, dim, axis, info.batch_size) for a, dim, axis in zip(args, in_dims, axes, strict=True)]
+        found = call(*folded)
         unfolded = [_unfold(t, axis, info.batch_size) for t, axis in zip(found, results, strict=True)]
         return tuple(t for t, _ in unfolded), tuple(dim for _, dim in unfolded)
 

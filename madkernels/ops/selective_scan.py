@@ -10,9 +10,11 @@ from torch import Tensor
 
 from madkernels import reference
 from madkernels.ops.registration import (
+    Axis,
     differentiate,
     differentiate_gradient,
     if_given,
+    keep_under_recomputation,
     refuse_tangents,
     register_autocast,
     register_gradient,
@@ -222,7 +224,11 @@ def _second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
 
 register_gradient("madkernels::selective_scan", _forward_gradient, _save_forward, _by_reference)
 register_gradient("madkernels::selective_scan_backward", _second_gradient, _save_backward, _gradient_by_reference)
-register_autocast(_forward, "madkernels::selective_scan", activations=(0, 1, 3, 4, 6))
-register_autocast(_step, "madkernels::selective_scan_step", activations=(1, 2, 4, 5, 7))
-_CHANNELS = (2, 2, 0, (2, 4), (2, 4), 0, 2, 0, None, 1, None, None)  # B and C have groups of them, if they have the axis
-register_vmap("madkernels::selective_scan", _forward_and_save, _CHANNELS, (2, 1, 2))
+register_autocast("madkernels::selective_scan", activations=("u", "delta", "B", "C", "z"))
+register_autocast("madkernels::selective_scan_step", activations=("u", "delta", "B", "C", "z"))
+_CHANNELS: dict[str, Axis] = {
+    "u": 2, "delta": 2, "A": 0, "D": 0, "z": 2, "delta_bias": 0, "initial_state": 1,
+    "B": (2, 4), "C": (2, 4),  # groups of channels, if they have the axis
+}  # fmt: skip
+register_vmap("madkernels::selective_scan", _CHANNELS, results=(2, 1, 2), op=_forward_and_save)
+keep_under_recomputation("madkernels::selective_scan")
