@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,10 @@ from torch import Tensor
 
 from madkernels import reference
 from madkernels.ops.registration import (
-    differentiate,
-    differentiate_gradient,
-    if_given,
     keep_under_recomputation,
     refuse_tangents,
     register_autocast,
-    register_gradient,
+    register_derivatives,
     register_vmap,
     rows_like,
 )
@@ -139,46 +136,8 @@ def _by_reference(
     return tuple(reference.causal_conv(x, weight, bias, activation=activation, **options))
 
 
-def _gradient_by_reference(dout: Tensor, dstate: Tensor | None, *inputs: Any) -> Sequence[Tensor]:
-    *tensors, silu, initial_state, cu_seqlens = inputs
-    return differentiate(_function(silu, cu_seqlens), [*tensors, initial_state], dout, dstate)
-
-
-def _function(silu: bool, cu_seqlens: Tensor | None) -> Callable[[Sequence[Any]], Sequence[Tensor]]:
-    """The reference as a function of what it can be differentiated in."""
-    return lambda arguments: _by_reference(*[*arguments[:-1], silu, arguments[-1], cu_seqlens])
-
-
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, silu, initial_state, cu_seqlens = inputs
-    ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
-    ctx.silu = silu
-    ctx.set_materialize_grads(False)
-
-
-def _forward_gradient(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Any, ...]:
-    x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(x)
-    dx, dweight, dbias, dinitial = _backward(dout, dstate, x, weight, bias, ctx.silu, initial_state, cu_seqlens)
-    return dx, dweight, if_given(bias, dbias), None, if_given(initial_state, dinitial), None
-
-
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    dout, dstate, x, weight, bias, silu, initial_state, cu_seqlens = inputs
-    ctx.save_for_backward(dout, dstate, x, weight, bias, initial_state, cu_seqlens)
-    ctx.silu = silu
-
-
-def _second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
-    dout, dstate, *tensors, initial_state, cu_seqlens = ctx.saved_tensors
-    function = _function(ctx.silu, cu_seqlens)
-    cotangents, arguments = differentiate_gradient(function, [*tensors, initial_state], [dout, dstate], weights)
-    return (*cotangents, *arguments[:-1], None, arguments[-1], None)
-
-
-register_gradient("madkernels::causal_conv", _forward_gradient, _save_forward, _by_reference)
-register_gradient("madkernels::causal_conv_backward", _second_gradient, _save_backward, _gradient_by_reference)
+_DIFFERENTIABLE = ("x", "weight", "bias", "initial_state")
+register_derivatives("madkernels::causal_conv", _DIFFERENTIABLE, _by_reference)
 register_autocast("madkernels::causal_conv", activations=("x", "initial_state"))
 register_autocast("madkernels::causal_conv_step", activations=("x",))
 register_vmap("madkernels::causal_conv", {"x": 2, "weight": 0, "bias": 0, "initial_state": 2}, results=(2, 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,10 @@ from torch import Tensor
 
 from madkernels import reference
 from madkernels.ops.registration import (
-    differentiate,
-    differentiate_gradient,
-    if_given,
     keep_under_recomputation,
     refuse_tangents,
     register_autocast,
-    register_gradient,
+    register_derivatives,
     register_vmap,
     rows_like,
 )
@@ -140,59 +137,17 @@ def _step_fake(state: Tensor, u: Tensor, *parameters: Any) -> Tensor:
 
 def _by_reference(
     u: Tensor, filter: Tensor, skip: Tensor | None, pre_gate: Tensor | None, post_gate: Tensor | None, causal: bool,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, with_final_state: bool,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, with_final_state: bool | None = None,
 ) -> Sequence[Tensor]:  # fmt: skip
     found = reference.fft_conv(
         u, filter, skip=skip, pre_gate=pre_gate, post_gate=post_gate, causal=causal, initial_state=initial_state,
-        cu_seqlens=cu_seqlens, return_final_state=with_final_state,
+        cu_seqlens=cu_seqlens, return_final_state=causal if with_final_state is None else with_final_state,
     )  # fmt: skip
     return (found, u.new_empty(0, dtype=_wide(u))) if isinstance(found, Tensor) else found
 
 
-def _gradient_by_reference(dout: Tensor, dstate: Tensor | None, *inputs: Any) -> Sequence[Tensor]:
-    *tensors, causal, initial_state, cu_seqlens = inputs
-    return differentiate(_function(causal, cu_seqlens), [*tensors, initial_state], dout, dstate)
-
-
-def _function(causal: bool, cu_seqlens: Tensor | None) -> Callable[[Sequence[Any]], Sequence[Tensor]]:
-    """The reference as a function of what it can be differentiated in."""
-    return lambda arguments: _by_reference(*[*arguments[:-1], causal, arguments[-1], cu_seqlens, causal])
-
-
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, causal, initial_state, cu_seqlens, with_final_state = inputs
-    ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
-    ctx.causal, ctx.with_final_state = causal, with_final_state
-    ctx.set_materialize_grads(False)
-
-
-def _forward_gradient(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Any, ...]:
-    u, filter, skip, pre_gate, post_gate, initial_state, cu_seqlens = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(u)
-    du, dfilter, dskip, dpre, dpost, dinitial = _backward(
-        dout, dstate if ctx.with_final_state else None, u, filter, skip, pre_gate, post_gate, ctx.causal, initial_state,
-        cu_seqlens,
-    )  # fmt: skip
-    optional = [if_given(a, g) for a, g in ((skip, dskip), (pre_gate, dpre), (post_gate, dpost))]
-    return du, dfilter, *optional, None, if_given(initial_state, dinitial), None, None
-
-
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, causal, initial_state, cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
-    ctx.causal = causal
-
-
-def _second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
-    dout, dstate, *tensors, initial_state, cu_seqlens = ctx.saved_tensors
-    function = _function(ctx.causal, cu_seqlens)
-    cotangents, arguments = differentiate_gradient(function, [*tensors, initial_state], [dout, dstate], weights)
-    return (*cotangents, *arguments[:-1], None, arguments[-1], None)
-
-
-register_gradient("madkernels::fft_conv", _forward_gradient, _save_forward, _by_reference)
-register_gradient("madkernels::fft_conv_backward", _second_gradient, _save_backward, _gradient_by_reference)
+_DIFFERENTIABLE = ("u", "filter", "skip", "pre_gate", "post_gate", "initial_state")
+register_derivatives("madkernels::fft_conv", _DIFFERENTIABLE, _by_reference)
 register_autocast("madkernels::fft_conv", activations=("u", "pre_gate", "post_gate"))
 register_autocast("madkernels::fft_conv_step", activations=("u", "pre_gate", "post_gate"))
 _CHANNELS = {"u": 2, "filter": 0, "skip": 0, "pre_gate": 2, "post_gate": 2, "initial_state": 2}

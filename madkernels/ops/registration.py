@@ -60,11 +60,6 @@ def rows_like(t: Tensor) -> Tensor:
     return t.new_empty(t.shape)
 
 
-def if_given(argument: Tensor | None, gradient: Tensor) -> Tensor | None:
-    """The gradient of an optional argument: kernels return an empty one where the argument is absent."""
-    return None if argument is None else gradient
-
-
 Function = Callable[[Sequence[Any]], Sequence[Tensor]]
 
 _kept: list[Any] = []
@@ -107,6 +102,82 @@ class _WithForwardMode(torch.library.Library):
             return self.by_reference(*args) if in_func_grad or has_tangent(args) else fn(keyset, *args)
 
         return super().impl(op_name, kernel, *rest, **options)  # type: ignore[no-untyped-call]
+
+
+def register_derivatives(
+    name: str, differentiable: Sequence[str], by_reference: Callable[..., Any], saved: Mapping[str, int] | None = None
+) -> None:
+    """Reverse, second and forward derivatives of an op, from its schema and that of its backward, `<name>_backward`.
+
+    The backward takes the gradients of the op's first two results (of the second, the final state, None where it is not
+    used), then arguments of the op by the same names, and results of it.
+
+    Args:
+        name: of the op.
+        differentiable: its arguments whose gradients the backward gives, in this order; an empty one where one is absent.
+        by_reference: takes the op's arguments and gives its results; those that the backward does not take have defaults.
+        saved: by the backward's name, which results of the op it takes.
+    """
+    results = saved or {}
+    backward = overload(f"{name}_backward")
+    given = [a.name for a in overload(name)._schema.arguments]
+    taken = [a.name for a in backward._schema.arguments][2:]
+    tensors = {a.name for a in backward._schema.arguments if "Tensor" in str(a.type)}
+
+    def keep(ctx: Any, values: dict[str, Any]) -> None:
+        ctx.save_for_backward(*(value for key, value in values.items() if key in tensors))
+        ctx.options = {key: value for key, value in values.items() if key not in tensors}
+
+    def kept(ctx: Any, keys: Sequence[str]) -> dict[str, Any]:
+        found = iter(ctx.saved_tensors)
+        return {key: next(found) if key in tensors else ctx.options[key] for key in keys}
+
+    def function(values: dict[str, Any]) -> Function:
+        """The reference, as a function of what can be differentiated."""
+        rest = [key for key in given if key in values]
+
+        def call(arguments: Sequence[Any]) -> Sequence[Tensor]:
+            replaced = values | dict(zip(differentiable, arguments, strict=True))
+            found: Sequence[Tensor] = by_reference(*(replaced[key] for key in rest))[:2]
+            return found
+
+        return call
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+        values = dict(zip(given, inputs, strict=True)) | {key: output[i] for key, i in results.items()}
+        keep(ctx, {key: values[key] for key in taken})
+        ctx.set_materialize_grads(False)
+
+    def gradient(ctx: Any, dout: Tensor | None, dstate: Tensor | None, *_: None) -> tuple[Any, ...]:
+        values = kept(ctx, taken)
+        if dout is None:
+            dout = torch.zeros_like(values[differentiable[0]])
+        if dstate is not None and dstate.dim() == 1:  # of a state that was not asked for, which comes back empty
+            dstate = None
+        found = backward(dout, dstate, *values.values())
+        gradients = dict(zip(differentiable, found, strict=True))
+        return tuple(None if values.get(key) is None else gradients.get(key) for key in given)
+
+    def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+        keep(ctx, dict(zip((_DOUT, _DSTATE, *taken), inputs, strict=True)))
+
+    def second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
+        values = kept(ctx, (_DOUT, _DSTATE, *taken))
+        arguments, seeds = [values[key] for key in differentiable], [values[_DOUT], values[_DSTATE]]
+        cotangents, found = differentiate_gradient(function(values), arguments, seeds, weights)
+        gradients = dict(zip(differentiable, found, strict=True))
+        return (*cotangents, *(gradients.get(key) for key in taken))
+
+    def gradient_by_reference(dout: Tensor, dstate: Tensor | None, *inputs: Any) -> Sequence[Tensor]:
+        values = dict(zip(taken, inputs, strict=True))
+        return differentiate(function(values), [values[key] for key in differentiable], dout, dstate)
+
+    tensors |= {_DOUT, _DSTATE}
+    register_gradient(name, gradient, save, by_reference)
+    register_gradient(f"{name}_backward", second_gradient, save_backward, gradient_by_reference)
+
+
+_DOUT, _DSTATE = "gradient of the first result", "gradient of the second result"
 
 
 def refuse_tangents(name: str, *values: Any) -> None:

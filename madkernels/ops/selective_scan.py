@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,10 @@ from torch import Tensor
 from madkernels import reference
 from madkernels.ops.registration import (
     Axis,
-    differentiate,
-    differentiate_gradient,
-    if_given,
     keep_under_recomputation,
     refuse_tangents,
     register_autocast,
-    register_gradient,
+    register_derivatives,
     register_vmap,
     rows_like,
 )
@@ -179,51 +176,8 @@ def _by_reference(
     return out, state, A.new_empty(0)  # no checkpoints: its gradients are torch's own
 
 
-def _gradient_by_reference(dout: Tensor, dstate: Tensor | None, *inputs: Any) -> Sequence[Tensor]:
-    *tensors, softplus, initial_state, cu_seqlens, _ = inputs
-    return differentiate(_function(softplus, cu_seqlens), [*tensors, initial_state], dout, dstate)
-
-
-def _function(softplus: bool, cu_seqlens: Tensor | None) -> Callable[[Sequence[Any]], Sequence[Tensor]]:
-    """The reference as a function of what it can be differentiated in."""
-    return lambda arguments: _by_reference(*[*arguments[:-1], softplus, arguments[-1], cu_seqlens])[:2]
-
-
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, softplus, initial_state, cu_seqlens, _ = inputs
-    ctx.save_for_backward(*tensors, initial_state, cu_seqlens, output[2])
-    ctx.delta_softplus = softplus
-    ctx.set_materialize_grads(False)
-
-
-def _forward_gradient(ctx: Any, dout: Tensor | None, dstate: Tensor | None, _: None) -> tuple[Any, ...]:
-    *tensors, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(tensors[0])
-    grads = _backward(dout, dstate, *tensors, ctx.delta_softplus, initial_state, cu_seqlens, checkpoints)
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = grads
-    _, _, _, _, _, D, z, bias = tensors
-    return (
-        du, ddelta, dA, dB, dC, if_given(D, dD), if_given(z, dz), if_given(bias, dbias),
-        None, if_given(initial_state, dinitial), None, None,
-    )  # fmt: skip
-
-
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    dout, dstate, *tensors, softplus, initial_state, cu_seqlens, _ = inputs
-    ctx.save_for_backward(dout, dstate, *tensors, initial_state, cu_seqlens)
-    ctx.delta_softplus = softplus
-
-
-def _second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
-    dout, dstate, *tensors, initial_state, cu_seqlens = ctx.saved_tensors
-    function = _function(ctx.delta_softplus, cu_seqlens)
-    cotangents, arguments = differentiate_gradient(function, [*tensors, initial_state], [dout, dstate], weights)
-    return (*cotangents, *arguments[:-1], None, arguments[-1], None, None)
-
-
-register_gradient("madkernels::selective_scan", _forward_gradient, _save_forward, _by_reference)
-register_gradient("madkernels::selective_scan_backward", _second_gradient, _save_backward, _gradient_by_reference)
+_DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+register_derivatives("madkernels::selective_scan", _DIFFERENTIABLE, _by_reference, saved={"checkpoints": 2})
 register_autocast("madkernels::selective_scan", activations=("u", "delta", "B", "C", "z"))
 register_autocast("madkernels::selective_scan_step", activations=("u", "delta", "B", "C", "z"))
 _CHANNELS: dict[str, Axis] = {
