@@ -1,7 +1,6 @@
 // From statements to instructions. Whatever is not known is refused by name.
 #include <algorithm>
 #include <cstdlib>
-#include <functional>
 #include <map>
 #include <optional>
 #include <stdexcept>
