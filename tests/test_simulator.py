@@ -552,6 +552,15 @@ def test_copies_fill_with_zeros() -> None:
     assert (found == 12).all()
 
 
+def test_places_in_the_source() -> None:
+    """Of folders whose names end in a slash too; behind the kernel, as nvcc writes them. Comments are passed over."""
+    body = ".loc 1 7 3 // a comment\n /* and\n another */ .loc\t1 8 5, function_name $L, inlined_at 2 30 1\n"
+    text = kernel(body + "ld.global.u32 %r1, [%rd0+2];", 1)
+    text += '\t.file\t1 "/some/folder//csrc/common/x.h"\n\t.file\t2 "/some/csrc/op/y.cu"\n'
+    said = run(text, [np.zeros(64, np.uint64)], threads=64)
+    assert "(csrc/common/x.h:8 in csrc/op/y.cu:30, ld.global.u32 of given.ptx:" in said
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

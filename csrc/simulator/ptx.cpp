@@ -15,11 +15,13 @@ bool is_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c =
 
 int aligned(int offset, int to) { return (offset + to - 1) / to * to; }
 
-// Comments become spaces, so that places stay what they are.
+// Comments become spaces, so that places stay what they are. Names of files, in quotes, may have two slashes.
 std::string without_comments(std::string text) {
+  bool quoted = false;
   for (size_t i = 0; i + 1 < text.size(); i++) {
+    quoted ^= text[i] == '"';
     const bool line = text[i] == '/' && text[i + 1] == '/', block = text[i] == '/' && text[i + 1] == '*';
-    if (!line && !block) continue;
+    if (quoted || !(line || block)) continue;
     size_t end = line ? text.find('\n', i) : text.find("*/", i + 2);
     end = end == std::string::npos ? text.size() : end + (line ? 0 : 2);
     for (; i < end; i++) {
