@@ -253,7 +253,8 @@ def _show(console: Console, task: Task, count: int, seed: int) -> None:
     from rich.text import Text
 
     console.print(Text(task.name, style="bold") + Text(f": {task.summary}"))
-    legend = [Text(f"{role} {_span(ids)}", style=c) for c, (role, ids) in zip(cycle(COLOURS), task.roles().items())]
+    roles = zip(cycle(COLOURS), task.roles().items())
+    legend = [Text(f"{role} {_span(ids)}", style=colour) for colour, (role, ids) in roles if ids]
     console.print(Text("  ") + Text(", ").join(legend))
     for inputs, targets in zip(*task.generate(count, seed=seed, split="test"), strict=True):
         for line in _rows(task, inputs.tolist(), targets.tolist(), console.width):
