@@ -3,66 +3,27 @@ parameters.
 
 The MAD paper compares architectures whose fixed states sum to 4096 elements over the model (Poli et al. 2024, arXiv
 2403.17844). What grows with the sequence, the keys and values of attention, is no fixed state and is left alone; where
-layers of several kinds have a fixed state each gets the same share. Parameters are set by the hidden widths of SwiGLU and
-MoE layers.
+layers of several kinds have a fixed state each gets the same share. Parameters are set by hidden widths. Which options do
+that the layers say: `state_option` and `hidden_option` of their classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from madkernels.models import counting
+from madkernels.models.layers import LAYERS, Layer
 from madkernels.models.lm import HybridLM
 from madkernels.models.spec import Architecture, LayerSpec, options_of, parse
 
 HIDDEN_STEP = 8  # hidden widths are multiples of this
 
 
-@dataclass(frozen=True)
-class _Free:
-    """The option that sets a layer's state, and the value at which it has a state of `wanted`, from what it has at
-    another."""
-
-    option: str
-    solve: Callable[[int, int, int], float]  # value and state there, wanted state
-
-
-def _in_proportion(value: int, state: int, wanted: int) -> float:
-    return value * wanted / state
-
-
-def _inversely(value: int, state: int, wanted: int) -> float:
-    return value * state / wanted
-
-
-def _by_taps(value: int, state: int, wanted: int) -> float:
-    return 1 + (value - 1) * wanted / state
-
-
-FREE: dict[str, _Free] = {
-    "linear-attention": _Free("heads", _inversely),
-    "gated-linear-attention": _Free("heads", _inversely),
-    "deltanet": _Free("heads", _inversely),
-    "gated-deltanet": _Free("heads", _inversely),
-    "hyena": _Free("order", _in_proportion),
-    "mh-hyena": _Free("order", _in_proportion),
-    "hyena-experts": _Free("order", _in_proportion),
-    "hyena-se": _Free("taps", _by_taps),
-    "hyena-mr": _Free("taps", _by_taps),
-    "mamba": _Free("dstate", _in_proportion),
-    "mamba2": _Free("dstate", _in_proportion),
-    "rwkv5-time-mixer": _Free("head_dim", _in_proportion),
-    "rwkv6-time-mixer": _Free("head_dim", _in_proportion),
-}
-
-
 def fixed_state(arch: Architecture | str, dim: int) -> int:
     """Elements of state that do not grow with the sequence, over the model."""
-    return sum(_state(spec, dim) for spec in _parsed(arch).layers if not _grows(spec, dim))
+    return sum(_state(spec, dim) for spec in _parsed(arch).layers)
 
 
 def with_state(arch: Architecture | str, total: int, dim: int) -> Architecture:
@@ -73,9 +34,10 @@ def with_state(arch: Architecture | str, total: int, dim: int) -> Architecture:
             nearest is.
     """
     parsed = _parsed(arch)
-    free = [spec for spec in parsed.layers if spec.name in FREE and not _grows(spec, dim)]
+    free = [spec for spec in parsed.layers if _is_free(spec.layer)]
     if not free:
-        raise ValueError(f"{parsed}: no layer has a fixed state that could be set; those that have are {', '.join(FREE)}")
+        known = ", ".join(name for name, layer in LAYERS.items() if _is_free(layer))
+        raise ValueError(f"{parsed}: no layer has a fixed state that could be set; those that have are {known}")
     rest = fixed_state(parsed, dim) - sum(_state(spec, dim) for spec in free)
     share, over = divmod(total - rest, len(free))
     if over or share <= 0:
@@ -83,37 +45,45 @@ def with_state(arch: Architecture | str, total: int, dim: int) -> Architecture:
     return Architecture(tuple(_with_state(spec, share, dim) if spec in free else spec for spec in parsed.layers))
 
 
+def _is_free(layer: type[Layer]) -> bool:
+    return layer.state_option is not None and not layer.state_grows
+
+
 def _with_state(spec: LayerSpec, wanted: int, dim: int) -> LayerSpec:
-    free = FREE[spec.name]
-    now = dict(spec.options).get(free.option, options_of(spec.name)[free.option])
-    value = free.solve(int(now), _state(spec, dim), wanted)
+    free = spec.layer.state_option
+    assert free
+    now = dict(spec.options).get(free.name, options_of(spec.name)[free.name])
+    state = _state(spec, dim)
+    if state == 0:
+        raise ValueError(f"{spec}: with {free.name}={now} it has no state that could be brought to {wanted}")
+    value = free.solve(int(now), state, wanted)
     found: dict[int, LayerSpec] = {}
     for candidate in {max(int(value), 1), int(value) + 1}:
-        changed = _with_option(spec, free.option, candidate)
+        changed = _with_option(spec, free.name, candidate)
         try:
             found.setdefault(_state(changed, dim), changed)
         except ValueError:  # heads that do not divide the width
             continue
     if wanted not in found:
         near = ", ".join(f"{state} with {option}" for state, option in sorted(found.items())) or "none"
-        raise ValueError(f"{spec}: no {free.option} gives a state of {wanted} at width {dim}; nearest: {near}")
+        raise ValueError(f"{spec}: no {free.name} gives a state of {wanted} at width {dim}; nearest: {near}")
     return found[wanted]
 
 
 def with_parameters(arch: Architecture | str, total: int, dim: int) -> Architecture:
-    """The architecture with as nearly `total` parameters in its layers as equal hidden widths of its SwiGLU and MoE layers
-    can give.
+    """The architecture with as nearly `total` parameters in its layers as equal hidden widths can give.
 
     Raises:
-        ValueError: it has no such layer, or the others have more parameters than that.
+        ValueError: no layer has a hidden width that could be set, or the others have more parameters than that.
     """
     parsed = _parsed(arch)
-    if not any(spec.name in ("swiglu", "moe") for spec in parsed.layers):
-        raise ValueError(f"{parsed}: no swiglu or moe layer, whose hidden width could be set")
+    if not any(spec.layer.hidden_option for spec in parsed.layers):
+        known = ", ".join(name for name, layer in LAYERS.items() if layer.hidden_option)
+        raise ValueError(f"{parsed}: no layer has a hidden width that could be set; those that have are {known}")
 
     def widened(hidden: int) -> Architecture:
-        specs = (_with_option(s, "hidden", hidden) if s.name in ("swiglu", "moe") else s for s in parsed.layers)
-        return Architecture(tuple(specs))
+        options = ((spec, spec.layer.hidden_option) for spec in parsed.layers)
+        return Architecture(tuple(_with_option(spec, name, hidden) if name else spec for spec, name in options))
 
     one, two = (parameters(widened(hidden), dim) for hidden in (HIDDEN_STEP, 2 * HIDDEN_STEP))
     steps = 1 + round((total - one) / (two - one))
@@ -140,17 +110,11 @@ def _with_option(spec: LayerSpec, option: str, value: int) -> LayerSpec:
 
 
 def _state(spec: LayerSpec, dim: int) -> int:
-    return _states(spec, dim)[0]
-
-
-def _grows(spec: LayerSpec, dim: int) -> bool:
-    one, two = _states(spec, dim)
-    return one != two
+    return _state_of(spec.layer, spec, dim)  # type: ignore[arg-type]  # a class has a hash
 
 
 @lru_cache(maxsize=4096)
-def _states(spec: LayerSpec, dim: int) -> tuple[int, int]:
-    """After one token, and after two."""
+def _state_of(layer: type[Layer], spec: LayerSpec, dim: int) -> int:
+    """The fixed state; a layer that is added again under its name is another."""
     with torch.device("meta"):
-        layer = spec.build(dim)
-    return layer.state_size(1), layer.state_size(2)
+        return spec.build(dim).fixed_state()

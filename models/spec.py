@@ -44,10 +44,15 @@ class LayerSpec:
         options = ",".join(f"{key}={str(value).lower()}" for key, value in self.options)
         return f"{self.name}:{options}" if options else self.name
 
+    @property
+    def layer(self) -> type[Layer]:
+        """Its class, which says what kind of layer it is."""
+        return LAYERS[self.name]
+
     def build(self, dim: int) -> Layer:
         """The layer at a width; ValueError where its options do not go with it."""
         try:
-            return LAYERS[self.name](dim, **dict(self.options))
+            return self.layer(dim, **dict(self.options))
         except ValueError as error:
             raise ValueError(f"{self}: {error}") from None
 

@@ -5,7 +5,7 @@ What is missing or cannot be trusted stands first: failed runs, minima at the ed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle
 
@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from madkernels import pages
+from madkernels.models.spec import SpecError
 from madkernels.scaling import laws
 from madkernels.scaling.compare import Frontier, Sampling, compare, crossing_text, estimate_text, frontiers
 from madkernels.scaling.correlate import COEFFICIENTS, FEW, coefficient_text, correlate, labels_of, losses_at, read_scores
@@ -287,7 +288,7 @@ def _overtrained(report: Report) -> str:
 def _hybrids(report: Report) -> str:
     """Where the architectures have three shares of attention at least."""
     chosen, losses = _losses_at_the_largest(report)
-    shares = {name: attention_share(arch) for name, arch in labels_of(report.table, report.group).items() if name in losses}
+    shares = _shares(report, losses)
     if len(set(shares.values())) < 3:
         return ""
     x, y = np.array(list(shares.values())), np.array([losses[name] for name in shares])
@@ -309,6 +310,17 @@ def _hybrids(report: Report) -> str:
     except ValueError as error:
         told = f"No best share can be told: {error}."
     return _section("Share of attention", pages.figure(figure, f"At {chosen:.3g} operations."), pages.note(told))
+
+
+def _shares(report: Report, names: Collection[str]) -> dict[str, float]:
+    found = {}
+    for name, arch in labels_of(report.table, report.group).items():
+        try:
+            if name in names:
+                found[name] = attention_share(arch)
+        except SpecError:
+            report.gaps.append(f"{name}: no share of attention: a layer of it is not known here; give its --plugin")
+    return found
 
 
 def _losses_at_the_largest(report: Report) -> tuple[float, Mapping[str, float]]:

@@ -15,7 +15,6 @@ from madkernels.models.spec import parse
 from madkernels.scaling.isoflop import Best, PowerLaw, about_parabola, line, minima
 from madkernels.scaling.laws import Interval, interval
 from madkernels.scaling.newton import Array
-from madkernels.synthetics.published import CHANNEL_MIXERS
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,9 @@ class HybridRatio:
 
 
 def attention_share(arch: str) -> float:
-    """Attention layers as a part of the sequence mixers."""
-    mixers = [spec.name for spec in parse(arch).layers if spec.name not in CHANNEL_MIXERS]
-    return sum(name == "attention" for name in mixers) / max(len(mixers), 1)
+    """Attention layers, full and sliding, as a part of the sequence mixers."""
+    mixers = [spec.layer for spec in parse(arch).layers if spec.layer.mixes != "channel"]
+    return sum(layer.is_attention for layer in mixers) / max(len(mixers), 1)
 
 
 def hybrid_ratio(shares: Array, loss: Array, resamples: int = 1000, seed: int = 42) -> HybridRatio:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from madkernels import pages
+from madkernels.models.layers import Layer
 from madkernels.models.spec import SpecError, parse
 from madkernels.runs.store import OPEN
 from madkernels.synthetics import published
@@ -197,18 +198,17 @@ def _diagrams(colours: dict[str, str]) -> str:
     found = ""
     for arch in colours:
         try:
-            layers = [str(spec) for spec in parse(arch).layers]
+            layers = [(str(spec), _colour_of(spec.layer)) for spec in parse(arch).layers]
         except SpecError:  # a layer from outside that is not here
-            layers = arch.split(" ")
-        boxes = " → ".join(f'<span style="border-color:{_colour_of(layer)}">{pages.text(layer)}</span>' for layer in layers)
+            layers = [(name, pages.COLOURS[0]) for name in arch.split(" ")]
+        boxes = " → ".join(f'<span style="border-color:{colour}">{pages.text(name)}</span>' for name, colour in layers)
         found += f'<div class="stack">tokens → {boxes} → logits</div>'
-    return found
+    return found + pages.note("Framed orange: attention; blue: other mixers of the sequence; grey: mixers of channels.")
 
 
-def _colour_of(layer: str) -> str:
+def _colour_of(layer: type[Layer]) -> str:
     """Mixers of channels grey, attention orange, other mixers of the sequence blue."""
-    name = layer.partition(":")[0]
-    return "#999" if name in published.CHANNEL_MIXERS else pages.COLOURS[1] if "attention" in name else pages.COLOURS[0]
+    return "#999" if layer.mixes == "channel" else pages.COLOURS[1] if layer.is_attention else pages.COLOURS[0]
 
 
 def _published(results: Results) -> str:

@@ -15,19 +15,18 @@ from madkernels.models.spec import SpecError, parse
 
 FILE = Path(__file__).parent / "published.json"
 
-# The sequence mixers and channel mixers that make a published architecture, whatever their sizes and order.
-_FAMILIES: dict[tuple[frozenset[str], frozenset[str]], str] = {
-    (frozenset({"attention"}), frozenset({"swiglu"})): "Transformer",
-    (frozenset({"hyena"}), frozenset({"swiglu"})): "Hyena",
-    (frozenset({"mh-hyena"}), frozenset({"swiglu"})): "MH Hyena",
-    (frozenset({"mamba"}), frozenset()): "Mamba",
-    (frozenset({"gated-linear-attention"}), frozenset({"swiglu"})): "GLA",
-    (frozenset({"deltanet"}), frozenset({"swiglu"})): "DeltaNet",
-    (frozenset({"hyena", "attention"}), frozenset({"swiglu"})): "Striped Hyena + SwiGLU",
-    (frozenset({"hyena", "attention"}), frozenset({"moe"})): "Striped Hyena + MoE",
-    (frozenset({"hyena-experts", "attention"}), frozenset({"moe"})): "Striped Hyena Experts + MoE",
+# The layers that make a published architecture, whatever their sizes and order.
+_FAMILIES: dict[frozenset[str], str] = {
+    frozenset({"attention", "swiglu"}): "Transformer",
+    frozenset({"hyena", "swiglu"}): "Hyena",
+    frozenset({"mh-hyena", "swiglu"}): "MH Hyena",
+    frozenset({"mamba"}): "Mamba",
+    frozenset({"gated-linear-attention", "swiglu"}): "GLA",
+    frozenset({"deltanet", "swiglu"}): "DeltaNet",
+    frozenset({"hyena", "attention", "swiglu"}): "Striped Hyena + SwiGLU",
+    frozenset({"hyena", "attention", "moe"}): "Striped Hyena + MoE",
+    frozenset({"hyena-experts", "attention", "moe"}): "Striped Hyena Experts + MoE",
 }
-CHANNEL_MIXERS = frozenset({"swiglu", "moe", "mlp", "rwkv-channel-mixer"})
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,10 @@ def sources() -> dict[str, str]:
 def family(arch: str) -> str | None:
     """The published architecture that it is one of, if any."""
     try:
-        names = {spec.name for spec in parse(arch).layers}
+        names = frozenset(spec.name for spec in parse(arch).layers)
     except SpecError:
         return None
-    return _FAMILIES.get((frozenset(names - CHANNEL_MIXERS), frozenset(names & CHANNEL_MIXERS)))
+    return _FAMILIES.get(names)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from madkernels.cli.sweeps import Plugins, load_plugins
+
 if TYPE_CHECKING:  # numpy and scipy are loaded when a command runs, not to print its help
     from rich.console import Console
 
@@ -210,6 +212,7 @@ def report(
     seed: Seed = 42,
     title: Annotated[str, typer.Option(help="Of the page.")] = "Scaling laws",
     force: Force = False,
+    plugin: Plugins = None,
 ) -> None:
     """Write the runs, their laws and what is missing as one HTML page with its pictures inside."""
     from rich.console import Console
@@ -221,6 +224,7 @@ def report(
     from madkernels.scaling.table import Cut, read_table
 
     refuse_existing(out, force or (out.is_file() and pages.STYLE.encode() in out.read_bytes()))
+    load_plugins(plugin)
     table, how = read_table(*files), Sampling(shape, bootstrap, seed)
     cut = Cut(drop_highest, math.inf if max_loss is None else max_loss)
     columns = _columns(table, params, loss, tokens, flops)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from madkernels.cli.sweeps import Bars, engine_of, load_plugins, progress_bars, stoppable
+from madkernels.cli.sweeps import Bars, Plugins, engine_of, load_plugins, progress_bars, stoppable
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     from rich.console import Console
@@ -23,10 +23,6 @@ mad = typer.Typer(help="Score architectures on the MAD capability tasks.", no_ar
 DEMO_ARCHS = ("mamba:dstate=4 swiglu mamba:dstate=4 swiglu", "mamba:dstate=4 swiglu attention:heads=4 swiglu")
 COLOURS = ("cyan", "green", "bright_black", "magenta")
 
-
-Plugins = Annotated[
-    list[Path] | None, typer.Option("--plugin", help="A Python file that adds layers or tasks; give several.")
-]
 Folder = Annotated[Path, typer.Option(help="Folder of the results.")]
 Measure = Annotated[str, typer.Option(help="accuracy, over all scored tokens, or macro_accuracy, over classes.")]
 
@@ -159,6 +155,7 @@ def normalise(
     parameters: Annotated[int | None, typer.Option(min=1, help="Of the layers, as nearly as hidden widths give.")] = None,
     dim: Annotated[int, typer.Option(min=1, help="Width.")] = 128,
     seqlen: Annotated[int, typer.Option(min=1, help="For the state that grows, and for operations.")] = 128,
+    plugin: Plugins = None,
 ) -> None:
     """Set the free sizes of architectures to one state or number of parameters, and print what they take."""
     from rich.console import Console
@@ -167,6 +164,7 @@ def normalise(
     from madkernels.models import HybridLM, counting, parse
     from madkernels.models import normalise as sizes
 
+    load_plugins(plugin)
     table = Table(caption=f"At width {dim}; all state and operations a token for a sequence of length {seqlen}.")
     for column in ("architecture", "parameters", "fixed state", "all state", "operations a token"):
         table.add_column(column, justify="left" if column == "architecture" else "right", overflow="fold")
@@ -255,7 +253,8 @@ def _show(console: Console, task: Task, count: int, seed: int) -> None:
     from rich.text import Text
 
     console.print(Text(task.name, style="bold") + Text(f": {task.summary}"))
-    legend = [Text(f"{role} {_span(ids)}", style=c) for c, (role, ids) in zip(cycle(COLOURS), task.roles().items())]
+    roles = zip(cycle(COLOURS), task.roles().items())
+    legend = [Text(f"{role} {_span(ids)}", style=colour) for colour, (role, ids) in roles if ids]
     console.print(Text("  ") + Text(", ").join(legend))
     for inputs, targets in zip(*task.generate(count, seed=seed, split="test"), strict=True):
         for line in _rows(task, inputs.tolist(), targets.tolist(), console.width):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from madkernels.cli.fits import compare, correlate, fit, report
-from madkernels.cli.sweeps import Bars, engine_of, load_plugins, progress_bars, stoppable
+from madkernels.cli.sweeps import Bars, Plugins, engine_of, load_plugins, progress_bars, stoppable
 from madkernels.files import refuse_existing
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
@@ -60,11 +60,13 @@ def isoflop(
     lr: Rate = 6e-3,
     seed: Seeds = None,
     force: Force = False,
+    plugin: Plugins = None,
 ) -> None:
     """Several sizes at each of several budgets: where the compute-optimal size lies."""
     from madkernels.scaling.plan import isoflop as plan
 
     refuse_existing(out, force)
+    load_plugins(plugin)
     setting = _setting(data, seqlen, batch, lr, seed)
     _write(plan(_labelled(arch), budget, _numbers(dims), setting, blocks=blocks, sizes=sizes, ratio=ratio), out)
 
@@ -82,11 +84,13 @@ def overtrained(
     lr: Rate = 6e-3,
     seed: Seeds = None,
     force: Force = False,
+    plugin: Plugins = None,
 ) -> None:
     """One size with more and more tokens: what training beyond the compute-optimal point brings."""
     from madkernels.scaling.plan import overtrained as plan
 
     refuse_existing(out, force)
+    load_plugins(plugin)
     _write(plan(_labelled(arch), dim, ratio, _setting(data, seqlen, batch, lr, seed), blocks=blocks), out)
 
 
@@ -104,11 +108,13 @@ def state(
     lr: Rate = 6e-3,
     seed: Seeds = None,
     force: Force = False,
+    plugin: Plugins = None,
 ) -> None:
     """One width and budget with more and more fixed state: what state brings."""
     from madkernels.scaling.plan import states as plan
 
     refuse_existing(out, force)
+    load_plugins(plugin)
     _write(plan(_labelled(arch), dim, budget, size, _setting(data, seqlen, batch, lr, seed), blocks=blocks), out)
 
 
@@ -169,7 +175,7 @@ def run(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes of the pool; as many as cores, or GPUs.")] = None,
     address: Annotated[str, typer.Option(help="Of the Ray cluster.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    plugin: Annotated[list[Path] | None, typer.Option(help="A Python file that adds layers; give several.")] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Train the runs of plans. What is killed goes on from where it was when asked for again."""
     from rich.console import Console

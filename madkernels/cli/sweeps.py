@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
 
     from madkernels.runs.engines import Engine, Run
     from madkernels.runs.store import Store
+
+Plugins = Annotated[
+    list[Path] | None, typer.Option("--plugin", help="A Python file that adds layers or tasks; give several.")
+]
 
 
 def load_plugins(paths: list[Path] | None) -> list[str]:

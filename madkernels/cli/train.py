@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from madkernels.cli.sweeps import Plugins, load_plugins
+
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     from madkernels.models import HybridLM
     from madkernels.scaling.estimate import Gpu, Setup
@@ -59,10 +61,12 @@ def plan(
     sharding: Annotated[str, typer.Option(help="full (FSDP) or none.")] = "full",
     checkpointing: Annotated[str, typer.Option(help="none, selective or full.")] = "none",
     mfu: Annotated[float, typer.Option(help="Share of the peak that is assumed to be reached.")] = 0.4,
+    plugin: Plugins = None,
 ) -> None:
     """Say what a training takes, without allocating it: parameters, state, operations, memory on each GPU, time."""
     from madkernels.scaling.estimate import GPUS, Gpu, Setup
 
+    load_plugins(plugin)
     model, length = _meta_model(preset, arch, dim, vocab, seqlen)
     if gpu not in GPUS:
         raise ValueError(f"--gpu: {gpu!r} is not known; expected {', '.join(GPUS)}, or give --peak and --memory")
@@ -212,7 +216,7 @@ def run(
     compile: Annotated[bool, typer.Option(help="Layers go through torch.compile.")] = False,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 300.0,
     log_every: Annotated[int | None, typer.Option(min=1, help="Steps; a hundredth of the run if absent.")] = None,
-    plugin: Annotated[list[Path] | None, typer.Option(help="A Python file that adds layers; give several.")] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Train one model, alone or, under torchrun, sharded over processes.
 
@@ -228,7 +232,7 @@ def run(
         with stop.deferred():  # a library that is half loaded takes no interrupt
             from rich.console import Console
 
-            from madkernels.cli.sweeps import load_plugins, progress_bars
+            from madkernels.cli.sweeps import progress_bars
             from madkernels.scaling import train as training
             from madkernels.scaling.data import Corpus
             from madkernels.scaling.estimate import peak_flops

@@ -96,7 +96,7 @@ def work(job: Job, on_point: OnPoint, device: str) -> list[Result]:
 
 
 def load_plugin(path: str) -> None:
-    """Runs a Python file that adds layers. ValueError where it cannot."""
+    """Runs a Python file that adds layers or tasks. ValueError where it cannot."""
     name = f"madkernels_plugin_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

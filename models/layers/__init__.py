@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from madkernels.models.layers.attention import Attention
-from madkernels.models.layers.base import Layer, State
+from madkernels.models.layers.base import Layer, State, StateOption, in_proportion, inversely
 from madkernels.models.layers.deltanet import DeltaNet, GatedDeltaNet
 from madkernels.models.layers.hyena import Hyena
 from madkernels.models.layers.hyena_experts import HyenaExperts
@@ -55,10 +55,11 @@ def add_layer(name: str, make: Callable[..., nn.Module]) -> None:
     Args:
         name: small letters, digits and hyphens.
         make: a :class:`Layer`, or any module's class: ``make(dim, **options)`` maps (batch, seqlen, dim) to the same shape,
-            causally. Its other parameters have defaults that are numbers or truth values.
+            causally. Its other parameters have defaults that are numbers or truth values. What kind of layer it is its class
+            says, in the attributes of :class:`Layer`.
 
     Raises:
-        ValueError: the name is taken or is none, or a parameter has no such default.
+        ValueError: the name is taken or is none, a parameter has no such default, or an attribute is none of a layer.
     """
     if not re.fullmatch("[a-z][a-z0-9-]*", name):
         raise ValueError(f"{name!r} is no name for a layer: it takes small letters, digits and hyphens")
@@ -73,4 +74,4 @@ def user_layers() -> dict[str, str]:
     return dict(_user)
 
 
-__all__ = ["LAYERS", "Layer", "State", "add_layer", "user_layers"]
+__all__ = ["LAYERS", "Layer", "State", "StateOption", "add_layer", "in_proportion", "inversely", "user_layers"]

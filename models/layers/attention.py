@@ -14,6 +14,8 @@ ROTARY_BASE = 10000.0
 class Attention(Layer):
     """Softmax attention; rotary over the whole head, biases on all projections."""
 
+    is_attention = True
+    state_grows = True
     window: int | None = None  # how far back a query sees, itself included; None: to the first token
 
     def __init__(self, dim: int, *, heads: int = 16) -> None:

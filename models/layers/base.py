@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +12,42 @@ from torch import Tensor, nn
 # What a layer remembers of a sequence between calls, by name. `forward` and `step` replace its tensors.
 State = dict[str, Tensor]
 
+Mixes = Literal["sequence", "channel", "both"]
+FAR = 2**40  # tokens: longer than any window
+
+
+def in_proportion(value: int, state: int, wanted: int) -> float:
+    return value * wanted / state
+
+
+def inversely(value: int, state: int, wanted: int) -> float:
+    return value * state / wanted
+
+
+@dataclass(frozen=True)
+class StateOption:
+    """The option that sets a layer's state.
+
+    Attributes:
+        name: of the option, a whole number.
+        solve: from a value, the state there and a wanted state, the value that has it; whole numbers next to it are tried.
+    """
+
+    name: str
+    solve: Callable[[int, int, int], float] = in_proportion
+
 
 class Layer(nn.Module):
     """One residual branch of a model: (batch, seqlen, dim) to (batch, seqlen, dim), causal along the sequence.
 
     A layer is built as ``Cls(dim, **options)``; its options are the keyword-only arguments of its class, with defaults.
     """
+
+    mixes: ClassVar[Mixes] = "sequence"
+    is_attention: ClassVar[bool] = False  # softmax attention: what a share of attention counts
+    state_grows: ClassVar[bool] = False  # with the sequence, without bound
+    state_option: ClassVar[StateOption | None] = None  # sets the fixed state
+    hidden_option: ClassVar[str | None] = None  # the hidden width, which sets the parameters
 
     # Parameters of two or more dimensions that weight decay leaves alone; those of one it always does.
     undecayed: ClassVar[tuple[str, ...]] = ()
@@ -61,6 +93,21 @@ class Layer(nn.Module):
     def state_size(self, seqlen: int) -> int:
         """Elements that the layer keeps for one sequence of this length. Taps of short convolutions are not counted."""
         return 0
+
+    def fixed_state(self) -> int:
+        """Elements that are kept for a sequence however long: all that a window holds, nothing where the state grows.
+
+        Raises:
+            ValueError: the state grows, and the layer's class does not say so.
+        """
+        if self.state_grows:
+            return 0
+        size = self.state_size(FAR)
+        if self.state_size(2 * FAR) != size:
+            raise ValueError(
+                f"the state of {type(self).__name__} grows with the sequence: its class needs state_grows = True"
+            )
+        return size
 
     def flops(self, seqlen: int) -> int:
         """Operations of `forward` for one sequence, a multiply-add being two. What causality spares is not taken off."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from madkernels import causal_conv, fft_conv
-from madkernels.models.layers.base import Layer, State, check_positive, no_narrower
+from madkernels.models.layers.base import Layer, State, StateOption, check_positive, no_narrower
 from madkernels.models.layers.filters import ExplicitFilter, ImplicitFilter
 
 
@@ -22,6 +22,7 @@ class LongConvLayer(Layer):
             last taps - 1 inputs.
     """
 
+    state_option = StateOption("order")
     out: nn.Linear
 
     def __init__(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madkernels import causal_conv, causal_conv_step, selective_scan, selective_scan_step
-from madkernels.models.layers.base import Layer, State, check_positive, no_narrower, wide
+from madkernels.models.layers.base import Layer, State, StateOption, check_positive, no_narrower, wide
 
 STEP_RANGE = (1e-3, 1e-1)  # of delta at the start, log-uniform
 
@@ -17,6 +17,8 @@ STEP_RANGE = (1e-3, 1e-1)  # of delta at the start, log-uniform
 class Mamba(Layer):
     """Sequence and channel mixer in one: ``expand * dim`` channels of `dstate` states, short convolution of `width` taps."""
 
+    mixes = "both"
+    state_option = StateOption("dstate")
     undecayed = ("A_log",)
 
     def __init__(self, dim: int, *, dstate: int = 16, expand: int = 2, width: int = 4) -> None:

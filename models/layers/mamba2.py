@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels.models.layers.base import Layer, State, check_positive, softplus, wide
+from madkernels.models.layers.base import Layer, State, StateOption, check_positive, softplus, wide
 from madkernels.models.layers.mamba import initial_step_bias
 from madkernels.models.layers.matrix_state import recur
 from madkernels.models.layers.recurrence import linear_recurrence
@@ -18,6 +18,9 @@ A_RANGE = (1.0, 16.0)  # of -A at the start, uniform
 class Mamba2(Layer):
     """Sequence and channel mixer in one: heads of `head_dim` of the ``expand * dim`` channels, which decay as one and share
     B and C, with `dstate` states a channel; short convolution of `width` taps; gate, then norm."""
+
+    mixes = "both"
+    state_option = StateOption("dstate")
 
     def __init__(self, dim: int, *, dstate: int = 128, expand: int = 2, head_dim: int = 64, width: int = 4) -> None:
         super().__init__(dim)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from madkernels.models.layers.base import Layer, State, check_positive, document_of
+from madkernels.models.layers.base import Layer, State, StateOption, check_positive, document_of, inversely
 
 
 class MatrixStateLayer(Layer):
@@ -17,6 +17,8 @@ class MatrixStateLayer(Layer):
     Raises:
         ValueError: dim does not divide into the heads.
     """
+
+    state_option = StateOption("heads", inversely)
 
     def __init__(self, dim: int, heads: int, *, expand: int = 1) -> None:
         super().__init__(dim)

@@ -11,6 +11,8 @@ from madkernels.models.layers.base import Layer, State, check_positive
 class MLP(Layer):
     """Linear, GELU (tanh form), linear; no biases. `expand`: hidden width over dim."""
 
+    mixes = "channel"
+
     def __init__(self, dim: int, *, expand: int = 4) -> None:
         super().__init__(dim)
         check_positive(expand=expand)

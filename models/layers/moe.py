@@ -20,6 +20,9 @@ class MoE(Layer):
     its experts, and the copies are permuted, so that no index occurs twice.
     """
 
+    mixes = "channel"
+    hidden_option = "hidden"
+
     def __init__(self, dim: int, *, experts: int = 8, top_k: int = 2, hidden: int = 128) -> None:
         super().__init__(dim)
         check_positive(experts=experts, top_k=top_k, hidden=hidden)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels.models.layers.base import Layer, State, check_positive, wide
+from madkernels.models.layers.base import Layer, State, StateOption, check_positive, wide
 from madkernels.models.layers.matrix_state import MatrixStateLayer, recur
 from madkernels.models.layers.recurrence import linear_recurrence
 from madkernels.models.layers.short_conv import token_before
@@ -21,6 +21,8 @@ HEAD_DIVISOR = 8  # of a head's output before its norm, whose epsilon is 1e-5
 class TimeMixer(MatrixStateLayer):
     """What versions 5 and 6 share: ``y[t] = r[t] (S[t-1] + bonus k[t] v[t]')`` and ``S[t] = decay[t] S[t-1] + k[t] v[t]'``,
     heads normed, and gated by a SiLU. `mixed_inputs` and `log_decay` are theirs."""
+
+    state_option = StateOption("head_dim")
 
     def __init__(self, dim: int, head_dim: int) -> None:
         check_positive(head_dim=head_dim)
@@ -108,6 +110,7 @@ class RWKVChannelMixer(Layer):
     """Squared ReLU between two linear layers, gated by a sigmoid of the receptance; the same function in versions 5 and
     6."""
 
+    mixes = "channel"
     undecayed = ("mix",)
 
     def __init__(self, dim: int, *, expand: int = 4) -> None:

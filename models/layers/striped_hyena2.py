@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from madkernels.models.layers.base import check_positive
+from madkernels.models.layers.base import StateOption, check_positive
 from madkernels.models.layers.filters import RegularisedFilter
 from madkernels.models.layers.hyena import LongConvLayer
+
+
+def by_taps(taps: int, state: int, wanted: int) -> float:
+    return 1 + (taps - 1) * wanted / state
 
 
 class HyenaSE(LongConvLayer):
@@ -17,6 +21,8 @@ class HyenaSE(LongConvLayer):
         taps: of a filter; the state is the last taps - 1 inputs.
         width: of the short convolution.
     """
+
+    state_option = StateOption("taps", by_taps)
 
     def __init__(self, dim: int, *, groups: int = 16, taps: int = 7, width: int = 3) -> None:
         check_positive(groups=groups, taps=taps, width=width)

@@ -11,6 +11,9 @@ from madkernels.models.layers.base import Layer, State, check_positive
 class SwiGLU(Layer):
     """down(silu(gate x) * up x), no biases. `hidden` 0: 8/3 of dim, rounded up to a multiple of 16."""
 
+    mixes = "channel"
+    hidden_option = "hidden"
+
     def __init__(self, dim: int, *, hidden: int = 0) -> None:
         super().__init__(dim)
         self.hidden = hidden or -(-8 * dim // 3 // 16) * 16

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copyreg
+import functools
 import hashlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from madkernels.models.layers.base import Layer, State
+from madkernels.models.layers.base import Layer, Mixes, State, StateOption
+
+# What a layer's class says of its kind; a plain module's class may say it too.
+KIND = ("mixes", "is_attention", "state_grows", "state_option", "hidden_option")
 
 
 class Adapted(type):
@@ -79,6 +83,7 @@ def adapt(name: str, make: Callable[..., nn.Module]) -> type[Layer]:
     """The class of a layer of this name, from a module's class or a function that makes one: its first parameter is dim, the
     others, which need defaults, become options."""
     if isinstance(make, type) and issubclass(make, Layer):
+        check_kind(name, make)
         return make
     called = getattr(make, "__name__", name)  # which functools.partial lacks
     _, *others = inspect.signature(make).parameters.values()
@@ -88,10 +93,30 @@ def adapt(name: str, make: Callable[..., nn.Module]) -> type[Layer]:
     options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in others]
     first = inspect.Parameter("dim", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     signature = inspect.Signature([first, *options])
-    fields = {"name": name, "make": staticmethod(make), "__doc__": make.__doc__, "__signature__": signature}
+    fields: dict[str, Any] = {"name": name, "make": staticmethod(make), "__doc__": make.__doc__, "__signature__": signature}
+    says = make.func if isinstance(make, functools.partial) else make
+    fields |= {key: getattr(says, key) for key in KIND if hasattr(says, key)}
     made: Any = Adapted(called, (AdaptedLayer,), fields)
     found: type[Layer] = made
+    check_kind(name, found)
     return found
+
+
+def check_kind(name: str, layer: type[Layer]) -> None:
+    """Raises ValueError where the class says of its kind what no layer is."""
+    if layer.mixes not in get_args(Mixes):
+        raise ValueError(f"{name}: mixes is {layer.mixes!r}; it takes {', '.join(get_args(Mixes))}")
+    for key in ("is_attention", "state_grows"):
+        if not isinstance(getattr(layer, key), bool):
+            raise ValueError(f"{name}: {key} is {getattr(layer, key)!r}; it takes True or False")
+    state: Any = layer.state_option
+    if state is not None and not isinstance(state, StateOption):
+        raise ValueError(f"{name}: state_option is {state!r}; it takes a StateOption")
+    options = {p.name: type(p.default) for p in inspect.signature(layer).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    for option in (state.name if state else None, layer.hidden_option):
+        if option is not None and options.get(option) is not int:
+            whole = ", ".join(key for key, kind in options.items() if kind is int) or "none"
+            raise ValueError(f"{name}: {option!r} is no option that is a whole number; those are {whole}")
 
 
 def digest(make: Callable[..., Any]) -> str:

@@ -14,7 +14,7 @@ from madkernels.models.layers import LAYERS, Layer
 from madkernels.models.layers.attention import rotate
 
 DIM, SEQLEN = 32, 21
-CHANNEL_MIXERS = {"swiglu", "mlp", "moe"}
+CHANNEL_MIXERS = {"swiglu", "mlp", "moe"}  # the channel mixers of RWKV see the token before
 
 
 def build(name: str) -> Layer:
@@ -53,6 +53,14 @@ def test_sees_the_past(name: str) -> None:
     x[:, 10] += 1
     seen = 11 if name == "rwkv-channel-mixer" else 12  # which sees the token before and no further
     assert not torch.allclose(layer(x)[:, seen], y[:, seen], atol=1e-5)
+
+
+def test_says_what_it_mixes(layer: Layer) -> None:
+    """A channel mixer sees at most the token before."""
+    x = sequence()
+    y = layer(x)
+    x[:, 10] += 1
+    assert (layer.mixes == "channel") == torch.allclose(layer(x)[:, 12:], y[:, 12:], atol=1e-5)
 
 
 def test_window_ends_where_it_says() -> None:
