@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -78,8 +79,9 @@ def test_only_what_says_so_grows(name: str) -> None:
     assert layer.state_grows == (layer.state_size(10**9) < layer.state_size(10**9 + 1)) == (name == "attention")
 
 
-def test_a_layer_from_outside_has_its_share() -> None:
-    add_layer("memory", Memory)
+@pytest.mark.parametrize("make", [Memory, functools.partial(Memory, wide=32)], ids=["class", "partial"])
+def test_a_layer_from_outside_has_its_share(make: Callable[..., nn.Module]) -> None:
+    add_layer("memory", make)
     assert with_state("memory mamba swiglu", 4096, 128) == parse("memory:slots=16 mamba:dstate=8 swiglu")
     assert fixed_state("2*memory", 128) == 2 * 4 * 128
     found = with_parameters("memory swiglu", 100_000, 128)
