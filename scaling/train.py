@@ -377,9 +377,22 @@ def processes(device: str) -> Iterator[bool]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        yield dist.get_rank() == 0
+        with _together_at_the_end():
+            yield dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _together_at_the_end() -> Iterator[None]:
+    """Waits for all processes where all end alike. A thread of Gloo may still hold a tensor of the last collective; it needs
+    Python to let it go, and aborts the process where Python is already gone. A barrier holds no tensors."""
+    try:
+        yield
+    except (Stopped, Diverged):
+        dist.barrier()
+        raise
+    dist.barrier()
 
 
 def _objective(run: LMRun, how: Execution, device: torch.device, ranks: int) -> Objective:

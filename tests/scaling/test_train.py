@@ -128,11 +128,13 @@ def test_documents_are_kept_apart_when_asked(data: Path) -> None:
 
 @pytest.mark.parametrize("seqlen", [1, 33])
 def test_documents_kept_apart_to_the_end_with_every_layer(data: Path, seqlen: int) -> None:
-    """Rows of an odd length, measured in one piece and row by row."""
-    run = dataclasses.replace(run_of(data, arch=" ".join(LAYERS), documents=True, seqlen=seqlen, steps=1), dim=64)
+    """Rows of an odd length, measured in one piece and row by row, by one model: its one step is too small to tell, as the
+    first step of AdamW goes by the signs of gradients, those of rounding too."""
+    run = run_of(data, arch=" ".join(LAYERS), documents=True, seqlen=seqlen, steps=1, lr=1e-9)
+    run = dataclasses.replace(run, dim=64)
     whole, parts = train(run), train(run, Execution(micro_batch=1))
     assert 4 < whole["loss"] < 8
-    torch.testing.assert_close(parts["loss"], whole["loss"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(parts["loss"], whole["loss"], atol=1e-5, rtol=0)
 
 
 def test_the_rate_rises_and_falls() -> None:
