@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 PARAMETERS = 5  # a, b, e, alpha, beta
-CHUNK = 128  # rows at a time
+CHUNK = 128  # rows of theta that are minimised at a time
 BLOCK = 2**18  # elements of the (rows, points) arrays that are held at a time
-STEPS = 200  # at each delta
-TOLERANCE = 1e-8  # of the scaled gradient, where a row is done
-MILD = 3e-2  # the way begins below this, where most residuals of a log-loss are inside
-UNSEEN = 1e-17  # of the value: a change that is lost in rounding
+STEPS = 200  # Newton steps at each delta, at most
+TOLERANCE = 1e-8  # scaled gradient at which a row is done
+MILD = 3e-2  # descent begins at a delta below this, where most residuals of a log-loss are inside
+UNSEEN = 1e-17  # share of the value: a change that is lost in rounding
 TINY = 1e-200  # instead of a curvature of zero
 ROUNDING = 1e-10  # residuals below this are those of an exact surface
 
@@ -140,7 +140,7 @@ def _hessian(x: Array, z: Array, p: Array, q: Array, o: Array, pull: Array, curv
 def minimise(
     problem: Problem, start: Array, weights: Array, delta: float, basis: Array | None = None, mild: float = MILD
 ) -> Minimum:
-    """From each row of start (rows, 5), under its weights (rows or 1, n); the way begins at a delta below `mild`.
+    """The minimum from each row of start (rows, 5), under its weights (rows or 1, n), by way of deltas up to `mild`.
 
     Steps stay in the span of `basis`, (5, k) or (rows, 5, k): the whole space if absent. What it excludes (tied exponents, a
     value held fixed) holds at the start and so at the end.
@@ -154,7 +154,7 @@ def minimise(
 
 
 def _weights_of(weights: Array, rows: NDArray[np.intp] | slice) -> Array:
-    """Of some rows; those of all are not copied."""
+    """The weights of some rows; one row of weights that serves all is not copied."""
     return weights if len(weights) == 1 else weights[rows]
 
 
@@ -177,7 +177,7 @@ def _norm(point: Point, basis: Array) -> Array:
 
 
 def _descend(problem: Problem, theta: Array, weights: Array, delta: float, basis: Array) -> Point:
-    """Until the gradient vanishes, or no shorter step could still be seen in the value."""
+    """Newton steps until the gradient vanishes, or no shorter step could still be seen in the value."""
     point = evaluate(problem, theta.copy(), weights, delta)
     damping = 1e-3 * np.abs(np.trace(point.hessian, axis1=1, axis2=2))
     stuck = np.zeros(len(theta), dtype=bool)
@@ -196,7 +196,7 @@ def _descend(problem: Problem, theta: Array, weights: Array, delta: float, basis
 
 
 def _step(point: Point, basis: Array, damping: Array, rows: NDArray[np.intp]) -> Array:
-    """Newton's, in the basis: eigenvalues by their size, and damped."""
+    """Newton's step within the basis, damped; negative eigenvalues count by their size."""
     inside = basis[rows]
     across = inside.transpose(0, 2, 1)
     curve, axes = np.linalg.eigh(across @ point.hessian[rows] @ inside)

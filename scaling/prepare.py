@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
 
 
 class Bytes:
-    """A token a byte, and 256 to end a document."""
+    """One token per byte, and 256 to end a document."""
 
     name, vocab_size, end = "bytes", 257, 256
 
@@ -172,7 +172,7 @@ def prepare(
     """Writes shards and manifest, all or nothing.
 
     Args:
-        documents: texts; copies of one that came before are left out, and so are empty ones.
+        documents: texts; copies of one that came before are dropped, and so are empty ones.
         out: a folder that is not there yet.
         validation: share of the documents that is held out, from 0 up to but not including 1.
         shard_tokens: how many tokens a shard takes before the next is begun.

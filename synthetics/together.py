@@ -2,8 +2,8 @@
 
 MAD's models are so small that a GPU waits for launches; the grid points and seeds of a setting differ in numbers only, so
 torch.func maps one forward pass over them, and a CUDA graph makes one launch of a step's forward and backward. Each keeps
-its own initialisation, data, order, rate and decay, and leaves when it is good enough or its loss is no number. On a CPU
-nothing is gained: six models do not fit where one did.
+its own initialisation, data, order, learning rate and weight decay, and leaves when it is good enough or its loss is not
+finite. On a CPU nothing is gained: six models do not fit the cache where one did.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 def alike(run: Run) -> Run:
-    """What runs that can train together have in common: all but rate, decay and seed."""
+    """What runs that can train together have in common: all but learning rate, weight decay and seed."""
     return replace(run, training=replace(run.training, lr=0.0, weight_decay=0.0, seed=0))
 
 
@@ -47,10 +47,10 @@ def train_together(
     """As :func:`train` for each, up to rounding; for a run that diverges or looks ahead, that.
 
     Raises:
-        ValueError: runs that differ in more than rate, decay and seed.
+        ValueError: runs that differ in more than learning rate, weight decay and seed.
     """
     if len({alike(run) for run in runs}) > 1:
-        raise ValueError("runs that train together differ in their rates, decays and seeds only")
+        raise ValueError("runs that train together differ in learning rate, weight decay and seed only")
     group = _Group(runs, device)
     for epoch in range(1, runs[0].training.epochs + 1):
         losses = group.train(epoch)
@@ -78,7 +78,7 @@ class _Group:
         self.results: list[dict[str, Any] | Refused] = [Diverged()] * len(runs)
 
     def train(self, epoch: int) -> list[float]:
-        """One epoch of those that are left; the loss of each."""
+        """Trains the models that are left for an epoch; the loss of each."""
         alive, examples = self.stack.alive, len(self.splits[0].train[0])
         order = torch.stack([torch.randperm(examples, generator=self.orders[i]) for i in alive]).to(self.device)
         batches = torch.split(order, self.options.batch, dim=1)
@@ -141,7 +141,7 @@ class _Moments:
 
 
 class Stack:
-    """Models of the same shape, their parameters (models, ...), and AdamW with a rate and a decay for each."""
+    """Models of one shape, their parameters (models, ...), and AdamW with a learning rate and weight decay for each."""
 
     def __init__(self, runs: Sequence[Run], device: str) -> None:
         models = [build(run).to(device) for run in runs]
@@ -206,8 +206,8 @@ class Stack:
         self.steps += 1
         trainings = [self.runs[i].training for i in self.alive]
         cosine = (1 + math.cos(math.pi * progress)) / 2
-        rates = [t.min_lr + (t.lr - t.min_lr) * cosine for t in trainings]
-        shrinks = [1 - rate * t.weight_decay for rate, t in zip(rates, trainings, strict=True)]
+        lrs = [t.min_lr + (t.lr - t.min_lr) * cosine for t in trainings]
+        shrinks = [1 - lr * t.weight_decay for lr, t in zip(lrs, trainings, strict=True)]
         first_share, second_share = (1 - beta**self.steps for beta in BETAS)
         for (name, p), gradient in zip(self.params.items(), gradients, strict=True):
             shape = (-1, *[1] * (p.dim() - 1))
@@ -217,7 +217,7 @@ class Stack:
             if name in self.decayed:
                 p.mul_(p.new_tensor(shrinks).view(shape))
             direction = (m.first / first_share) / ((m.second / second_share).sqrt() + ADAM_EPS)
-            p.sub_(p.new_tensor(rates).view(shape) * direction)
+            p.sub_(p.new_tensor(lrs).view(shape) * direction)
 
     @torch.no_grad()
     def measure(self, splits: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
@@ -242,7 +242,7 @@ class _Recorded:
         self.replay, self.made = record(lambda: stack.gradients(self.inputs, self.targets))
 
     def again(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """On another batch, into the same tensors."""
+        """Runs the graph on another batch; losses and gradients come in the same tensors."""
         self.inputs.copy_(inputs)
         self.targets.copy_(targets)
         self.replay()
