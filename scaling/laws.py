@@ -291,14 +291,18 @@ def _seeds(problem: Problem, weights: Array, tied: bool) -> Array:
 def projected(problem: Problem, weights: Array, cells: Array) -> tuple[Array, Array]:
     """theta (rows, cells, 5) and squared relative error (rows, cells) at exponents (cells, 2) under weights (rows, n).
 
-    E, A and B are solved for, and kept above a floor.
+    E, A and B are solved for, and kept above a floor. At fixed exponents the loss is linear in them: with c the coefficients
+    and terms[i] what one unit of c[i] adds to the loss, as a share of it, the error sum_n w_n (sum_i c_i terms_in - 1)^2 is
+    least where normal c = right.
+
+    Letters of the sums: r rows of weights, c cells of the grid, n points, i and j the terms A, B, E.
     """
     loss = np.exp(problem.y)
     terms = np.stack([np.exp(-np.outer(cells[:, 0], problem.x)), np.exp(-np.outer(cells[:, 1], problem.z))])
-    terms = np.concatenate([terms, np.ones_like(terms[:1])]) / loss  # (3, cells, n): shares of the loss by unit of A, B, E
-    products = np.einsum("icn,jcn->ncij", terms, terms).reshape(len(loss), -1)
-    normal = (weights @ products).reshape(len(weights), len(cells), 3, 3)
-    right = np.einsum("rn,icn->rci", weights, terms)
+    terms = np.concatenate([terms, np.ones_like(terms[:1])]) / loss  # icn
+    products = np.einsum("icn,jcn->ncij", terms, terms).reshape(len(loss), -1)  # one row per point
+    normal = (weights @ products).reshape(len(weights), len(cells), 3, 3)  # rcij
+    right = np.einsum("rn,icn->rci", weights, terms)  # rci
     ridge = 1e-12 * np.trace(normal, axis1=2, axis2=3)[..., None, None] * np.eye(3)
     solved = np.maximum(np.linalg.solve(normal + ridge, right[..., None])[..., 0], FLOOR * loss.mean())
     errors = np.einsum("rci,rcij,rcj->rc", solved, normal, solved) - 2 * (solved * right).sum(2)

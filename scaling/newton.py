@@ -102,35 +102,46 @@ def evaluate(problem: Problem, theta: Array, weights: Array, delta: float) -> Po
 
 
 def _evaluate(problem: Problem, theta: Array, weights: Array, delta: float) -> Point:
-    r, p, q, o = shares(problem, theta)
+    r, size, data, rest = shares(problem, theta)
     inside = np.abs(r) < delta
     value = (weights * np.where(inside, r * r / (2 * delta), np.abs(r) - delta / 2)).sum(1)
     pull = weights * np.clip(r / delta, -1, 1)
-    size = np.maximum(np.abs(pull), weights * min(ROUNDING / delta, 1)).sum(1)
+    scale = np.maximum(np.abs(pull), weights * min(ROUNDING / delta, 1)).sum(1)
     x, z = problem.x, problem.z
-    gradient = np.stack([(pull * p).sum(1), (pull * q).sum(1), (pull * o).sum(1), -(pull * p) @ x, -(pull * q) @ z], 1)
-    return Point(theta, value, gradient, _hessian(x, z, p, q, o, pull, weights * inside / delta), size)
+    by_term = (pull * size).sum(1), (pull * data).sum(1), (pull * rest).sum(1)
+    gradient = np.stack([*by_term, -(pull * size) @ x, -(pull * data) @ z], 1)
+    hessian = _hessian(x, z, size, data, rest, pull, weights * inside / delta)
+    return Point(theta, value, gradient, hessian, scale)
 
 
-def _hessian(x: Array, z: Array, p: Array, q: Array, o: Array, pull: Array, curve: Array) -> Array:
-    """Of r it is diag(p, q, o) - (p, q, o)(p, q, o)', in the three exponents; these are linear in theta."""
+def _hessian(x: Array, z: Array, size: Array, data: Array, rest: Array, pull: Array, curve: Array) -> Array:
+    """The Hessian of the objective, (rows, 5, 5), from what each term is of the loss: size, data, rest (rows, n).
+
+    r is the logarithm of a sum of three exponentials. Its gradient in their exponents is s = (size, data, rest), and its
+    Hessian diag(s) - s s'. The exponents are linear in theta: a - alpha x, b - beta z, e. So an entry is a sum over points
+    of a product of shares, times -x for each derivative by alpha and -z for each by beta: `size_data[:, 3]` has x z.
+
+    pull, curve: first and second derivative of the weighted Huber function at r, (rows, n).
+    """
     bend = curve - pull
-    bend_p, bend_q = bend * p, bend * q
+    bend_size, bend_data = bend * size, bend * data
     ones = np.ones_like(x)
-    pp = (bend_p * p + pull * p) @ np.stack([ones, x, x * x], 1)
-    qq = (bend_q * q + pull * q) @ np.stack([ones, z, z * z], 1)
-    pq = (bend_p * q) @ np.stack([ones, x, z, x * z], 1)
-    po = (bend_p * o) @ np.stack([ones, x], 1)
-    qo = (bend_q * o) @ np.stack([ones, z], 1)
-    oo = (bend * o * o + pull * o).sum(1)
+    size_size = (bend_size * size + pull * size) @ np.stack([ones, x, x * x], 1)
+    data_data = (bend_data * data + pull * data) @ np.stack([ones, z, z * z], 1)
+    size_data = (bend_size * data) @ np.stack([ones, x, z, x * z], 1)
+    size_rest = (bend_size * rest) @ np.stack([ones, x], 1)
+    data_rest = (bend_data * rest) @ np.stack([ones, z], 1)
+    rest_rest = (bend * rest * rest + pull * rest).sum(1)
+    a, b, e, alpha, beta = range(PARAMETERS)
     upper = {
-        (0, 0): pp[:, 0], (0, 1): pq[:, 0], (0, 2): po[:, 0], (0, 3): -pp[:, 1], (0, 4): -pq[:, 2],
-        (1, 1): qq[:, 0], (1, 2): qo[:, 0], (1, 3): -pq[:, 1], (1, 4): -qq[:, 1],
-        (2, 2): oo, (2, 3): -po[:, 1], (2, 4): -qo[:, 1],
-        (3, 3): pp[:, 2], (3, 4): pq[:, 3],
-        (4, 4): qq[:, 2],
+        (a, a): size_size[:, 0], (a, b): size_data[:, 0], (a, e): size_rest[:, 0],
+        (a, alpha): -size_size[:, 1], (a, beta): -size_data[:, 2],
+        (b, b): data_data[:, 0], (b, e): data_rest[:, 0], (b, alpha): -size_data[:, 1], (b, beta): -data_data[:, 1],
+        (e, e): rest_rest, (e, alpha): -size_rest[:, 1], (e, beta): -data_rest[:, 1],
+        (alpha, alpha): size_size[:, 2], (alpha, beta): size_data[:, 3],
+        (beta, beta): data_data[:, 2],
     }  # fmt: skip
-    hessian = np.empty((len(p), PARAMETERS, PARAMETERS))
+    hessian = np.empty((len(size), PARAMETERS, PARAMETERS))
     for (i, j), values in upper.items():
         hessian[:, i, j] = hessian[:, j, i] = values
     return hessian
