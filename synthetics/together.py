@@ -92,22 +92,23 @@ class _Group:
 
     def settle(self, epoch: int, points: list[dict[str, float]], on_epoch: Callable[..., None] | None) -> None:
         """Notes the points of an epoch, and lets go of those that are done."""
-        ended, leaving = [], []
+        going_on, ended = [], []  # places in the stack; those that diverged are in neither
         for place, (i, point) in enumerate(zip(self.stack.alive, points, strict=True)):
             try:
                 check_finite(point["loss"], epoch)
             except Diverged as error:
                 self.results[i] = error
-                leaving.append(place)
                 continue
             self.curves[i].append(point)
             if on_epoch:
                 on_epoch(self.runs[i], epoch, point)
             if point["held_out_accuracy"] >= self.options.enough or epoch == self.options.epochs:
                 ended.append(place)
+            else:
+                going_on.append(place)
         self.test(ended)
-        if ended or leaving:
-            self.stack = self.stack.part([p for p in range(len(points)) if p not in ended and p not in leaving])
+        if len(going_on) < len(points):
+            self.stack = self.stack.part(going_on)
 
     def test(self, places: list[int]) -> None:
         """Measures those that have ended on their test sets."""
@@ -154,15 +155,15 @@ class Stack:
         self.recorded: dict[torch.Size, _Recorded | None] = {}  # by the shape of a batch; None: it cannot be recorded
 
     def part(self, places: Sequence[int]) -> Stack:
-        """Some of the models; they are numbered as before."""
-        kept = copy.copy(self)
+        """A stack of the models at `places`, with their moments; `alive` numbers them as before."""
         index = torch.tensor(places, dtype=torch.int64, device=next(iter(self.params.values())).device)
-        kept.params = {k: p.detach()[index].requires_grad_() for k, p in self.params.items()}
-        kept.buffers = {k: b[index] for k, b in self.buffers.items()}
-        kept.moments = {k: _Moments(m.first[index], m.second[index]) for k, m in self.moments.items()}
-        kept.alive = [self.alive[place] for place in places]
-        kept.recorded = {}
-        return kept
+        part = copy.copy(self)  # shares the runs, the module `one`, the names of decayed parameters and the count of steps
+        part.params = {k: p.detach()[index].requires_grad_() for k, p in self.params.items()}
+        part.buffers = {k: b[index] for k, b in self.buffers.items()}
+        part.moments = {k: _Moments(m.first[index], m.second[index]) for k, m in self.moments.items()}
+        part.alive = [self.alive[place] for place in places]
+        part.recorded = {}  # graphs are of tensors of the whole stack
+        return part
 
     def model(self, place: int) -> nn.Module:
         """One of the models, by itself."""
