@@ -86,8 +86,8 @@ def tokenizer_of(name: str) -> Tokenizer:
 def standard_library() -> list[Path]:
     """The source of Python's standard library without its tests: about 12 MB of text that is there wherever Python is."""
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    return sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
 
 
 def files_of(patterns: Sequence[str]) -> list[Path]:

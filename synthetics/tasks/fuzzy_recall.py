@@ -92,8 +92,8 @@ class FuzzyRecall(Task):
         """Where each pair starts in the padded sequence, (count, slots + 1), the probe in front; and which are there.
 
         Pairs follow one another from 0. The probe goes in front of the first that starts at `passed` or later, and moves
-        that one and those after it. Pairs that would start at `limit` or later are dropped; the rest is moved to the right, up
-        to where the probe stands once more.
+        that one and those after it. Pairs that would start at `limit` or later are dropped; the rest is moved to the right,
+        up to where the probe stands once more.
 
         With motifs of at most 2 and seqlen 14, so 15 tokens, a probe of length 4 and others of 4, 3 and 3, passed = 2:
 
