@@ -31,7 +31,7 @@ PASSES = ("forward", "backward")
 OURS = "madkernels"
 MAX_COPIES = 32
 MIN_RUNS = 5
-SECONDS = 3.0  # spent on a contender before it is left out of the rounds
+SECONDS = 3.0  # spent on a contender before it drops out of the rounds
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,8 @@ class Rates:
     """
 
     def __init__(self) -> None:
-        self.exp2: list[float] = []  # float32 evaluations a second, all threads
-        self.copy: list[float] = []  # bytes read and written a second
+        self.exp2: list[float] = []  # float32 evaluations per second, all threads
+        self.copy: list[float] = []  # bytes read and written per second
         self.states: list[dict[str, Any]] = []  # of a GPU, at each measurement
         self._source = torch.ones(last_level_cache(), dtype=torch.uint8)
         self._target = torch.empty_like(self._source)

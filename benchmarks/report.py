@@ -190,7 +190,7 @@ def _record(measured: Measured) -> dict[str, Any]:
 
 
 def plot(path: Path, op: str, machine: dict[str, str], cases: Sequence[Measured]) -> None:
-    """Draws the median of every contender, with its quartiles, one panel a case."""
+    """Draws the median of every contender, with its quartiles, one panel per case."""
     timed = [[r for r in measured.results if r.seconds] for measured in cases]
     height = 1.2 + sum(0.9 + 0.25 * len(results) for results in timed)
     picture = Figure(figsize=(9, height), layout="constrained")

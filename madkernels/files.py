@@ -15,7 +15,7 @@ def refuse_existing(path: Path, force: bool) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Under another name first, so the file is there as a whole or as it was. ValueError names the file."""
+    """Writes a file under another name first, so that it is there as a whole or as it was. ValueError names the file."""
     try:
         if path.exists() and not path.is_file():  # a device or a pipe
             path.write_text(text, encoding="utf-8", newline="")

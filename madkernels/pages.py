@@ -63,7 +63,7 @@ def figure(drawn: Figure, caption: str) -> str:
 
 
 def finish(axes: Axes) -> None:
-    """Of logarithmic axes ones and threes are told: more would run into one another."""
+    """Gives axes their common look. Logarithmic axes are labelled at ones and threes: more would run into one another."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     for axis in (axes.xaxis, axes.yaxis):

@@ -56,7 +56,7 @@ def check_causal(make: Make, name: str, *, dim: int, batch: int = 4, seqlen: int
 
 
 def layers_from_outside(arch: str) -> list[LayerSpec]:
-    """Those that add_layer added, each once."""
+    """The layers of an architecture that add_layer added, each once."""
     return [spec for spec in dict.fromkeys(parse(arch).layers) if spec.name in user_layers()]
 
 
@@ -189,7 +189,7 @@ def _widest(make: Make, name: str, x: Tensor) -> torch.dtype:
 
 
 def _shaken(make: Make, name: str, dtype: torch.dtype, training: bool, seed: int, x: Tensor) -> Calls | None:
-    """With noise on all parameters, of a size at which the outputs are finite; None where there is none."""
+    """The module with noise on all parameters, of a size at which the outputs are finite; None where there is none."""
     for size in (1.0, 0.1, 0.01):
         calls = Calls(lambda size=size: _shake(make(), seed, size), name, dtype, training)  # type: ignore[misc]
         if calls(x).isfinite().all():

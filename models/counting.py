@@ -1,7 +1,7 @@
-"""What a model costs: parameters, operations, state.
+"""What a model costs: parameters, FLOPs, state.
 
 The formulas of the layers follow the accounting of the MAD paper's appendix (Poli et al. 2024, arXiv 2403.17844): a
-multiply-add is two operations, what causality spares is not taken off, looking up embeddings is free.
+multiply-add is two FLOPs, what causality spares is not taken off, looking up embeddings is free.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def active_params(model: Model) -> int:
 
 
 def embedding_params(model: HybridLM) -> int:
-    """Of embedding and unembedding; tied ones once."""
+    """Parameters of embedding and unembedding; tied ones once."""
     modules = (model.embedding, model.unembedding)
     return sum(p.numel() for p in {p for module in modules for p in module.parameters()})
 
 
 def layer_params(model: Model) -> int:
-    """Of the layers: embeddings and norms are not counted."""
+    """Parameters of the layers: embeddings and norms are not counted."""
     return sum(p.numel() for layer in layers(model) for p in layer.parameters())
 
 
 def flops_per_token(model: Model, seqlen: int) -> float:
-    """Forward operations a token in sequences of this length, unembedding (and decoder) included."""
+    """Forward FLOPs per token in sequences of this length, unembedding (and decoder) included."""
     head = 2 * model.dim * model.vocab_size
     if isinstance(model, AutoEncoder):
         head += 2 * 2 * model.dim**2
@@ -44,7 +44,7 @@ def flops_per_token(model: Model, seqlen: int) -> float:
 
 
 def training_flops(model: Model, seqlen: int) -> float:
-    """Operations a token, forward and backward: as much as three forward passes."""
+    """Training FLOPs per token, forward and backward: as much as three forward passes."""
     return 3 * flops_per_token(model, seqlen)
 
 

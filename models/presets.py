@@ -104,7 +104,7 @@ class Preset:
         dim, blocks: as of :func:`architecture`.
         vocab_size: that of GPT-NeoX's tokenizer, rounded up to a multiple of 128.
         seqlen: tokens of the sequences trained on.
-        lr: highest learning rate of the schedule.
+        lr: peak learning rate of the schedule.
     """
 
     name: str

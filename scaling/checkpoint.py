@@ -90,7 +90,7 @@ def _size(checkpoint: Path) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    """To the disk itself."""
+    """Writes a file and waits until it is on the disk itself."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -319,7 +319,7 @@ class _Reader(filesystem.FileSystemReader):
 
 
 def _nothing(*given: Any) -> None:
-    """In place of what is not needed."""
+    """Stands for a class or function that reading the metadata does not need."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -388,7 +388,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """One process is no mistake."""
+    """Silences the warning that torch gives where one process saves without torch.distributed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable or uninitialized.*")
         yield

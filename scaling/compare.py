@@ -58,7 +58,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Operations at which two are equal, None if not within the budgets of both; and the part of draws that cross there."""
+    """FLOPs at which two are equal, None if not within the budgets of both; and the part of draws that cross there."""
 
     flops: Estimate | None
     share: float
@@ -66,7 +66,7 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of an architecture to the base: in the exponent a, in nats at each budget that both have, and where they cross."""
+    """An architecture against the base: in the exponent a, in nats at each budget that both have, and where they cross."""
 
     architecture: str
     base: str
@@ -76,7 +76,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class BootstrapOptions:
     """How curves are laid through losses, and how often with noise added."""
 
     shape: str = "parabola"
@@ -85,9 +85,9 @@ class Sampling:
 
 
 def frontiers(
-    table: Table, columns: Columns, group: str, budget: str, how: Sampling, cut: Cut | None = None
+    table: Table, columns: Columns, group: str, budget: str, how: BootstrapOptions, cut: Cut | None = None
 ) -> tuple[dict[str, Frontier], list[Dropped]]:
-    """By the values of the column `group`, of its rows of kind isoflop; and what was dropped.
+    """A frontier for each value of the column `group`, from its rows of kind isoflop; and what was dropped.
 
     Dropped are rows, and architectures of which nothing can be told. ValueError where those are all.
     """
@@ -110,8 +110,8 @@ def frontiers(
     return found, dropped + failed
 
 
-def frontier(points: Points, flops: Array, budgets: Array, how: Sampling) -> Frontier:
-    """Of one architecture's runs, each (n,). ValueError where no budget has enough sizes."""
+def frontier(points: Points, flops: Array, budgets: Array, how: BootstrapOptions) -> Frontier:
+    """The frontier of one architecture's runs, each (n,). ValueError where no budget has enough sizes."""
     curves, left_out = curves_of(points, flops, budgets, how.shape)
     if not curves:
         raise ValueError("; ".join(["no budget has enough sizes", *left_out]))
@@ -188,9 +188,9 @@ def frontier_table(by_name: Mapping[str, Frontier]) -> Shown:
 
 
 def difference_table(differences: list[Difference]) -> Shown:
-    """An architecture a column; ! where zero is outside of the interval."""
+    """One column per architecture; ! where zero is outside of the interval."""
     out = Shown(
-        title=f"Difference to {differences[0].base}", caption="95 % intervals; ! zero is outside. Losses in nats a token."
+        title=f"Difference to {differences[0].base}", caption="95 % intervals; ! zero is outside. Losses in nats per token."
     )
     out.add_column("", no_wrap=True)
     for found in differences:

@@ -41,8 +41,8 @@ class Correlation:
 
 
 @dataclass(frozen=True)
-class Related:
-    """Of a task, or of mad_score: coefficients by name. None where all values are alike."""
+class TaskCorrelation:
+    """Correlation coefficients of a task (or of mad_score) by name; None where all values are alike."""
 
     task: str
     count: int
@@ -90,7 +90,7 @@ def _kinds(arch: str) -> frozenset[tuple[str, int]]:
 
 
 def labels_of(table: Table, group: str) -> dict[str, str]:
-    """Of runs: the value of the column `group` to the layers of its first row."""
+    """For each value of the column `group`, the architecture of its first run."""
     rows = list(zip(table.column(group), table.column("arch"), strict=True))
     return dict(reversed(rows))
 
@@ -112,13 +112,15 @@ def _largest_shared(frontiers: Mapping[str, Frontier]) -> float:
     return max(shared)
 
 
-def correlate(scores: Mapping[str, Mapping[str, float]], losses: Mapping[str, float], seed: int = 42) -> list[Related]:
-    """A row a task. losses: by architecture, in nats at one budget. ValueError for fewer than three that both have."""
+def correlate(
+    scores: Mapping[str, Mapping[str, float]], losses: Mapping[str, float], seed: int = 42
+) -> list[TaskCorrelation]:
+    """One row per task. losses: by architecture, in nats at one budget. ValueError for fewer than three that both have."""
     found = []
     for task, by_name in scores.items():
         shared = sorted(set(by_name) & set(losses))
         x, y = np.array([by_name[name] for name in shared]), np.array([losses[name] for name in shared])
-        found.append(Related(task, len(shared), _coefficients(x, y, seed)))
+        found.append(TaskCorrelation(task, len(shared), _coefficients(x, y, seed)))
     if max((row.count for row in found), default=0) < 3:
         raise ValueError("fewer than three architectures have both scores and a loss at the budget: nothing can be related")
     return found
@@ -152,12 +154,12 @@ def _resampled(of: Callable[[Array, Array], float], x: Array, y: Array, rng: np.
     return interval(np.array(draws))
 
 
-def correlation_table(rows: list[Related], budget: float) -> Shown:
+def correlation_table(rows: list[TaskCorrelation], budget: float) -> Shown:
     counts = sorted({row.count for row in rows})
     caption = "Negative: a better score goes with a lower loss. p: two-sided, of permutations."
     if counts[0] < FEW:
         caption += f" {counts[0]} architectures are too few for intervals: read the signs, not the sizes."
-    out = Shown(title=f"MAD scores against the least loss at {budget:.3g} operations", caption=caption)
+    out = Shown(title=f"MAD scores against the least loss at {budget:.3g} FLOPs", caption=caption)
     out.add_column("task", no_wrap=True)
     for name in ("architectures", *COEFFICIENTS):
         out.add_column(name, justify="right")

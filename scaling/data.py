@@ -1,6 +1,6 @@
 """Prepared tokens, and the batches that training takes from them.
 
-`Batches` reads a split as windows of `seqlen` tokens, each window once an epoch, in an order that a keyed permutation gives
+`Batches` reads a split as windows of `seqlen` tokens, each window once per epoch, in an order that a keyed permutation gives
 without a table. The batch of a step is a function of the step alone: a run resumes at any step, on any number of ranks.
 """
 
@@ -145,7 +145,7 @@ def _is_usable(manifest: Any) -> bool:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a batch: what is read, and what is to be told.
+    """Rows of a batch: what is read, and what is to be predicted.
 
     tokens, targets: (rows, seqlen) int64. end: the token that ends a document.
     """
@@ -175,7 +175,7 @@ class Batches:
         split: where they come from.
         end: the token that ends a document.
         batch: rows.
-        seqlen: tokens a row.
+        seqlen: tokens per row.
         seed: of the order.
 
     Raises:
@@ -192,7 +192,7 @@ class Batches:
 
     @property
     def tokens(self) -> int:
-        """Of an epoch."""
+        """Tokens that are read in one epoch."""
         return self.windows * self.seqlen
 
     def __getitem__(self, step: int) -> Batch:

@@ -1,6 +1,6 @@
 """What training a language model takes, without allocating it: memory on each GPU, and time.
 
-Operations and parameters are those of `madkernels.models.counting`, and training costs three forward passes: what a
+FLOPs and parameters are those of `madkernels.models.counting`, and training costs three forward passes: what a
 checkpointed layer computes again is not counted, as is the custom for model FLOP/s utilisation (MFU).
 
 Memory is that of mixed precision: weights, gradients and both moments of AdamW in float32, weights copied to bfloat16 to
@@ -36,7 +36,7 @@ MASTER, HALF = 4, 2  # bytes of float32 and of bfloat16
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense bfloat16 operations a second, from the vendor's datasheet, and the GiB that CUDA finds."""
+    """Dense bfloat16 FLOPs per second, from the vendor's datasheet, and the GiB that CUDA finds."""
 
     flops: float
     memory: float
@@ -47,7 +47,7 @@ GPUS = {"a100": Gpu(312e12, 79), "h100": Gpu(989e12, 79), "h200": Gpu(989e12, 13
 
 
 def peak_flops(device: str) -> float | None:
-    """Of the GPU here, where its datasheet is known; None for the CPU."""
+    """The peak of the GPU here in FLOPs per second, where its datasheet is known; None for the CPU."""
     name = "" if device == "cpu" else torch.cuda.get_device_name(device).lower()
     return next((gpu.flops for key, gpu in GPUS.items() if key in name), None)
 
@@ -83,7 +83,7 @@ class Setup:
 
     @property
     def tokens(self) -> int:
-        """That a GPU takes at a time."""
+        """Tokens that a GPU takes at a time."""
         return self.rows * self.seqlen
 
 

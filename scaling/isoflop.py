@@ -3,7 +3,7 @@
     N_opt = k C^a,    D_opt = m C^b
 
 Approach 2 lays a curve through loss against ln N at each budget and takes its minimum; a minimum at the edge of the sizes
-is only a bound, so that budget is left out, and said. A parabola is biased wherever alpha and beta differ, the more so the
+is only a bound, so that budget is dropped, with a note. A parabola is biased wherever alpha and beta differ, the more so the
 wider the sizes spread (its D_opt is 5 % low over a factor of 16 each way); a cubic takes up the skew. Akima's spline goes
 through every point, noise too. Approach 1 takes, at each compute, the training curve that is lowest (Hoffmann et al. 2022,
 arXiv 2203.15556; the parabola's bias: arXiv 2603.22339).
@@ -26,7 +26,7 @@ NOWHERE = 2.0  # outside of the sizes, which are scaled to -1 .. 1
 FINE = 2001  # places along an Akima spline
 SHORT, OVER = 0.12, 0.03  # decades by which a run may fall short of its budget, or exceed it
 COMPUTES = 1500  # of approach 1, as published
-BELOW = 0.01  # of the loss: a minimum so far below every run is told
+BELOW = 0.01  # share of the loss: a minimum so far below every run is reported
 EDGE = 1e-12  # relative: the ends of a training curve belong to it
 DRAWN = 2**22  # losses with noise added that are held at a time
 
@@ -59,7 +59,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Optimum:
-    """Best sizes that the laws go through, budgets that are left out and why, and 95 % intervals of a and b if drawn.
+    """Best sizes that the laws go through, budgets that are dropped and why, and 95 % intervals of a and b if drawn.
 
     warnings: minima that lie below every run.
     """
@@ -119,7 +119,7 @@ def nearest_budgets(flops: Array, budgets: Sequence[float]) -> Array:
 
 
 def curves_of(points: Points, flops: Array, budgets: Array, shape: str) -> tuple[list[Curve], list[str]]:
-    """By budget; and what is left out for want of a budget or of sizes."""
+    """One curve per budget; and what is dropped for want of a budget or of sizes."""
     if shape not in NEEDED:
         raise ValueError(f"shape: {shape!r} is not known; expected {', '.join(NEEDED)}")
     known = np.isfinite(budgets)
@@ -135,7 +135,7 @@ def curves_of(points: Points, flops: Array, budgets: Array, shape: str) -> tuple
 
 
 def _curve(points: Points, flops: Array, budget: float, chosen: NDArray[np.intp]) -> Curve:
-    """Of rows in order of size."""
+    """The curve of a budget through rows in order of size."""
     x, compute = np.log(points.params[chosen]), np.log(flops[chosen])
     degree = min(2, len(np.unique(x)) - 1)  # a straight line where C = 6 N D holds exactly
     cost = np.polynomial.polynomial.polyfit(x - x.mean(), compute - np.log(points.tokens[chosen]), degree)
@@ -260,7 +260,7 @@ def _slopes(compute: Array, rows: Array) -> Array:
 
 
 def training_curves(params: Array, along: Array) -> Iterator[NDArray[np.intp]]:
-    """By size, upwards: the rows of its training curve in order of tokens, or of operations."""
+    """By size, upwards: the rows of its training curve in order of tokens, or of FLOPs."""
     order = np.lexsort((along, params))
     yield from np.split(order, np.flatnonzero(np.diff(params[order])) + 1)
 
@@ -269,7 +269,7 @@ def envelope(points: Points, flops: Array) -> Optimum:
     """Approach 1. flops: (n,), at which the loss of each point was reached. Points of one size are one training curve.
 
     At each of 1500 computes the curve of least loss gives size and tokens; computes where that is the smallest or the
-    largest size whose curve reaches there are left out, for the best may lie beyond it. ValueError where none is left.
+    largest size whose curve reaches there are dropped, for the best may lie beyond it. ValueError where none is left.
     """
     computes = np.geomspace(flops.min(), flops.max(), COMPUTES)
     rows = _lowest_curves(points, flops, computes)

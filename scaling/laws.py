@@ -25,19 +25,19 @@ from madkernels.scaling.newton import CHUNK, PARAMETERS, Array, Minimum, Problem
 
 HUBER = 1e-3  # delta of the published recipe
 LAD = 1e-8  # delta at which the fit is that of least absolute deviations: its residuals are all far larger, or zero
-FLOPS = 6.0  # for a parameter and a token, forward and backward
+FLOPS = 6.0  # per parameter and token, forward and backward
 NAMES = ("E", "A", "B", "alpha", "beta", "a", "b")
 
-EXPONENTS = np.geomspace(0.05, 1.5, 12)  # of the seeds
+EXPONENTS = np.geomspace(0.05, 1.5, 12)  # alpha and beta of the grid that seeds come from
 SEEDS = 9
-FLOOR = 1e-3  # of the loss: the least that a term of a seed has
-SAME = 1e-6  # relative: minima that are one
+FLOOR = 1e-3  # share of the mean loss: the least that a term of a seed may be
+SAME_MINIMUM = 1e-6  # relative difference below which the values of two minima count as the same
 FLAT = 1e-6  # scaled gradient at a minimum
-NEAR = 1e-3  # relative: parameters that are one
-CURVED = 1e-11  # relative: eigenvalues above this are positive
+SAME_PARAMETERS = 1e-3  # relative difference below which the parameters of two minima count as the same
+CURVED = 1e-11  # relative to the largest eigenvalue: above this an eigenvalue is positive
 SAMPLE = 5000  # rows beyond which seeds begin, and intervals are drawn, on so many of them
-CLOSE = 1e-3  # delta at which a minimum of those rows is taken to that of all
-TOGETHER = 1e-6  # logarithms and exponents: seeds that came to one minimum go on as one
+CLOSE = 1e-3  # delta at which minimising over all rows begins from a minimum over SAMPLE rows
+ONE_SEED = 1e-6  # difference of the parameters below which two seeds have met, and go on as one
 TIED = np.array([[0.0, 0.0, 0.0, 1.0, -1.0]])  # alpha - beta = 0
 
 
@@ -146,11 +146,11 @@ class Proof:
     @property
     def converged(self) -> bool:
         """Flat, curved up in all directions, and one place that two independent seeds at least have found."""
-        return self.gradient_norm <= FLAT and self.curved and self.agreeing > 1 and self.spread <= NEAR
+        return self.gradient_norm <= FLAT and self.curved and self.agreeing > 1 and self.spread <= SAME_PARAMETERS
 
     @property
     def curved(self) -> bool:
-        """Above rounding."""
+        """Whether the curvature is positive beyond rounding."""
         return self.curvature > CURVED
 
     def __str__(self) -> str:
@@ -219,7 +219,7 @@ def _from_seeds(problem: Problem, delta: float, tied: bool, basis: Array) -> Min
     found = minimise(some, _seeds(some, weights, tied)[0], weights, delta, basis)
     if some is problem:
         return found
-    alike = np.abs(found.theta[:, None] - found.theta).max(2) < TOGETHER
+    alike = np.abs(found.theta[:, None] - found.theta).max(2) < ONE_SEED
     first = np.where(alike.any(1), alike.argmax(1), np.arange(len(alike)))
     distinct, seeds = np.unique(first, return_inverse=True)
     return minimise(problem, found.theta[distinct], np.ones((1, len(problem))), delta, basis, mild=CLOSE).where(seeds)
@@ -260,7 +260,7 @@ def _surface(theta: Array, centre: tuple[float, float]) -> Surface:
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # where the parameters are not determined
 def _proof(points: Points, found: Minimum, best: int, basis: Array) -> Proof:
     least = found.value[best]
-    same = found.value <= least * (1 + SAME) + len(points) * 1e-12
+    same = found.value <= least * (1 + SAME_MINIMUM) + len(points) * 1e-12
     near = found.theta[same]
     spread = float(np.abs(np.expm1(near - near[0])).max()) if len(near) else np.inf
     curve = np.linalg.eigvalsh(basis.T @ found.hessian[best] @ basis)
@@ -291,14 +291,18 @@ def _seeds(problem: Problem, weights: Array, tied: bool) -> Array:
 def projected(problem: Problem, weights: Array, cells: Array) -> tuple[Array, Array]:
     """theta (rows, cells, 5) and squared relative error (rows, cells) at exponents (cells, 2) under weights (rows, n).
 
-    E, A and B are solved for, and kept above a floor.
+    E, A and B are solved for, and kept above a floor. At fixed exponents the loss is linear in them: with c the coefficients
+    and terms[i] what one unit of c[i] adds to the loss, as a share of it, the error sum_n w_n (sum_i c_i terms_in - 1)^2 is
+    least where normal c = right.
+
+    Letters of the sums: r rows of weights, c cells of the grid, n points, i and j the terms A, B, E.
     """
     loss = np.exp(problem.y)
     terms = np.stack([np.exp(-np.outer(cells[:, 0], problem.x)), np.exp(-np.outer(cells[:, 1], problem.z))])
-    terms = np.concatenate([terms, np.ones_like(terms[:1])]) / loss  # (3, cells, n): shares of the loss by unit of A, B, E
-    products = np.einsum("icn,jcn->ncij", terms, terms).reshape(len(loss), -1)
-    normal = (weights @ products).reshape(len(weights), len(cells), 3, 3)
-    right = np.einsum("rn,icn->rci", weights, terms)
+    terms = np.concatenate([terms, np.ones_like(terms[:1])]) / loss  # icn
+    products = np.einsum("icn,jcn->ncij", terms, terms).reshape(len(loss), -1)  # one row per point
+    normal = (weights @ products).reshape(len(weights), len(cells), 3, 3)  # rcij
+    right = np.einsum("rn,icn->rci", weights, terms)  # rci
     ridge = 1e-12 * np.trace(normal, axis1=2, axis2=3)[..., None, None] * np.eye(3)
     solved = np.maximum(np.linalg.solve(normal + ridge, right[..., None])[..., 0], FLOOR * loss.mean())
     errors = np.einsum("rci,rcij,rcj->rc", solved, normal, solved) - 2 * (solved * right).sum(2)
@@ -332,11 +336,11 @@ class Bootstrap:
     rows: int
 
     def draws(self, name: str) -> Array:
-        """Of one of NAMES, (resamples,)."""
+        """The values of one of NAMES over the resamples, (resamples,)."""
         return np.array([getattr(surface, name) for surface in self.surfaces])
 
     def interval(self, name: str, level: float = 0.95) -> Interval:
-        """Between percentiles."""
+        """The interval of one of NAMES, between percentiles of its draws."""
         return interval(self.draws(name), level)
 
     def losses(self, flops: float) -> Array:
@@ -345,7 +349,7 @@ class Bootstrap:
 
 
 def interval(draws: Array, level: float = 0.95) -> Interval:
-    """Between percentiles, with the standard deviation (population form)."""
+    """The interval between percentiles of draws, with their standard deviation (population form)."""
     with np.errstate(over="ignore", invalid="ignore"):  # of a parameter that is not determined
         low, high = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
         return Interval(float(low), float(high), float(draws.std()))
@@ -367,7 +371,7 @@ def bootstrap(points: Points, fitted: Fit, count: int = 4000, seed: int = 42) ->
     warm = minimise(problem, np.repeat(own.theta[None], count, 0), weights, fitted.delta, fitted.basis)
     starts = np.concatenate([_coldest(problem, weights[i : i + CHUNK], fitted.tied) for i in range(0, count, CHUNK)])
     cold = minimise(problem, starts, weights, fitted.delta, fitted.basis)
-    better = cold.value < warm.value * (1 - SAME)
+    better = cold.value < warm.value * (1 - SAME_MINIMUM)
     theta = np.where(better[:, None], cold.theta, warm.theta)
     norm = np.where(better, cold.gradient_norm, warm.gradient_norm)
     if some is not points:

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 PARAMETERS = 5  # a, b, e, alpha, beta
-CHUNK = 128  # rows at a time
+CHUNK = 128  # rows of theta that are minimised at a time
 BLOCK = 2**18  # elements of the (rows, points) arrays that are held at a time
-STEPS = 200  # at each delta
-TOLERANCE = 1e-8  # of the scaled gradient, where a row is done
-MILD = 3e-2  # the way begins below this, where most residuals of a log-loss are inside
-UNSEEN = 1e-17  # of the value: a change that is lost in rounding
+STEPS = 200  # Newton steps at each delta, at most
+TOLERANCE = 1e-8  # scaled gradient at which a row is done
+MILD = 3e-2  # descent begins at a delta below this, where most residuals of a log-loss are inside
+UNSEEN = 1e-17  # share of the value: a change that is lost in rounding
 TINY = 1e-200  # instead of a curvature of zero
 ROUNDING = 1e-10  # residuals below this are those of an exact surface
 
@@ -102,35 +102,46 @@ def evaluate(problem: Problem, theta: Array, weights: Array, delta: float) -> Po
 
 
 def _evaluate(problem: Problem, theta: Array, weights: Array, delta: float) -> Point:
-    r, p, q, o = shares(problem, theta)
+    r, size, data, rest = shares(problem, theta)
     inside = np.abs(r) < delta
     value = (weights * np.where(inside, r * r / (2 * delta), np.abs(r) - delta / 2)).sum(1)
     pull = weights * np.clip(r / delta, -1, 1)
-    size = np.maximum(np.abs(pull), weights * min(ROUNDING / delta, 1)).sum(1)
+    scale = np.maximum(np.abs(pull), weights * min(ROUNDING / delta, 1)).sum(1)
     x, z = problem.x, problem.z
-    gradient = np.stack([(pull * p).sum(1), (pull * q).sum(1), (pull * o).sum(1), -(pull * p) @ x, -(pull * q) @ z], 1)
-    return Point(theta, value, gradient, _hessian(x, z, p, q, o, pull, weights * inside / delta), size)
+    by_term = (pull * size).sum(1), (pull * data).sum(1), (pull * rest).sum(1)
+    gradient = np.stack([*by_term, -(pull * size) @ x, -(pull * data) @ z], 1)
+    hessian = _hessian(x, z, size, data, rest, pull, weights * inside / delta)
+    return Point(theta, value, gradient, hessian, scale)
 
 
-def _hessian(x: Array, z: Array, p: Array, q: Array, o: Array, pull: Array, curve: Array) -> Array:
-    """Of r it is diag(p, q, o) - (p, q, o)(p, q, o)', in the three exponents; these are linear in theta."""
+def _hessian(x: Array, z: Array, size: Array, data: Array, rest: Array, pull: Array, curve: Array) -> Array:
+    """The Hessian of the objective, (rows, 5, 5), from what each term is of the loss: size, data, rest (rows, n).
+
+    r is the logarithm of a sum of three exponentials. Its gradient in their exponents is s = (size, data, rest), and its
+    Hessian diag(s) - s s'. The exponents are linear in theta: a - alpha x, b - beta z, e. So an entry is a sum over points
+    of a product of shares, times -x for each derivative by alpha and -z for each by beta: `size_data[:, 3]` has x z.
+
+    pull, curve: first and second derivative of the weighted Huber function at r, (rows, n).
+    """
     bend = curve - pull
-    bend_p, bend_q = bend * p, bend * q
+    bend_size, bend_data = bend * size, bend * data
     ones = np.ones_like(x)
-    pp = (bend_p * p + pull * p) @ np.stack([ones, x, x * x], 1)
-    qq = (bend_q * q + pull * q) @ np.stack([ones, z, z * z], 1)
-    pq = (bend_p * q) @ np.stack([ones, x, z, x * z], 1)
-    po = (bend_p * o) @ np.stack([ones, x], 1)
-    qo = (bend_q * o) @ np.stack([ones, z], 1)
-    oo = (bend * o * o + pull * o).sum(1)
+    size_size = (bend_size * size + pull * size) @ np.stack([ones, x, x * x], 1)
+    data_data = (bend_data * data + pull * data) @ np.stack([ones, z, z * z], 1)
+    size_data = (bend_size * data) @ np.stack([ones, x, z, x * z], 1)
+    size_rest = (bend_size * rest) @ np.stack([ones, x], 1)
+    data_rest = (bend_data * rest) @ np.stack([ones, z], 1)
+    rest_rest = (bend * rest * rest + pull * rest).sum(1)
+    a, b, e, alpha, beta = range(PARAMETERS)
     upper = {
-        (0, 0): pp[:, 0], (0, 1): pq[:, 0], (0, 2): po[:, 0], (0, 3): -pp[:, 1], (0, 4): -pq[:, 2],
-        (1, 1): qq[:, 0], (1, 2): qo[:, 0], (1, 3): -pq[:, 1], (1, 4): -qq[:, 1],
-        (2, 2): oo, (2, 3): -po[:, 1], (2, 4): -qo[:, 1],
-        (3, 3): pp[:, 2], (3, 4): pq[:, 3],
-        (4, 4): qq[:, 2],
+        (a, a): size_size[:, 0], (a, b): size_data[:, 0], (a, e): size_rest[:, 0],
+        (a, alpha): -size_size[:, 1], (a, beta): -size_data[:, 2],
+        (b, b): data_data[:, 0], (b, e): data_rest[:, 0], (b, alpha): -size_data[:, 1], (b, beta): -data_data[:, 1],
+        (e, e): rest_rest, (e, alpha): -size_rest[:, 1], (e, beta): -data_rest[:, 1],
+        (alpha, alpha): size_size[:, 2], (alpha, beta): size_data[:, 3],
+        (beta, beta): data_data[:, 2],
     }  # fmt: skip
-    hessian = np.empty((len(p), PARAMETERS, PARAMETERS))
+    hessian = np.empty((len(size), PARAMETERS, PARAMETERS))
     for (i, j), values in upper.items():
         hessian[:, i, j] = hessian[:, j, i] = values
     return hessian
@@ -140,7 +151,7 @@ def _hessian(x: Array, z: Array, p: Array, q: Array, o: Array, pull: Array, curv
 def minimise(
     problem: Problem, start: Array, weights: Array, delta: float, basis: Array | None = None, mild: float = MILD
 ) -> Minimum:
-    """From each row of start (rows, 5), under its weights (rows or 1, n); the way begins at a delta below `mild`.
+    """The minimum from each row of start (rows, 5), under its weights (rows or 1, n), by way of deltas up to `mild`.
 
     Steps stay in the span of `basis`, (5, k) or (rows, 5, k): the whole space if absent. What it excludes (tied exponents, a
     value held fixed) holds at the start and so at the end.
@@ -154,7 +165,7 @@ def minimise(
 
 
 def _weights_of(weights: Array, rows: NDArray[np.intp] | slice) -> Array:
-    """Of some rows; those of all are not copied."""
+    """The weights of some rows; one row of weights that serves all is not copied."""
     return weights if len(weights) == 1 else weights[rows]
 
 
@@ -177,7 +188,7 @@ def _norm(point: Point, basis: Array) -> Array:
 
 
 def _descend(problem: Problem, theta: Array, weights: Array, delta: float, basis: Array) -> Point:
-    """Until the gradient vanishes, or no shorter step could still be seen in the value."""
+    """Newton steps until the gradient vanishes, or no shorter step could still be seen in the value."""
     point = evaluate(problem, theta.copy(), weights, delta)
     damping = 1e-3 * np.abs(np.trace(point.hessian, axis1=1, axis2=2))
     stuck = np.zeros(len(theta), dtype=bool)
@@ -196,7 +207,7 @@ def _descend(problem: Problem, theta: Array, weights: Array, delta: float, basis
 
 
 def _step(point: Point, basis: Array, damping: Array, rows: NDArray[np.intp]) -> Array:
-    """Newton's, in the basis: eigenvalues by their size, and damped."""
+    """Newton's step within the basis, damped; negative eigenvalues count by their size."""
     inside = basis[rows]
     across = inside.transpose(0, 2, 1)
     curve, axes = np.linalg.eigh(across @ point.hessian[rows] @ inside)

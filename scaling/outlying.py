@@ -2,9 +2,9 @@
 
 Of end points: a surface E + A / N^alpha + B / D^beta with moderate exponents is laid through all runs, by least squares with
 weights that fall with the residuals. It cannot bend towards one run, as a curve through five sizes does. A run is outlying
-beyond five robust standard deviations, and by a tenth at least; by a half below a token a parameter, where losses are high
-without anything being wrong. A surface can follow one of very few runs; there a gap tells: a loss half as high again as the
-next lower one, above the median.
+beyond five robust standard deviations, and by a tenth at least; by a half below one token per parameter, where losses are
+high without anything being wrong. A surface can follow one of very few runs; there a gap tells: a loss half as high again as
+the next lower one, above the median.
 
 Of training curves: the loss of a size is higher by as much than it was before, or falls and comes back.
 """
@@ -39,7 +39,7 @@ class Outlying:
 
 
 def tell(selection: Selection, found: Outlying) -> Selection:
-    """With a warning for each."""
+    """The selection with a warning for each outlying row."""
     rows = np.flatnonzero(found.flags)
     loss = selection.points.loss
     lines = [_line(float(loss[row]), float(found.expected[row])) for row in rows[:TOLD]]
@@ -49,7 +49,7 @@ def tell(selection: Selection, found: Outlying) -> Selection:
 def _line(loss: float, expected: float) -> str:
     about = f"the loss {loss:.4g} is far from the {expected:.3g} that the other runs lead to expect"
     if loss > expected:
-        return f"{about}; if the run diverged, leave it out with --max-loss or --drop-highest"
+        return f"{about}; if the run diverged, drop it with --max-loss or --drop-highest"
     return f"{about}; if it is no result, take the row out"
 
 
@@ -57,7 +57,7 @@ def _line(loss: float, expected: float) -> str:
 
 
 def outlying(points: Points) -> Outlying:
-    """Against the robust surface, and by gaps."""
+    """Which end points lie far from the robust surface, or above a gap."""
     if len(points) < FEWEST:
         return Outlying(np.zeros(len(points), dtype=bool), points.loss)
     theta = _robust(points.problem)
@@ -83,7 +83,7 @@ def _robust(problem: Problem) -> Array:
 
 
 def _logarithm(theta: Array, problem: Problem) -> Array:
-    """Of the loss on the surface, (n,)."""
+    """The logarithm of the loss on the surface, (n,)."""
     a, b, e, alpha, beta = theta
     return np.asarray(np.logaddexp(np.logaddexp(a - alpha * problem.x, b - beta * problem.z), e))
 
@@ -94,7 +94,7 @@ def _deviation(off: Array) -> float:
 
 
 def _beyond_a_gap(y: Array) -> Flags:
-    """Above the median, and above the first gap there."""
+    """Which points lie above the first gap in the upper half of the losses."""
     order = np.sort(y)
     above = order[len(y) // 2 :]
     gaps = np.flatnonzero(np.diff(above) > GAP)
@@ -105,7 +105,7 @@ def _beyond_a_gap(y: Array) -> Flags:
 
 
 def spikes(points: Points) -> Outlying:
-    """Points of one size are one training curve; those of so few points are taken for end points."""
+    """Points of one size are one training curve; a curve of few points is taken for end points."""
     y = np.log(points.loss)
     smooth, before = y.copy(), y.copy()  # (n,): around each point, and the least before it
     short = np.zeros(len(points), dtype=bool)

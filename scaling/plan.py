@@ -1,10 +1,10 @@
-"""Tables of runs for scaling laws, a row a run: made here, read and edited as CSV, and done by `madkernels scale run`.
+"""Tables of runs for scaling laws, one row per run: made here, read and edited as CSV, and done by `madkernels scale run`.
 
 Three kinds, as in the MAD paper (Poli et al. 2024, arXiv 2403.17844): `isoflop`, several sizes at each of several budgets of
-operations (Hoffmann et al. 2022, arXiv 2203.15556, approach 2); `overtrained`, one size with more and more tokens; `state`,
+FLOPs (Hoffmann et al. 2022, arXiv 2203.15556, approach 2); `overtrained`, one size with more and more tokens; `state`,
 one size and budget with more and more fixed state.
 
-The operations of a run are three times the model's forward ones (counting.py), unembedding included, on the tokens it sees.
+The FLOPs of a run are three times the model's forward ones (counting.py), unembedding included, on the tokens it sees.
 The batch is the same for all runs of a budget.
 """
 
@@ -37,8 +37,8 @@ class Planned:
         arch, dim, blocks: the model.
         params, active_params: without embeddings.
         fixed_state, state: elements that do not grow with the sequence, and all of them at its end.
-        budget: nominal operations, a label of the group.
-        flops: operations that the training takes.
+        budget: nominal FLOPs, a label of the group.
+        flops: FLOPs that the training takes.
         tokens: that it sees.
         tokens_per_param: of the parameters that a token uses.
     """
@@ -78,7 +78,7 @@ class Setting:
     Attributes:
         vocab_size, seqlen: of the data and its rows.
         batch: rows of a step at the smallest budget; it grows with the square root of the budget.
-        lr: highest learning rate at width 64; it falls with the square root of the width.
+        lr: peak learning rate at width 64; it falls with the square root of the width.
         warmup: share of the steps.
         seeds: each run once with each.
     """
@@ -104,7 +104,7 @@ class Counts:
 
 @lru_cache(maxsize=4096)
 def counts(arch: Architecture, dim: int, vocab_size: int, seqlen: int) -> Counts:
-    """Without allocating the model. ValueError where the architecture does not go with the width."""
+    """Sizes and costs of a model, without allocating it. ValueError where the architecture does not go with the width."""
     with torch.device("meta"):
         model = HybridLM(arch, vocab_size=vocab_size, dim=dim, tied=True)
     embedding = counting.embedding_params(model)
@@ -127,11 +127,11 @@ def isoflop(
     sizes: int = 5,
     ratio: float = 20.0,
 ) -> list[Planned]:
-    """At each budget `sizes` neighbours of the ladder of widths, around that whose tokens a parameter are nearest `ratio`.
+    """At each budget `sizes` neighbours of the ladder of widths, around that whose tokens per parameter are nearest `ratio`.
 
     Args:
         archs: families or templates (:func:`madkernels.models.presets.architecture`), by label.
-        budgets: operations.
+        budgets: training FLOPs.
         dims: the ladder of widths.
         blocks: depth.
 
@@ -154,7 +154,7 @@ def isoflop(
 
 
 def overtrained(archs: dict[str, str], dim: int, ratios: Sequence[float], setting: Setting, *, blocks: int) -> list[Planned]:
-    """One size, and tokens of so many times its parameters."""
+    """One size, trained on each of `ratios` tokens per parameter."""
     rows = []
     for label, template in archs.items():
         arch = architecture(template, dim, blocks, seqlen=setting.seqlen)
@@ -185,7 +185,7 @@ def _row(
     batch = max(1, round(setting.batch * math.sqrt(budget / min(budgets))))
     steps = round(budget / found.flops_per_token / (batch * setting.seqlen))
     if steps < 1:
-        raise ValueError(f"{label} at width {dim}: a budget of {budget:g} operations is less than one step")
+        raise ValueError(f"{label} at width {dim}: a budget of {budget:g} FLOPs is less than one step")
     tokens = steps * batch * setting.seqlen
     return Planned(
         kind=kind,
@@ -219,7 +219,7 @@ def _with_seeds(rows: Sequence[Planned], setting: Setting) -> list[Planned]:
 
 
 def write_plan(rows: Sequence[Planned], path: Path) -> None:
-    """A line a run."""
+    """One line per run."""
     write_whole(path, csv_text([f.name for f in fields(Planned)], map(asdict, rows)))
 
 

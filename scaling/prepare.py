@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
 
 
 class Bytes:
-    """A token a byte, and 256 to end a document."""
+    """One token per byte, and 256 to end a document."""
 
     name, vocab_size, end = "bytes", 257, 256
 
@@ -86,8 +86,8 @@ def tokenizer_of(name: str) -> Tokenizer:
 def standard_library() -> list[Path]:
     """The source of Python's standard library without its tests: about 12 MB of text that is there wherever Python is."""
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    return sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
 
 
 def files_of(patterns: Sequence[str]) -> list[Path]:
@@ -172,7 +172,7 @@ def prepare(
     """Writes shards and manifest, all or nothing.
 
     Args:
-        documents: texts; copies of one that came before are left out, and so are empty ones.
+        documents: texts; copies of one that came before are dropped, and so are empty ones.
         out: a folder that is not there yet.
         validation: share of the documents that is held out, from 0 up to but not including 1.
         shard_tokens: how many tokens a shard takes before the next is begun.

@@ -73,7 +73,7 @@ def _refuted_mean(mean: float, delta: float, drop: float) -> float:
 
 
 def _log_likelihood(mean: float, delta: float) -> float:
-    """Of a point, at the most likely scale."""
+    """The log-likelihood of a point, at the most likely scale of the errors."""
 
     def minus(log_scale: float) -> float:
         s = np.exp(log_scale)
@@ -108,7 +108,7 @@ def _ends(points: Points, fitted: Fit, names: list[str], at: Array, sides: Array
 
 
 def _plane(name: str, value: float, centre: tuple[float, float], tied: bool, theta: Array) -> tuple[Array, Array]:
-    """Where the parameter has this value: its point nearest to theta (5,), and its directions (5, k)."""
+    """The plane in which the parameter has this value: its point nearest to theta (5,), and its directions (5, k)."""
     normal, right = _constraint(name, value, centre)
     normals = np.vstack([normal, TIED]) if tied else normal[None]
     rights = np.array([right, 0.0])[: len(normals)]
@@ -116,7 +116,7 @@ def _plane(name: str, value: float, centre: tuple[float, float], tied: bool, the
 
 
 def _constraint(name: str, value: float, centre: tuple[float, float]) -> tuple[Array, float]:
-    """As coefficients of theta (5,) and a right side."""
+    """The constraint `name` = value as coefficients of theta (5,) and a right side."""
     x, z = centre
     along: dict[str, tuple[list[float], float]] = {
         "A": ([1, 0, 0, x, 0], value),

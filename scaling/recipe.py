@@ -12,19 +12,19 @@ from madkernels.runs.engines import Result
 from madkernels.runs.keys import Keyed, code_of
 
 SCHEDULES = ("cosine", "wsd")
-DECAY = 0.2  # share of the steps in which warm-up, stable, decay lets the rate fall
+DECAY = 0.2  # share of the steps in which warm-up, stable, decay lets the learning rate fall
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW (betas 0.9, 0.95), a linear warm-up, then the schedule down to `final` times the highest rate.
+    """AdamW (betas 0.9, 0.95), a linear warm-up, then the schedule down to `final` times the peak learning rate.
 
     Attributes:
         steps: of the optimiser.
         batch: rows of a step, over all processes.
         seqlen: tokens of a row.
-        lr: highest learning rate.
-        warmup: share of the steps in which the rate rises.
+        lr: peak learning rate.
+        warmup: share of the steps in which the learning rate rises.
         schedule: cosine, or wsd: warm-up, stable, and a linear decay over the last fifth (Hu et al. 2024, arXiv 2404.06395).
         weight_decay: of matrices; norms, biases and recurrence parameters have none.
         clip: of the norm of the gradient.
@@ -63,7 +63,7 @@ class Recipe:
 
     @property
     def tokens(self) -> int:
-        """That are trained on."""
+        """Tokens that the training reads."""
         return self.steps * self.batch * self.seqlen
 
     def rate(self, step: int) -> float:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from madkernels import pages
 from madkernels.models.spec import SpecError
 from madkernels.scaling import laws
-from madkernels.scaling.compare import Frontier, Sampling, compare, crossing_text, estimate_text, frontiers
+from madkernels.scaling.compare import BootstrapOptions, Frontier, compare, crossing_text, estimate_text, frontiers
 from madkernels.scaling.correlate import COEFFICIENTS, FEW, coefficient_text, correlate, labels_of, losses_at, read_scores
 from madkernels.scaling.isoflop import through
 from madkernels.scaling.laws import Bootstrap, Fit, interval
@@ -35,7 +35,7 @@ class Report:
     columns: Columns
     group: str
     budget: str
-    how: Sampling
+    how: BootstrapOptions
     cut: Cut | None
     frontiers: dict[str, Frontier]
     colours: dict[str, str]
@@ -48,11 +48,11 @@ def page(
     columns: Columns,
     group: str,
     budget: str,
-    how: Sampling,
+    how: BootstrapOptions,
     title: str,
     cut: Cut | None = None,
 ) -> str:
-    """Rows of `madkernels scale run`; sections for which there are no rows are left out. ValueError without IsoFLOP rows."""
+    """Rows of `madkernels scale run`; sections for which there are no rows are skipped. ValueError without IsoFLOP rows."""
     found, dropped = frontiers(table, columns, group, budget, how, cut)
     names = dict.fromkeys([*found, *table.column(group)])  # those without IsoFLOP runs too
     colours = dict(zip(names, cycle(pages.COLOURS), strict=False))
@@ -63,7 +63,7 @@ def page(
     sections += [_states(report), _overtrained(report), _hybrids(report)]
     sections += [_scores(report, scores)] if scores else []
     budgets = sorted({b for f in found.values() for b in f.budgets})
-    facts = f"{len(table)} runs of {len(found)} architectures; budgets {', '.join(f'{b:.3g}' for b in budgets)} operations."
+    facts = f"{len(table)} runs of {len(found)} architectures; budgets {', '.join(f'{b:.3g}' for b in budgets)} FLOPs."
     head = f"<h1>{pages.text(title)}</h1>{pages.note(facts)}"
     return pages.document(title, [head, pages.gaps(shortened(report.gaps, TOLD_GAPS)), *sections])
 
@@ -88,9 +88,9 @@ def _isoflop(report: Report) -> str:
         _draw_curves(axes, found, report.how.shape)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("parameters")
-    figure.axes[0].set_ylabel("loss, nats a token")
+    figure.axes[0].set_ylabel("loss, nats per token")
     return _section(
-        "Loss against size at each budget", pages.figure(figure, f"A {report.how.shape} a budget; stars are minima.")
+        "Loss against size at each budget", pages.figure(figure, f"One {report.how.shape} per budget; stars are minima.")
     )
 
 
@@ -112,12 +112,12 @@ def _best_sizes(report: Report) -> str:
         for name, found in report.frontiers.items():
             inside = [b for b in found.best if not b.edge]
             axes.loglog([b.flops for b in inside], [getattr(b, what) for b in inside], "o-", color=report.colours[name])
-        axes.set_xlabel("operations")
+        axes.set_xlabel("training FLOPs")
         axes.set_ylabel({"params": "best size, parameters", "tokens": "best number of tokens"}[what])
         pages.finish(axes)
     lines = [[_named(report, name), _exponent(found)] for name, found in report.frontiers.items()]
     table = pages.table(["", "a, N_opt ~ C^a"], lines)
-    return _section("Best size", pages.figure(figure, "Size and tokens of least loss, minima at an edge left out."), table)
+    return _section("Best size", pages.figure(figure, "Size and tokens of least loss, minima at an edge excluded."), table)
 
 
 def _exponent(found: Frontier) -> str:
@@ -138,8 +138,8 @@ def _losses(report: Report) -> str:
         flops = [b.flops for b in found.best]
         axes.errorbar(flops, middle, yerr=errors, marker="o", ms=4, capsize=3, color=report.colours[name], label=name)
     axes.set_xscale("log")
-    axes.set_xlabel("operations")
-    axes.set_ylabel("least loss, nats a token")
+    axes.set_xlabel("training FLOPs")
+    axes.set_ylabel("least loss, nats per token")
     axes.legend(fontsize=8, frameon=False)
     pages.finish(axes)
     drawn = pages.figure(figure, "Least loss at each budget, with 95 % intervals.")
@@ -167,7 +167,7 @@ def _differences(report: Report) -> str:
 
 
 def _surfaces(report: Report) -> str:
-    """Of all runs but those that change the state."""
+    """The surface of each architecture, through all runs but those that change the state."""
     lines, drawn = [], []
     for name, selection in _selections(report, lambda kind: kind != "state").items():
         try:
@@ -215,14 +215,14 @@ def _contours(drawn: list[tuple[str, Selection, Fit]]) -> str:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_ylim(sizes[0], sizes[-1])
-        axes.set_xlabel("operations, 6 N D")
+        axes.set_xlabel("FLOPs, 6 N D")
         axes.set_title(name, fontsize=10)
     figure.axes[0].set_ylabel("parameters")
     return pages.figure(figure, "Fitted loss, the runs, and the efficient frontier.")
 
 
 def _selections(report: Report, wanted: Callable[[str], bool]) -> dict[str, Selection]:
-    """By architecture, rows of the wanted kinds; all rows where there is no column `kind`."""
+    """The rows of the wanted kinds, by architecture; all rows where there is no column `kind`."""
     rows = report.table.where(np.array([wanted(kind) for kind in kinds_of(report.table)], dtype=bool))
     found = {}
     for name, part in by_group(rows, report.group):
@@ -277,7 +277,7 @@ def _overtrained(report: Report) -> str:
             lines.append([_named(report, name), *figures, "outside of the budgets" if row.beyond else ""])
     if not lines:
         return ""
-    axes.set_xlabel("tokens over the optimal tokens of the same operations")
+    axes.set_xlabel("tokens over the optimal tokens of the same FLOPs")
     axes.set_ylabel("loss above the optimum, nats")
     axes.legend(fontsize=8, frameon=False)
     pages.finish(axes)
@@ -286,7 +286,7 @@ def _overtrained(report: Report) -> str:
 
 
 def _hybrids(report: Report) -> str:
-    """Where the architectures have three shares of attention at least."""
+    """Loss against the share of attention, where the architectures have at least three different shares."""
     chosen, losses = _losses_at_the_largest(report)
     shares = _shares(report, losses)
     if len(set(shares.values())) < 3:
@@ -297,7 +297,7 @@ def _hybrids(report: Report) -> str:
     for name, share in shares.items():
         axes.plot(100 * share, losses[name], "o", color=report.colours[name], label=name)
     axes.set_xlabel("attention among sequence mixers, percent")
-    axes.set_ylabel("least loss, nats a token")
+    axes.set_ylabel("least loss, nats per token")
     axes.legend(fontsize=8, frameon=False)
     pages.finish(axes)
     try:
@@ -309,7 +309,7 @@ def _hybrids(report: Report) -> str:
         )
     except ValueError as error:
         told = f"No best share can be told: {error}."
-    return _section("Share of attention", pages.figure(figure, f"At {chosen:.3g} operations."), pages.note(told))
+    return _section("Share of attention", pages.figure(figure, f"At {chosen:.3g} FLOPs."), pages.note(told))
 
 
 def _shares(report: Report, names: Collection[str]) -> dict[str, float]:
@@ -349,7 +349,7 @@ def _scores(report: Report, table: Table) -> str:
     for name in sorted(set(by_name) & set(losses)):
         axes.plot(100 * by_name[name], losses[name], "o", color=report.colours[name], label=name)
     axes.set_xlabel("MAD score, percent")
-    axes.set_ylabel("least loss, nats a token")
+    axes.set_ylabel("least loss, nats per token")
     axes.legend(fontsize=8, frameon=False)
     pages.finish(axes)
     cells = [[coefficient_text(row.coefficients[c]) if row.coefficients else "-" for c in COEFFICIENTS] for row in rows]
@@ -361,4 +361,4 @@ def _scores(report: Report, table: Table) -> str:
     )
     table_of = pages.table(["", "architectures", *COEFFICIENTS], lines)
     told = f"Negative: a better score goes with a lower loss. p: two-sided, of permutations.{few}"
-    return _section("MAD scores", pages.figure(figure, f"At {chosen:.3g} operations."), table_of, pages.note(told))
+    return _section("MAD scores", pages.figure(figure, f"At {chosen:.3g} FLOPs."), table_of, pages.note(told))

@@ -17,7 +17,7 @@ from madkernels.scaling.newton import Array, shares
 
 ABSURD = 20 * np.log(2)  # nats: worse than a guess among a million tokens
 NOTHING = 1e-9  # nats
-UNDERTRAINED = 1.0  # tokens a parameter
+UNDERTRAINED = 1.0  # tokens per parameter
 OUTLYING = 5.0  # robust standard deviations of ln L from the surface
 
 Flags = NDArray[np.bool_]
@@ -33,7 +33,7 @@ class Screening:
 
 
 @dataclass(frozen=True)
-class Without:
+class LeaveOutFit:
     """The fit after dropping some points; None where too few are left."""
 
     what: str
@@ -55,12 +55,12 @@ def why_not(loss: float) -> str | None:
 
 
 def acceptable(loss: Array) -> Flags:
-    """Of (n,), where there is no :func:`why_not`."""
+    """Which of the losses (n,) :func:`why_not` has nothing against."""
     return np.asarray((loss >= NOTHING) & (loss <= ABSURD), dtype=np.bool_)
 
 
 def highest(loss: Array, count: int) -> Flags:
-    """The `count` highest of (n,)."""
+    """Which of the losses (n,) are the `count` highest."""
     if not 0 <= count < len(loss):
         raise ValueError(f"cannot drop the {count} highest of {len(loss)} losses")
     flags = np.zeros(len(loss), dtype=bool)
@@ -69,18 +69,18 @@ def highest(loss: Array, count: int) -> Flags:
 
 
 def screen(points: Points, fitted: Fit) -> Screening:
-    """Of the fit's points, if it is robust (a small delta), else outliers hide themselves."""
+    """Odd points of a fit. The fit should be robust (a small delta), else outliers hide themselves."""
     residuals = -shares(points.problem, fitted.theta[None])[0][0]
     far = OUTLYING * 1.4826 * float(np.median(np.abs(residuals)))
     far = max(far, 1e-9)  # an exact surface has no outliers in its rounding
     return Screening(points.tokens < UNDERTRAINED * points.params, residuals > far, residuals < -far)
 
 
-def sensitivity(points: Points, fitted: Fit, most: int = 5) -> list[Without]:
+def sensitivity(points: Points, fitted: Fit, most: int = 5) -> list[LeaveOutFit]:
     """The fit without each kind of point that there is, and without the 1 .. `most` highest losses."""
     found = screen(points, fitted)
     kinds = {
-        f"under {UNDERTRAINED:g} token a parameter": found.undertrained,
+        f"under {UNDERTRAINED:g} token per parameter": found.undertrained,
         "far above the surface": found.high,
         "far below the surface": found.low,
         **{f"{count} highest": highest(points.loss, count) for count in range(1, min(most, len(points) - 1) + 1)},
@@ -88,8 +88,8 @@ def sensitivity(points: Points, fitted: Fit, most: int = 5) -> list[Without]:
     return [_without(points, fitted, what, flags) for what, flags in kinds.items() if flags.any()]
 
 
-def _without(points: Points, fitted: Fit, what: str, flags: Flags) -> Without:
+def _without(points: Points, fitted: Fit, what: str, flags: Flags) -> LeaveOutFit:
     try:
-        return Without(what, int(flags.sum()), fit(points.where(~flags), fitted.delta, tied=fitted.tied))
+        return LeaveOutFit(what, int(flags.sum()), fit(points.where(~flags), fitted.delta, tied=fitted.tied))
     except ValueError:  # too few are left
-        return Without(what, int(flags.sum()), None)
+        return LeaveOutFit(what, int(flags.sum()), None)

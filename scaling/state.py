@@ -1,7 +1,7 @@
 """Loss over what a model has besides size and data: total state, tokens beyond the optimum, and the share of attention.
 
 P* = k M^c              perplexity at a budget against total state M, state-optimal (Poli et al. 2024, arXiv 2403.17844)
-gap = L - L_opt(C)      what a training of D = r D_opt(C) tokens loses to the best use of its operations
+gap = L - L_opt(C)      what a training of D = r D_opt(C) tokens loses to the best use of its FLOPs
 L(s), least at s*       loss at a budget against the share s of attention among the sequence mixers
 """
 
@@ -39,9 +39,9 @@ def state_law(state: Array, loss: Array, resamples: int = 1000, seed: int = 42) 
 
 @dataclass(frozen=True)
 class Overtrained:
-    """A run of `ratio` times the optimal tokens of its operations: its loss, the optimal loss, and the gap in nats.
+    """A run of `ratio` times the optimal tokens of its FLOPs: its loss, the optimal loss, and the gap in nats.
 
-    beyond: the operations are outside of the budgets that the optimum is known from.
+    beyond: the FLOPs are outside of the budgets that the optimum is known from.
     """
 
     params: float

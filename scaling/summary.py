@@ -14,7 +14,7 @@ from madkernels.scaling.isoflop import Optimum, envelope, isoflop, nearest_budge
 from madkernels.scaling.laws import LAD, NAMES, Allocation, Bootstrap, Fit, Interval, no_optimum
 from madkernels.scaling.newton import Array
 from madkernels.scaling.profile import profile
-from madkernels.scaling.screening import Screening, Without, screen, sensitivity
+from madkernels.scaling.screening import LeaveOutFit, Screening, screen, sensitivity
 from madkernels.scaling.table import Selection
 
 LEVEL = 0.95
@@ -29,7 +29,7 @@ class Summary:
     profile: dict[str, Interval]
     bootstrap: Bootstrap | None
     screening: Screening
-    without: list[Without]
+    without: list[LeaveOutFit]
 
 
 def summarise(selection: Selection, delta: float, tied: bool, resamples: int, seed: int) -> Summary:
@@ -42,7 +42,7 @@ def summarise(selection: Selection, delta: float, tied: bool, resamples: int, se
 
 
 def as_json(summary: Summary, budgets: Sequence[float]) -> dict[str, Any]:
-    """Of plain values; loss in nats per token, sizes in parameters, budgets in operations."""
+    """Plain values for JSON; loss in nats per token, sizes in parameters, budgets in FLOPs."""
     found, proof = summary.fit, summary.fit.proof
     return {
         **{name: getattr(found.surface, name) for name in NAMES},
@@ -79,7 +79,7 @@ def _intervals(summary: Summary) -> dict[str, Any]:
     return intervals
 
 
-def _without(without: Without) -> dict[str, Any]:
+def _without(without: LeaveOutFit) -> dict[str, Any]:
     row: dict[str, Any] = {"without": without.what, "dropped": without.dropped}
     if without.fit:
         row |= {name: getattr(without.fit.surface, name) for name in NAMES} | {"converged": without.fit.proof.converged}
@@ -92,7 +92,7 @@ def _places(summary: Summary, name: str) -> list[str]:
 
 
 def best_sizes(selection: Selection, approach: int, budget: str | None, shape: str, resamples: int, seed: int) -> Optimum:
-    """Approach 1 or 2. budget: a column, or numbers with commas between, to which runs that lie near belong."""
+    """Approach 1 or 2. budget: a column, or comma-separated numbers, to which runs that lie near belong."""
     if approach == 1:
         return envelope(selection.points, selection.flops)
     if budget is None:
@@ -131,9 +131,9 @@ def best_table(best: Optimum, approach: int, group: str) -> Shown:
     laws_found = [f"{name} ~ C^{law.exponent:.4f}" for name, law in (("N_opt", best.size), ("D_opt", best.data))]
     spans = [f"{name} {_span(found)} (95 %)" for name, found in best.intervals.items()]
     void = [f"{best.unusable} resamples without two minima"] if best.unusable else []
-    caption = "; ".join([*laws_found, *spans, *void, *(f"left out: {why}" for why in best.left_out)])
+    caption = "; ".join([*laws_found, *spans, *void, *(f"excluded: {why}" for why in best.left_out)])
     out = Shown(title=f"Approach {approach}{': ' if group else ''}{group}", caption=caption)
-    for name in ("budget", "operations", "parameters", "tokens", "tokens a parameter", "loss"):
+    for name in ("budget", "FLOPs", "parameters", "tokens", "tokens per parameter", "loss"):
         out.add_column(name, justify="right")
     for b in best.best if approach == 2 else best.best[:: max(len(best.best) // 10, 1)]:
         figures = (b.budget, b.flops, b.params, b.tokens, b.tokens / b.params)
@@ -191,7 +191,14 @@ def optimum_table(summary: Summary, budgets: Sequence[float]) -> Shown:
     elif not (found.surface.alpha > 0 and found.surface.beta > 0):
         title += ": no optimum, for an exponent is not positive"
     out = Shown(title=title)
-    for name in ("budget", "parameters", "tokens", "tokens a parameter", "loss", *(("95 %",) if summary.bootstrap else ())):
+    for name in (
+        "budget",
+        "parameters",
+        "tokens",
+        "tokens per parameter",
+        "loss",
+        *(("95 %",) if summary.bootstrap else ()),
+    ):
         out.add_column(name, justify="right")
     for best in optima(found, budgets):
         if not 0 < best.params < np.inf:

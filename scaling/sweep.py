@@ -1,4 +1,4 @@
-"""The runs of a plan on an engine, into a folder: results as SQLite and CSV, a log and a checkpoint a run."""
+"""The runs of a plan on an engine, into a folder: results as SQLite and CSV, a log and a checkpoint per run."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def sweep(runs: Sequence[LMRun], work: dict[LMRun, float], store: Store, progres
 
     Args:
         runs: of a plan.
-        work: operations that each takes.
+        work: FLOPs that each takes.
 
     Raises:
         OSError: results could not be written to the end; those that could are kept.
     """
     todo = sorted(left(runs, store), key=lambda run: -work[run])
-    return execute(runs, [(run,) for run in todo], store, progress, engine, _told)
+    return execute(runs, [(run,) for run in todo], store, progress, engine, _summarise)
 
 
-def _told(result: dict[str, Any]) -> str:
+def _summarise(result: dict[str, Any]) -> str:
     return f"loss {result['loss']:.3f} in {result['seconds']:.0f} s"
 
 
 def write_csv(rows: Sequence[Planned], runs: Sequence[LMRun], results: Results, path: Path) -> None:
-    """A line a run of the plan: the plan's columns, what was measured, and the status."""
+    """One line per run of the plan: the plan's columns, what was measured, and the status."""
     found = {row["key"]: row for row in results.rows()}
     lines = []
     for row, run in zip(rows, runs, strict=True):

@@ -1,4 +1,4 @@
-"""Runs from CSV files: the columns that a fit needs, rows that cannot be used told by line."""
+"""Runs from CSV files: the columns that a fit needs; rows that cannot be used are reported by line."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ UNFINISHED = (
     "running",
 )  # in a column `state`
 KINDS = ("isoflop", "overtrained", "state")  # of the runs of `madkernels scale plan`
-SMALLEST, LARGEST = 1e-60, 1e60  # size, data and operations in any unit; powers of these are finite
+SMALLEST, LARGEST = 1e-60, 1e60  # size, data and FLOPs in any unit; powers of these are finite
 FAR_OFF = 10.0  # times 6 N D: more than attention, embeddings or inactive experts account for
-TOLD = 10  # rows that are told of a kind
+TOLD = 10  # rows that are reported of one kind
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _read(path: Path, name: str) -> tuple[dict[str, list[str]], NDArray[np.intp]
         with path.open(newline="", encoding="utf-8-sig") as file:
             return _parse(file, name)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; expected a CSV file, one run a row") from None
+        raise ValueError(f"{path}: {error.strerror}; expected a CSV file, one run per row") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason}); save it as CSV in UTF-8") from None
 
@@ -175,7 +175,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows to fit, as points with operations (n,) and as they stand in the file; those dropped; and what is odd."""
+    """The rows to fit, as points with FLOPs (n,) and as they stand in the file; those dropped; and what is odd."""
 
     points: Points
     flops: Array
@@ -200,7 +200,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Cut:
-    """Losses that are left out: the `highest` highest, and those above `above`."""
+    """Losses that are dropped: the `highest` highest, and those above `above`."""
 
     highest: int = 0
     above: float = np.inf
@@ -235,7 +235,7 @@ def select(table: Table, columns: Columns, cut: Cut | None = None) -> Selection:
 
 
 def _reasons(table: Table, loss: Array, most: float) -> dict[int, str]:
-    """By row, why it is no result to fit."""
+    """For each row that is no result to fit, why."""
     reasons = {row: f"the loss is {loss[row]:g}: above --max-loss {most:g}" for row in np.flatnonzero(loss > most).tolist()}
     reasons |= {row: str(why_not(loss[row])) for row in np.flatnonzero(~acceptable(loss)).tolist()}
     for name, cells in table.columns.items():
@@ -255,7 +255,7 @@ def _unfinished(name: str, cell: str) -> bool:
 
 
 def _work(table: Table, columns: Columns) -> tuple[Array, Array, Array]:
-    """Parameters, tokens and operations, (rows,)."""
+    """Parameters, tokens and FLOPs, (rows,)."""
     params = _positive(table, columns.params, table.numbers(columns.params))
     tokens = _positive(table, columns.tokens, table.numbers(columns.tokens)) if columns.tokens else None
     with np.errstate(over="ignore", under="ignore"):
@@ -280,7 +280,7 @@ def _positive(table: Table, name: str, values: Array) -> Array:
 
 
 def _twice(table: Table, points: Points, flops: Array) -> list[str]:
-    """Rows with the size, data, operations and loss of an earlier one: of one run, they make intervals too narrow."""
+    """Rows with the size, data, FLOPs and loss of an earlier one: of one run, they make intervals too narrow."""
     cells = np.stack([points.params, points.tokens, flops, points.loss])
     order = np.lexsort(cells)
     again = (cells[:, order[1:]] == cells[:, order[:-1]]).all(0)

@@ -1,6 +1,6 @@
 """Training a language model: in one process, or sharded over several.
 
-    objective = cross-entropy(model(tokens), targets), in nats a token
+    objective = cross-entropy(model(tokens), targets), in nats per token
     step:  gradient of the mean over the batch, clipped; AdamW; the learning rate is a function of the step
 
 Under torchrun parameters, gradients and moments are sharded (FSDP2, layer by layer) and each process takes its part of the
@@ -46,7 +46,7 @@ from madkernels.scaling.watch import Guard, Log, points_of
 BETAS = (0.9, 0.95)
 CHECKPOINTING = ("none", "selective", "full")
 LOOKED_AT = 1024, 16  # longest rows, and their number, that a layer from outside is looked at with
-PATIENCE = 20  # steps left out one after the other
+PATIENCE = 20  # steps skipped one after the other
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Execution:
         compile: whether layers go through torch.compile.
         save_every: seconds between checkpoints.
         log_every: steps between points of the log; a hundredth of the run if None.
-        peak_flops: operations a second of one device at best, for the utilisation in the log.
+        peak_flops: FLOPs per second of one device at best, for the utilisation in the log.
     """
 
     device: str = "cpu"
@@ -78,7 +78,7 @@ class Execution:
 
 
 class Objective(nn.Module):
-    """The mean loss of a batch, in nats a token; a module, so that FSDP gathers what it needs."""
+    """The mean loss of a batch, in nats per token; a module, so that FSDP gathers what it needs."""
 
     def __init__(self, model: HybridLM) -> None:
         super().__init__()
@@ -116,12 +116,12 @@ def train(
         stop: whether this process was asked to end: then the step is finished and saved. One process that is asked ends all.
 
     Returns:
-        `loss` on the held-out rows and `train_loss`, the mean of the last tenth of the run, in nats a token; `params`
-        without embeddings, `flops` of the training, `tokens`, `seconds`, `left_out`, steps that the guard left out,
+        `loss` on the held-out rows and `train_loss`, the mean of the last tenth of the run, in nats per token; `params`
+        without embeddings, `flops` of the training, `tokens`, `seconds`, `left_out`, steps that the guard skipped,
         `warnings`, and `curve`, the points of the log.
 
     Raises:
-        Diverged: many steps one after the other had to be left out.
+        Diverged: many steps one after the other had to be skipped.
         Stopped: `stop` was wanted. It is a KeyboardInterrupt.
         ValueError: a layer from outside looks ahead, the data are damaged or not those of the run, the batch does not divide
             among the processes, or the folder holds another run, or damaged checkpoints only.
@@ -171,7 +171,7 @@ class _Trainer:
         self.log = Log(Path(run.out) if run.out and self.rank == 0 else None)
 
     def _rows(self) -> range:
-        """Of a batch, those of this process."""
+        """The rows of a batch that this process takes."""
         rows, left = divmod(self.recipe.batch, self.ranks)
         if left or rows % (self.how.micro_batch or 1):
             parts = f"{self.ranks} processes" + (
@@ -235,7 +235,7 @@ class _Trainer:
         if self.guard.allows(float(total), float(norm)):
             self.optimizer.step()
         elif self.guard.in_a_row >= PATIENCE:
-            raise Diverged(f"{PATIENCE} steps in a row left out; at step {self.step} the loss is {float(total)}")
+            raise Diverged(f"{PATIENCE} steps in a row skipped; at step {self.step} the loss is {float(total)}")
         self.optimizer.zero_grad(set_to_none=True)
         return total, float(norm)
 
@@ -310,7 +310,7 @@ class _Trainer:
             self.log.warn(text)
 
     def checkpoint_due(self, since: float) -> bool:
-        """At the end, and when it is time; the first process tells, so that all do the same."""
+        """Whether to save now: at the end, and when it is time. The first process decides, so that all do the same."""
         time_has_come = self.step == self.recipe.steps or since >= self.how.save_every
         due = torch.tensor(float(self.run.out is not None and time_has_come), device=self.device)
         if self.ranks > 1:
@@ -421,7 +421,7 @@ def _objective(run: LMRun, how: Execution, device: torch.device, ranks: int) -> 
 
 
 def kept_results() -> list[Any]:
-    """The operations whose results selective recomputation keeps: they cost more to do again than to remember."""
+    """The ops whose results selective recomputation keeps: they cost more to do again than to remember."""
     aten = torch.ops.aten
     return [
         aten.mm.default,

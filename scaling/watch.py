@@ -1,4 +1,4 @@
-"""What watches over a training: which steps are to be trusted, and the log."""
+"""The guard that skips steps with bad gradients, and the log of a training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 
 from madkernels.runs.lock import lock
 
-SPIKE = 20.0  # times the usual norm of the gradient
-USUAL_AFTER = 50  # steps before a norm is usual
+SPIKE = 20.0  # times the usual gradient norm: beyond this a step is skipped
+USUAL_AFTER = 50  # steps that the running mean of the norm covers, and that pass before it is trusted
 FILE = "log.jsonl"
 
 Point = dict[str, float]
@@ -24,11 +24,18 @@ Point = dict[str, float]
 
 @dataclass
 class Guard:
-    """Leaves out a step whose loss or gradient is no number, or whose gradient is far larger than usual. What is usual
-    follows those left out too, as far as they would have been let in: so that one batch is left out, and not every batch
-    after the model has come to where gradients are large."""
+    """Skips a step whose loss or gradient norm is not finite, or whose gradient norm is more than SPIKE times the usual.
 
-    usual: float = 0.0  # running mean of the norm
+    Skipped steps also move the usual norm (clamped to the limit), so a lasting rise is skipped for a few steps, not forever.
+    Checkpoints store the fields under these names.
+
+    Attributes:
+        usual: running mean of the gradient norm.
+        allowed, left_out: steps that were taken, and steps that were skipped.
+        in_a_row: steps skipped since the last one that was taken.
+    """
+
+    usual: float = 0.0
     allowed: int = 0
     left_out: int = 0
     in_a_row: int = 0
@@ -58,7 +65,7 @@ class Log:
         self.hook = threading.excepthook
 
     def begin(self, points: list[Point], step: int) -> None:
-        """Opens it with the points up to a step; what was written later is let go."""
+        """Opens the log with the points up to a step; what was written later is dropped."""
         self.points = points
         if self.folder is None:
             return
@@ -155,7 +162,7 @@ def _write(file: io.FileIO, points: list[Point]) -> None:
 
 
 def points_of(folder: Path, step: int) -> list[Point]:
-    """Those that a log has up to a step, as far as it is whole."""
+    """The points of a log up to a step; those before the first damaged line, where there is one."""
     found: list[Point] = []
     try:
         for line in (folder / FILE).read_text(encoding="utf-8").splitlines():

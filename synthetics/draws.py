@@ -47,7 +47,7 @@ class Draws:
         return mix(self.examples[:, None] + offsets).reshape(len(self.examples), *shape)
 
     def uniform(self, *shape: int) -> Reals:
-        """In [0, 1), (count, *shape)."""
+        """Uniform numbers in [0, 1), (count, *shape)."""
         return to_unit(self.bits(shape))
 
     def below(self, bound: int, *shape: int) -> Integers:

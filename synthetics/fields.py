@@ -29,7 +29,7 @@ def parse_json(text: str) -> Any:
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """That there is no such thing, what there is, and what was probably meant."""
+    """An error message: the name is unknown, what was probably meant, what there is."""
     names = list(known)
     near = difflib.get_close_matches(str(name), names, n=1)
     return f"unknown {what} {name!r}; there are {', '.join(names)}" + (f"; did you mean {near[0]}?" if near else "")

@@ -154,7 +154,7 @@ def _draw_along(axes: Axes, arch: str, along: Sequence[Task], variable: str, bes
 
 
 def _training(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> str:
-    """At the first setting of each task the curve of the best run."""
+    """The training curve of the best run, at the first setting of each task."""
     curves = {row["run"]: row["curve"] for row in rows if row["curve"]}
     results = results_of(rows)
     best = best_runs(results)
@@ -188,9 +188,9 @@ def _cost_table(results: Results) -> str:
         seconds = [m["seconds"] for run, m in results if run.arch == arch and m]
         times = [f"{sum(seconds) / 60:,.0f}"] if seconds else ["-"]
         lines.append([pages.text(label(arch)), percent(mad_score(by_arch[arch])), *figures, *times])
-    head = ["", "MAD score", "parameters", "state", "operations a token", "minutes"]
+    head = ["", "MAD score", "parameters", "state", "FLOPs per token", "minutes"]
     length = results[0][0].task.length
-    note = f"Parameters of the layers; state, and forward operations, for a sequence of length {length}; time of all runs."
+    note = f"Parameters of the layers; state, and forward FLOPs, for a sequence of length {length}; time of all runs."
     return pages.table(head, lines) + f'<p class="note">{note}</p>'
 
 
@@ -212,7 +212,7 @@ def _colour_of(layer: type[Layer]) -> str:
 
 
 def _published(results: Results) -> str:
-    """Of the tasks that have published scores."""
+    """Scores beside the published ones, over the tasks that have both."""
     rows, by_arch = published.published(), scores(results)
     tasks = [
         task for task in dict.fromkeys(run.task.name for run, _ in results) if all(task in r.tasks for r in rows.values())

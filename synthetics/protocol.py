@@ -38,7 +38,8 @@ SELECTIONS = ("validation", "test")
 
 @dataclass(frozen=True)
 class Training:
-    """How one model is trained: AdamW (betas 0.9, 0.98), the rate on a cosine from `lr` to `min_lr`, no warm-up or clipping.
+    """How one model is trained: AdamW (betas 0.9, 0.98), the learning rate on a cosine from `lr` to `min_lr`, no warm-up and
+    no clipping.
 
     Training stops early once the accuracy on the held-out set that `select` names reaches `enough`.
     """
@@ -257,12 +258,12 @@ Results = Sequence[tuple[Run, dict[str, Any] | None]]  # each run, and what was 
 
 
 def results_of(rows: Sequence[dict[str, Any]]) -> Results:
-    """Of the rows of a results file."""
+    """The runs of a results file, each with what was measured."""
     return [(row["run"], row["metrics"]) for row in rows]
 
 
 def best_runs(results: Results) -> dict[tuple[str, Task, int], tuple[Run, dict[str, Any]] | None]:
-    """By architecture, setting and seed the run that is best on the held-out set; None where none has ended."""
+    """For each architecture, setting and seed the run that is best on the held-out set; None where none has ended."""
     found: dict[tuple[str, Task, int], tuple[Run, dict[str, Any]] | None] = {}
     for run, metrics in results:
         place = run.arch, run.task, run.training.seed

@@ -42,7 +42,7 @@ class Published:
 
 @cache
 def published() -> dict[str, Published]:
-    """By name."""
+    """The published rows by name."""
     return {row["name"]: Published(**row) for row in json.loads(FILE.read_text())["models"]}
 
 
@@ -71,7 +71,7 @@ class Agreement:
 
 
 def agreement(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Agreement | None:
-    """Of what both have; None for fewer than three, or where all are alike."""
+    """How the rankings of what both have agree; None for fewer than three, or where all are alike."""
     shared = sorted(set(ours) & set(theirs))
     a, b = ([values[name] for name in shared] for values in (ours, theirs))
     if len(shared) < 3 or len(set(a)) == 1 or len(set(b)) == 1:

@@ -19,7 +19,7 @@ FAIR = 0.1  # parts by which state and parameters may differ between architectur
 
 @dataclass(frozen=True)
 class Cost:
-    """What an architecture takes: parameters of its layers, elements of state for a sequence, forward operations a token."""
+    """What an architecture takes: parameters of its layers, elements of state for a sequence, forward FLOPs per token."""
 
     parameters: int
     state: int
@@ -27,7 +27,7 @@ class Cost:
 
 
 def cost_of(run: Run) -> Cost | None:
-    """At the width and length of a run; None where it cannot be built here."""
+    """The cost of a run's architecture, at the width and length of the run; None where it cannot be built here."""
     try:
         model = build(run)
     except ValueError:  # a layer from outside that is not here
@@ -37,14 +37,14 @@ def cost_of(run: Run) -> Cost | None:
 
 
 def costs_of(results: Results) -> dict[str, Cost | None]:
-    """By architecture, at the first setting of the first task."""
+    """The cost of each architecture, at the first setting of the first task."""
     first = results[0][0] if results else None
     by_arch = {run.arch: run for run, _ in reversed(results) if first and run.task == first.task}
     return {arch: cost_of(run) for arch, run in reversed(by_arch.items())}
 
 
 def label(arch: str) -> str:
-    """An architecture with repetitions told by a count."""
+    """An architecture with repetitions written as a count."""
     words = arch.split(" ")
     for period in range(1, len(words) // 2 + 1):
         times, rest = divmod(len(words), period)
@@ -76,7 +76,7 @@ def table(results: Results, measure: str = "accuracy") -> Table:
         out.add_row(task, *(percent(by_task.get(task)) for by_task in by_arch.values()))
     out.add_section()
     out.add_row("MAD score", *(percent(mad_score(by_task)) for by_task in by_arch.values()), style="bold", end_section=True)
-    rows = {"parameters": "parameters", "state": "state", "operations a token": "flops"}
+    rows = {"parameters": "parameters", "state": "state", "FLOPs per token": "flops"}
     for title, name in rows.items():
         values = (f"{getattr(cost, name):,.0f}" if (cost := costs.get(arch)) else "-" for arch in by_arch)
         out.add_row(title, *values, style="dim")
@@ -84,7 +84,7 @@ def table(results: Results, measure: str = "accuracy") -> Table:
 
 
 def percent(score: Score | None) -> str:
-    """With its 95 % interval where there are seeds, and a star where settings are missing."""
+    """A score in percent, with its 95 % interval where there are seeds, and a star where settings are missing."""
     if score is None or score.value is None:
         return "-"
     within = "" if score.margin is None else f" ± {100 * score.margin:.1f}"
@@ -94,7 +94,7 @@ def percent(score: Score | None) -> str:
 def _caption(results: Results) -> str:
     if not results:
         return "There are no runs."
-    text = f"Parameters of the layers; state and operations for one sequence of length {results[0][0].task.length}."
+    text = f"Parameters of the layers; state and forward FLOPs for one sequence of length {results[0][0].task.length}."
     by_arch = scores(results)
     if {score.settings for tasks in by_arch.values() for score in tasks.values()} != {1}:
         text += " A task's score is the mean over its settings."
@@ -125,7 +125,7 @@ def compare(results: Results, measure: str = "accuracy") -> Table:
 
 
 def _difference(base: Score | None, other: Score | None) -> str:
-    """Of the seeds that both have; marked where zero is outside of the interval."""
+    """The difference over the seeds that both have; marked where zero is outside of the interval."""
     shared = sorted(set(base.by_seed) & set(other.by_seed)) if base and other else []
     if not shared or base is None or other is None:
         return "-"
@@ -143,7 +143,7 @@ def _comparison_caption(results: Results) -> str:
 
 
 def write_csv(rows: Sequence[dict[str, Any]], folder: Path) -> tuple[Path, Path]:
-    """`results.csv`, an architecture a row, and `runs.csv`, a run a row; returns both paths."""
+    """`results.csv`, one architecture per row, and `runs.csv`, one run per row; returns both paths."""
     results = results_of(rows)
     by_arch, costs = scores(results), costs_of(results)
     tasks = list(dict.fromkeys(run.task.name for run, _ in results))

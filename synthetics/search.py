@@ -57,7 +57,7 @@ def candidates(mixers: Sequence[str], channels: Sequence[str], blocks: int) -> l
 
 
 def affordable(archs: Sequence[str], protocol: Protocol, budget: Budget, most: int, seed: int) -> dict[str, Cost]:
-    """Those within the budget; `most` of them at random where there are more.
+    """The candidates within the budget; `most` of them at random where there are more.
 
     Raises:
         ValueError: there is none, or one cannot be trained.
@@ -78,7 +78,7 @@ def _first_runs(archs: Sequence[str], protocol: Protocol) -> list[Run]:
 
 
 def rungs(protocol: Protocol, count: int) -> list[Protocol]:
-    """The protocol cut down, from one setting a task and one seed to the whole of it: as many steps as halving `count`
+    """The protocol cut down, from one setting per task and one seed to the whole of it: as many steps as halving `count`
     candidates takes."""
     steps = max(math.ceil(math.log(max(count, 2), KEEP)), 1)
     cut = []
@@ -122,7 +122,7 @@ def search(
 
 
 def pareto(found: Sequence[Found]) -> set[str]:
-    """Of those that came furthest, the ones that no other beats in score, state, parameters and operations at once."""
+    """The candidates that, among those that came furthest, no other beats in score, state, parameters and FLOPs at once."""
     furthest = max((f.rung for f in found), default=0)
     last = [f for f in found if f.rung == furthest]
 

@@ -20,7 +20,7 @@ class Summary:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> Summary:
-    """Of the rows of a results file."""
+    """The state of a sweep, from the rows of its results file."""
     counts: dict[tuple[str, str], Counter[str]] = {}
     for row in rows:
         counts.setdefault((row["run"].task.name, row["run"].arch), Counter())[row["status"]] += 1
@@ -33,8 +33,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> Summary:
 
 
 def time_left(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Seconds, from the operations that are left and the pace of those done; None without both. Early stops are foreseen at
-    the rate at which they came."""
+    """Seconds, from the FLOPs that are left and the pace of the runs done; None without both. Early stops are foreseen
+    as often as they came so far."""
     done = [row for row in rows if row["status"] == "done" and row["ended"] > row["started"]]
     left = [row for row in rows if row["status"] in OPEN]
     if not done or not left:

@@ -1,4 +1,4 @@
-"""Runs of a plan, those already done left out, on an engine, into a store."""
+"""A sweep of MAD runs: those that are not done yet, checked, sorted and grouped for :mod:`madkernels.runs.execute`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sweep(
     """
     todo = left(runs, store)
     check(todo)
-    return execute(runs, jobs_of(todo, together), store, progress, engine or InProcess(), _told)
+    return execute(runs, jobs_of(todo, together), store, progress, engine or InProcess(), _summarise)
 
 
 def check(runs: Sequence[Run]) -> None:
@@ -52,7 +52,7 @@ def jobs_of(runs: Sequence[Run], together: bool) -> list[tuple[Run, ...]]:
 
 
 def work_of(runs: Sequence[Run]) -> dict[Run, float]:
-    """Operations that each trains with at most."""
+    """Most training FLOPs of each run."""
     costs: dict[Any, float] = {}
     for run in runs:
         place = run.arch, run.task, run.training.dim
@@ -61,5 +61,5 @@ def work_of(runs: Sequence[Run]) -> dict[Run, float]:
     return {run: run.size() * costs[run.arch, run.task, run.training.dim] for run in runs}
 
 
-def _told(result: dict[str, Any]) -> str:
+def _summarise(result: dict[str, Any]) -> str:
     return f"accuracy {result['accuracy']:.3f} in {result['seconds']:.0f} s"

@@ -2,8 +2,8 @@
 
 MAD's models are so small that a GPU waits for launches; the grid points and seeds of a setting differ in numbers only, so
 torch.func maps one forward pass over them, and a CUDA graph makes one launch of a step's forward and backward. Each keeps
-its own initialisation, data, order, rate and decay, and leaves when it is good enough or its loss is no number. On a CPU
-nothing is gained: six models do not fit where one did.
+its own initialisation, data, order, learning rate and weight decay, and leaves when it is good enough or its loss is not
+finite. On a CPU nothing is gained: six models do not fit the cache where one did.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 def alike(run: Run) -> Run:
-    """What runs that can train together have in common: all but rate, decay and seed."""
+    """What runs that can train together have in common: all but learning rate, weight decay and seed."""
     return replace(run, training=replace(run.training, lr=0.0, weight_decay=0.0, seed=0))
 
 
@@ -47,10 +47,10 @@ def train_together(
     """As :func:`train` for each, up to rounding; for a run that diverges or looks ahead, that.
 
     Raises:
-        ValueError: runs that differ in more than rate, decay and seed.
+        ValueError: runs that differ in more than learning rate, weight decay and seed.
     """
     if len({alike(run) for run in runs}) > 1:
-        raise ValueError("runs that train together differ in their rates, decays and seeds only")
+        raise ValueError("runs that train together differ in learning rate, weight decay and seed only")
     group = _Group(runs, device)
     for epoch in range(1, runs[0].training.epochs + 1):
         losses = group.train(epoch)
@@ -78,7 +78,7 @@ class _Group:
         self.results: list[dict[str, Any] | Refused] = [Diverged()] * len(runs)
 
     def train(self, epoch: int) -> list[float]:
-        """One epoch of those that are left; the loss of each."""
+        """Trains the models that are left for an epoch; the loss of each."""
         alive, examples = self.stack.alive, len(self.splits[0].train[0])
         order = torch.stack([torch.randperm(examples, generator=self.orders[i]) for i in alive]).to(self.device)
         batches = torch.split(order, self.options.batch, dim=1)
@@ -92,22 +92,23 @@ class _Group:
 
     def settle(self, epoch: int, points: list[dict[str, float]], on_epoch: Callable[..., None] | None) -> None:
         """Notes the points of an epoch, and lets go of those that are done."""
-        ended, leaving = [], []
+        going_on, ended = [], []  # places in the stack; those that diverged are in neither
         for place, (i, point) in enumerate(zip(self.stack.alive, points, strict=True)):
             try:
                 check_finite(point["loss"], epoch)
             except Diverged as error:
                 self.results[i] = error
-                leaving.append(place)
                 continue
             self.curves[i].append(point)
             if on_epoch:
                 on_epoch(self.runs[i], epoch, point)
             if point["held_out_accuracy"] >= self.options.enough or epoch == self.options.epochs:
                 ended.append(place)
+            else:
+                going_on.append(place)
         self.test(ended)
-        if ended or leaving:
-            self.stack = self.stack.part([p for p in range(len(points)) if p not in ended and p not in leaving])
+        if len(going_on) < len(points):
+            self.stack = self.stack.part(going_on)
 
     def test(self, places: list[int]) -> None:
         """Measures those that have ended on their test sets."""
@@ -141,7 +142,7 @@ class _Moments:
 
 
 class Stack:
-    """Models of the same shape, their parameters (models, ...), and AdamW with a rate and a decay for each."""
+    """Models of one shape, their parameters (models, ...), and AdamW with a learning rate and weight decay for each."""
 
     def __init__(self, runs: Sequence[Run], device: str) -> None:
         models = [build(run).to(device) for run in runs]
@@ -154,15 +155,15 @@ class Stack:
         self.recorded: dict[torch.Size, _Recorded | None] = {}  # by the shape of a batch; None: it cannot be recorded
 
     def part(self, places: Sequence[int]) -> Stack:
-        """Some of the models; they are numbered as before."""
-        kept = copy.copy(self)
+        """A stack of the models at `places`, with their moments; `alive` numbers them as before."""
         index = torch.tensor(places, dtype=torch.int64, device=next(iter(self.params.values())).device)
-        kept.params = {k: p.detach()[index].requires_grad_() for k, p in self.params.items()}
-        kept.buffers = {k: b[index] for k, b in self.buffers.items()}
-        kept.moments = {k: _Moments(m.first[index], m.second[index]) for k, m in self.moments.items()}
-        kept.alive = [self.alive[place] for place in places]
-        kept.recorded = {}
-        return kept
+        part = copy.copy(self)  # shares the runs, the module `one`, the names of decayed parameters and the count of steps
+        part.params = {k: p.detach()[index].requires_grad_() for k, p in self.params.items()}
+        part.buffers = {k: b[index] for k, b in self.buffers.items()}
+        part.moments = {k: _Moments(m.first[index], m.second[index]) for k, m in self.moments.items()}
+        part.alive = [self.alive[place] for place in places]
+        part.recorded = {}  # graphs are of tensors of the whole stack
+        return part
 
     def model(self, place: int) -> nn.Module:
         """One of the models, by itself."""
@@ -206,8 +207,8 @@ class Stack:
         self.steps += 1
         trainings = [self.runs[i].training for i in self.alive]
         cosine = (1 + math.cos(math.pi * progress)) / 2
-        rates = [t.min_lr + (t.lr - t.min_lr) * cosine for t in trainings]
-        shrinks = [1 - rate * t.weight_decay for rate, t in zip(rates, trainings, strict=True)]
+        lrs = [t.min_lr + (t.lr - t.min_lr) * cosine for t in trainings]
+        shrinks = [1 - lr * t.weight_decay for lr, t in zip(lrs, trainings, strict=True)]
         first_share, second_share = (1 - beta**self.steps for beta in BETAS)
         for (name, p), gradient in zip(self.params.items(), gradients, strict=True):
             shape = (-1, *[1] * (p.dim() - 1))
@@ -217,7 +218,7 @@ class Stack:
             if name in self.decayed:
                 p.mul_(p.new_tensor(shrinks).view(shape))
             direction = (m.first / first_share) / ((m.second / second_share).sqrt() + ADAM_EPS)
-            p.sub_(p.new_tensor(rates).view(shape) * direction)
+            p.sub_(p.new_tensor(lrs).view(shape) * direction)
 
     @torch.no_grad()
     def measure(self, splits: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
@@ -242,7 +243,7 @@ class _Recorded:
         self.replay, self.made = record(lambda: stack.gradients(self.inputs, self.targets))
 
     def again(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """On another batch, into the same tensors."""
+        """Runs the graph on another batch; losses and gradients come in the same tensors."""
         self.inputs.copy_(inputs)
         self.targets.copy_(targets)
         self.replay()

@@ -68,7 +68,7 @@ def train(run: Run, on_epoch: Callable[[int, dict[str, float]], None] | None = N
     Returns:
         Test `accuracy` (over all scored tokens), `macro_accuracy` (the mean over classes that the authors' code takes, by
         batches of 128) and `loss` (nats); `held_out_accuracy`, on the set that the run selects by; `epochs`, `seconds`, of
-        which `data_seconds` for making the data, and `curve`, a point an epoch.
+        which `data_seconds` for making the data, and `curve`, one point per epoch.
 
     Raises:
         Diverged: the training loss became NaN or infinite.

@@ -2,7 +2,7 @@
 
 python tools/gpu_training.py [--device cuda] [--json FILE]
 
-The last is a slice, 8 of the 32 blocks of the 7B model. MFU is by the project's own count of operations.
+The last is a slice, 8 of the 32 blocks of the 7B model. MFU is by the project's own count of FLOPs.
 """
 
 from __future__ import annotations

@@ -23,23 +23,34 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def bench(
-    op: Annotated[str, typer.Argument(help=" or ".join(OPS))],
+    op: Annotated[str, typer.Argument(help=f"The op: {' or '.join(OPS)}.")],
     shapes: Annotated[
         str | None,
         typer.Option(
             help="Names of cases, comma-separated; 'all'; or a JSON file with a list of cases. Default: the first."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help=f"One or more of {', '.join(DTYPES)}, timed in the same rounds.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 and so on.")] = "cpu",
-    direction: Annotated[str, typer.Option("--pass", help="fwd, bwd or both.")] = "both",
-    peers: Annotated[str, typer.Option(help="auto (those installed and quick to prepare), none, or names.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if absent.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Writes all that was measured here.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draws the times here.")] = None,
-    quick: Annotated[bool, typer.Option(help="Small odd cases and few runs: for errors, not for speed.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help=f"One or more of {', '.join(DTYPES)}, comma-separated; timed in the same rounds.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="Device to run on: cpu, cuda, or cuda:1 and so on.")] = "cpu",
+    direction: Annotated[str, typer.Option("--pass", help="Pass to time: fwd (forward), bwd (backward) or both.")] = "both",
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="Other implementations: auto (those installed and quick to prepare), none, or names, comma-separated."
+        ),
+    ] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of CPU threads. Default: torch's choice.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all measurements to this JSON file.")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the times into this picture, such as times.svg.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option(help="Time small odd cases in few runs: to look for errors, not for speed.")
+    ] = False,
 ) -> None:
-    """Time an op beside its peers, check it, and compare it with what the machine can do."""
+    """Time an op beside other implementations, check its results, and compare its speed with what the machine can do."""
     import torch
     from rich.console import Console
 

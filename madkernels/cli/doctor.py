@@ -62,7 +62,7 @@ def describe_cuda_part(part: ModuleType | None, failure: str) -> str:
 
 
 def describe_gpus() -> list[tuple[str, str]]:
-    """One line a GPU that torch sees, and the driver's version on NVIDIA."""
+    """One line per GPU that torch sees, and the driver's version on NVIDIA."""
     if not torch.cuda.is_available():
         return [("GPU", "none that torch can use")]
     lines = []

@@ -15,21 +15,23 @@ from madkernels.cli.sweeps import Plugins, load_plugins
 if TYPE_CHECKING:  # numpy and scipy are loaded when a command runs, not to print its help
     from rich.console import Console
 
-    from madkernels.scaling.compare import Frontier, Sampling
+    from madkernels.scaling.compare import BootstrapOptions, Frontier
     from madkernels.scaling.table import Columns, Dropped, Table
 
-File = Annotated[Path, typer.Argument(help="A CSV file, one run a row.")]
-Params = Annotated[str, typer.Option(help="Column of parameters.")]
-Tokens = Annotated[str | None, typer.Option(help="Column of tokens trained on.")]
-Flops = Annotated[str | None, typer.Option(help="Column of operations; without tokens D = C / (6 N), without it C = 6 N D.")]
-Loss = Annotated[str, typer.Option(help="Column of the loss, in nats a token.")]
-Group = Annotated[str | None, typer.Option(help="Column; one fit for each of its values.")]
-DropHighest = Annotated[int, typer.Option(min=0, help="Leave out so many of the highest losses, of each group.")]
-MaxLoss = Annotated[float | None, typer.Option(help="Leave out losses above this: runs that diverged.")]
-Resamples = Annotated[int, typer.Option("--bootstrap", min=0, help="Resamples for intervals.")]
-Seed = Annotated[int, typer.Option(help="Of the resamples.")]
-Json = Annotated[str | None, typer.Option("--json", help="Write JSON to this new file, or to standard output: -.")]
-Force = Annotated[bool, typer.Option("--force", help="Write over a file that is there.")]
+File = Annotated[Path, typer.Argument(help="A CSV file with one run per row.")]
+Params = Annotated[str, typer.Option(help="Column of the number of parameters.")]
+Tokens = Annotated[str | None, typer.Option(help="Column of the number of training tokens.")]
+Flops = Annotated[
+    str | None, typer.Option(help="Column of training FLOPs C. Without tokens, D = C / (6 N); without FLOPs, C = 6 N D.")
+]
+Loss = Annotated[str, typer.Option(help="Column of the loss, in nats per token.")]
+Group = Annotated[str | None, typer.Option(help="Column to group by; each of its values gets a fit of its own.")]
+DropHighest = Annotated[int, typer.Option(min=0, help="Number of highest losses to drop, in each group.")]
+MaxLoss = Annotated[float | None, typer.Option(help="Drop losses above this, in nats per token: runs that diverged.")]
+Resamples = Annotated[int, typer.Option("--bootstrap", min=0, help="Bootstrap resamples for intervals; 0 for none.")]
+Seed = Annotated[int, typer.Option(help="Seed of the bootstrap resamples.")]
+Json = Annotated[str | None, typer.Option("--json", help="Write JSON to this new file, or - for standard output.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")]
 
 TOLD = 20  # lines of warnings
 
@@ -43,24 +45,38 @@ def fit(
     group: Group = None,
     drop_highest: DropHighest = 0,
     max_loss: MaxLoss = None,
-    approach: Annotated[int, typer.Option(min=1, max=3, help="1: envelope, 2: a curve a budget, 3: surface.")] = 3,
+    approach: Annotated[
+        int,
+        typer.Option(
+            min=1, max=3, help="Approach: 1 (envelope of training curves), 2 (one curve per budget) or 3 (surface)."
+        ),
+    ] = 3,
     budget: Annotated[
-        str | None, typer.Option(help="Approach 2: column of budgets, or budgets with commas between.")
+        str | None, typer.Option(help="Approach 2: column of budgets, or budgets in FLOPs, comma-separated.")
     ] = None,
-    shape: Annotated[str, typer.Option(help="Approach 2: parabola, cubic or akima.")] = "parabola",
-    delta: Annotated[float, typer.Option(help="Where Huber's loss turns from squares to absolute values.")] = 1e-3,
-    lad: Annotated[bool, typer.Option("--lad", help="Least absolute deviations: delta towards 0.")] = False,
-    tied: Annotated[bool, typer.Option("--tied", help="alpha = beta.")] = False,
+    shape: Annotated[
+        str, typer.Option(help="Approach 2, shape of the curves over sizes: parabola, cubic or akima.")
+    ] = "parabola",
+    delta: Annotated[
+        float, typer.Option(help="Approach 3: residual of ln L at which Huber's loss turns from squares to absolute values.")
+    ] = 1e-3,
+    lad: Annotated[
+        bool, typer.Option("--lad", help="Approach 3: least absolute deviations, the limit of --delta towards 0.")
+    ] = False,
+    tied: Annotated[bool, typer.Option("--tied", help="Approach 3: fit with alpha = beta.")] = False,
     bootstrap: Resamples = 1000,
     seed: Seed = 42,
-    at: Annotated[list[float] | None, typer.Option(help="A budget to find the optimal size for; give several.")] = None,
+    at: Annotated[
+        list[float] | None,
+        typer.Option(help="Approach 3: budget in FLOPs to print the optimal size for. Repeat for several."),
+    ] = None,
     to_json: Json = None,
     force: Force = False,
 ) -> None:
     """Fit L(N, D) = E + A / N^alpha + B / D^beta, or find the best sizes, and show how sure that is.
 
-    Without --tokens and --flops the columns tokens, flops and budget of scale run are taken. With --group, a part that
-    cannot be fitted is told, and the others are fitted.
+    Without --tokens and --flops, the columns tokens, flops and budget that scale run writes are used. With --group, a group
+    that cannot be fitted is reported, and the others are fitted.
     """
     from madkernels.scaling import summary
     from madkernels.scaling.laws import LAD
@@ -70,7 +86,7 @@ def fit(
     if approach == 3 and tokens and flops:
         raise ValueError("approach 3 takes the data of a run from --tokens or from --flops: both are given")
     if wrong := [flops for flops in at or [] if not (math.isfinite(flops) and flops > 0)]:
-        raise ValueError(f"--at: {wrong[0]}; expected a positive number of operations")
+        raise ValueError(f"--at: {wrong[0]}; expected a positive number of FLOPs")
     _may_write(to_json, force)
     cut = Cut(drop_highest, math.inf if max_loss is None else max_loss)
     table = read_table(file)
@@ -120,10 +136,10 @@ def fit(
     _write({"groups": found}, to_json)
 
 
-Files = Annotated[list[Path], typer.Argument(help="CSV files of runs, such as runs.csv of scale run.")]
+Files = Annotated[list[Path], typer.Argument(help="CSV files of runs, such as the runs.csv that scale run writes.")]
 By = Annotated[str, typer.Option(help="Column that tells architectures apart.")]
-Budget = Annotated[str, typer.Option(help="Column of nominal budgets.")]
-Shape = Annotated[str, typer.Option(help="Of the curves over sizes: parabola, cubic or akima.")]
+Budget = Annotated[str, typer.Option(help="Column of the nominal budgets, in FLOPs.")]
+Shape = Annotated[str, typer.Option(help="Shape of the curves over sizes: parabola, cubic or akima.")]
 
 
 def compare(
@@ -143,12 +159,12 @@ def compare(
     force: Force = False,
 ) -> None:
     """Compare architectures with the first: exponent of the best size, least loss at each budget, where they cross."""
-    from madkernels.scaling.compare import Sampling, difference_table, frontier_table
+    from madkernels.scaling.compare import BootstrapOptions, difference_table, frontier_table
     from madkernels.scaling.compare import compare as differences
     from madkernels.scaling.table import read_table
 
     _may_write(to_json, force)
-    table, how = read_table(*files), Sampling(shape, bootstrap, seed)
+    table, how = read_table(*files), BootstrapOptions(shape, bootstrap, seed)
     by_name, dropped = _frontiers(table, params, loss, tokens, flops, group, budget, how, drop_highest, max_loss)
     found = differences(by_name)
     console = _console(to_json)
@@ -163,9 +179,11 @@ def compare(
 
 
 def correlate(
-    scores: Annotated[Path, typer.Argument(help="results.csv of madkernels mad run.")],
+    scores: Annotated[Path, typer.Argument(help="The results.csv that madkernels mad run wrote.")],
     runs: Files,
-    at: Annotated[float | None, typer.Option(help="Budget; the largest that all architectures have if absent.")] = None,
+    at: Annotated[
+        float | None, typer.Option(help="Budget in FLOPs. Default: the largest that all architectures have.")
+    ] = None,
     group: By = "architecture",
     params: Params = "params",
     tokens: Tokens = "tokens",
@@ -180,13 +198,13 @@ def correlate(
     force: Force = False,
 ) -> None:
     """Relate MAD scores to the least loss at a budget, for each task and their mean."""
-    from madkernels.scaling.compare import Sampling
+    from madkernels.scaling.compare import BootstrapOptions
     from madkernels.scaling.correlate import correlate as relate
     from madkernels.scaling.correlate import correlation_table, labels_of, losses_at, read_scores
     from madkernels.scaling.table import read_table
 
     _may_write(to_json, force)
-    table, how = read_table(*runs), Sampling(shape, 0, seed)
+    table, how = read_table(*runs), BootstrapOptions(shape, 0, seed)
     by_name, _ = _frontiers(table, params, loss, tokens, flops, group, budget, how, drop_highest, max_loss)
     chosen, losses = losses_at(by_name, at)
     labels = {name: arch for name, arch in labels_of(table, group).items() if name in by_name}
@@ -197,8 +215,10 @@ def correlate(
 
 def report(
     files: Files,
-    out: Annotated[Path, typer.Option(help="The page; it may take the place of an earlier one.")] = Path("scaling.html"),
-    scores: Annotated[Path | None, typer.Option(help="MAD scores: results.csv of madkernels mad run.")] = None,
+    out: Annotated[Path, typer.Option(help="The HTML file to write; it may replace an earlier report.")] = Path(
+        "scaling.html"
+    ),
+    scores: Annotated[Path | None, typer.Option(help="MAD scores: the results.csv that madkernels mad run wrote.")] = None,
     group: By = "architecture",
     params: Params = "params",
     tokens: Tokens = "tokens",
@@ -210,7 +230,7 @@ def report(
     max_loss: MaxLoss = None,
     bootstrap: Resamples = 1000,
     seed: Seed = 42,
-    title: Annotated[str, typer.Option(help="Of the page.")] = "Scaling laws",
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Scaling laws",
     force: Force = False,
     plugin: Plugins = None,
 ) -> None:
@@ -219,13 +239,13 @@ def report(
 
     from madkernels import pages
     from madkernels.files import refuse_existing, write_whole
-    from madkernels.scaling.compare import Sampling
+    from madkernels.scaling.compare import BootstrapOptions
     from madkernels.scaling.report import page
     from madkernels.scaling.table import Cut, read_table
 
     refuse_existing(out, force or (out.is_file() and pages.STYLE.encode() in out.read_bytes()))
     load_plugins(plugin)
-    table, how = read_table(*files), Sampling(shape, bootstrap, seed)
+    table, how = read_table(*files), BootstrapOptions(shape, bootstrap, seed)
     cut = Cut(drop_highest, math.inf if max_loss is None else max_loss)
     columns = _columns(table, params, loss, tokens, flops)
     write_whole(out, page(table, read_table(scores) if scores else None, columns, group, budget, how, title, cut))
@@ -233,7 +253,7 @@ def report(
 
 
 def _columns(table: Table, params: str, loss: str, tokens: str | None, flops: str | None) -> Columns:
-    """Of tokens and operations one may be missing under its usual name: C = 6 N D."""
+    """The columns to read; tokens or FLOPs may be missing under their usual names, since C = 6 N D."""
     from madkernels.scaling.table import Columns
 
     if flops == "flops" and flops not in table.columns and tokens in table.columns:
@@ -251,11 +271,11 @@ def _frontiers(
     flops: str | None,
     group: str,
     budget: str,
-    how: Sampling,
+    how: BootstrapOptions,
     drop_highest: int,
     max_loss: float | None,
 ) -> tuple[dict[str, Frontier], list[Dropped]]:
-    """With all that is odd told."""
+    """The frontiers of all architectures and the rows dropped, after warnings about all that is odd."""
     from madkernels.scaling.compare import frontiers
     from madkernels.scaling.table import Cut, kinds_of
 
@@ -283,7 +303,7 @@ def _tell(dropped: list[Dropped], warnings: list[str], group: str = "") -> None:
 
 def _tell_kinds(count: int) -> None:
     if count:
-        typer.echo(f"note: {count} rows of ladders (column kind: overtrained, state) are left out", err=True)
+        typer.echo(f"note: {count} rows of ladders (column kind: overtrained, state) are excluded", err=True)
 
 
 def _may_write(to_json: str | None, force: bool) -> None:
@@ -306,7 +326,7 @@ def _write(found: dict[str, Any], to_json: str | None) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinity and no NaN: null."""
+    """A value for JSON, which has no infinity and no NaN: they become null."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -24,24 +24,38 @@ DEMO_ARCHS = ("mamba:dstate=4 swiglu mamba:dstate=4 swiglu", "mamba:dstate=4 swi
 COLOURS = ("cyan", "green", "bright_black", "magenta")
 
 Folder = Annotated[Path, typer.Option(help="Folder of the results.")]
-Measure = Annotated[str, typer.Option(help="accuracy, over all scored tokens, or macro_accuracy, over classes.")]
+Measure = Annotated[str, typer.Option(help="accuracy (over all scored tokens) or macro_accuracy (mean over token classes).")]
 
 
 @mad.command()
 def run(
-    arch: Annotated[list[str] | None, typer.Option(help='Such as "mamba swiglu attention swiglu"; give several.')] = None,
-    tasks: Annotated[str, typer.Option(help="Names with commas between, or all.")] = "all",
-    protocol: Annotated[str, typer.Option(help="demo (minutes), strict-small, strict, paper, or a .json file.")] = "demo",
-    out: Annotated[Path, typer.Option(help="Folder of the results; a run found there is not done again.")] = Path("out/mad"),
-    seed: Annotated[list[int] | None, typer.Option(help="In place of the protocol's; give several.")] = None,
-    engine: Annotated[str, typer.Option(help="pool (processes here), process (this one) or ray (a cluster).")] = "pool",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes of the pool; as many as cores, or GPUs.")] = None,
-    address: Annotated[str, typer.Option(help="Of the Ray cluster.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    together: Annotated[
-        bool | None, typer.Option("--together/--apart", help="Train a setting's runs as one model; so on a GPU if not told.")
+    arch: Annotated[
+        list[str] | None, typer.Option(help='Architecture, such as "mamba swiglu attention swiglu". Repeat for several.')
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the protocol's choice if absent.")] = None,
+    tasks: Annotated[str, typer.Option(help="Names of tasks, comma-separated, or all.")] = "all",
+    protocol: Annotated[
+        str, typer.Option(help="demo (takes minutes), strict-small, strict, paper, or a .json file.")
+    ] = "demo",
+    out: Annotated[Path, typer.Option(help="Folder of the results; a run found there is not done again.")] = Path("out/mad"),
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed, in place of the protocol's seeds. Repeat for several.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="Where runs are trained: pool (processes here), process (this one) or ray (a cluster).")
+    ] = "pool",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of the pool. Default: one per core or, with --device cuda, per GPU.")
+    ] = None,
+    address: Annotated[str, typer.Option(help="Address of the Ray cluster, with --engine ray.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device to train on: cpu or cuda.")] = "cpu",
+    together: Annotated[
+        bool | None,
+        typer.Option(
+            "--together/--apart",
+            help="Train the runs of a setting as one stacked model, or one by one. Default: together on a GPU only.",
+        ),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast). Default: the protocol's.")] = None,
     plugin: Plugins = None,
 ) -> None:
     """Train every architecture on every task, and print their scores.
@@ -80,7 +94,7 @@ def run(
 
 @mad.command()
 def status(out: Folder = Path("out/mad"), plugin: Plugins = None) -> None:
-    """How far a sweep is: runs by task and architecture, and the time left at the pace so far."""
+    """Show how far a sweep is: runs by task and architecture, and the time left at the pace so far."""
     from rich.console import Console
     from rich.table import Table
 
@@ -127,8 +141,10 @@ def compare(out: Folder = Path("out/mad"), measure: Measure = "accuracy", plugin
 @mad.command()
 def report(
     out: Folder = Path("out/mad"),
-    page: Annotated[Path | None, typer.Option(help="The file; report.html in the folder if absent.")] = None,
-    title: Annotated[str, typer.Option(help="Of the page.")] = "MAD scores",
+    page: Annotated[
+        Path | None, typer.Option(help="The HTML file to write. Default: report.html in the folder of the results.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "MAD scores",
     plugin: Plugins = None,
 ) -> None:
     """Write the results of a folder as one HTML page with its pictures inside."""
@@ -148,16 +164,20 @@ def report(
 
 @mad.command()
 def normalise(
-    arch: Annotated[list[str], typer.Option(help="Give several.")],
+    arch: Annotated[list[str], typer.Option(help='Architecture, such as "2*(mamba swiglu)". Repeat for several.')],
     state: Annotated[
-        int | None, typer.Option(min=1, help="Fixed state over the model, in elements; the paper's is 4096.")
+        int | None, typer.Option(min=1, help="Wanted fixed state of the whole model, in elements; the MAD paper uses 4096.")
     ] = None,
-    parameters: Annotated[int | None, typer.Option(min=1, help="Of the layers, as nearly as hidden widths give.")] = None,
-    dim: Annotated[int, typer.Option(min=1, help="Width.")] = 128,
-    seqlen: Annotated[int, typer.Option(min=1, help="For the state that grows, and for operations.")] = 128,
+    parameters: Annotated[
+        int | None, typer.Option(min=1, help="Wanted parameters of the layers, met as nearly as hidden widths allow.")
+    ] = None,
+    dim: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 128,
+    seqlen: Annotated[
+        int, typer.Option(min=1, help="Tokens per sequence, for the total state and the FLOPs per token.")
+    ] = 128,
     plugin: Plugins = None,
 ) -> None:
-    """Set the free sizes of architectures to one state or number of parameters, and print what they take."""
+    """Set the free sizes of architectures to one fixed state or number of parameters, and print what they take."""
     from rich.console import Console
     from rich.table import Table
 
@@ -165,8 +185,8 @@ def normalise(
     from madkernels.models import normalise as sizes
 
     load_plugins(plugin)
-    table = Table(caption=f"At width {dim}; all state and operations a token for a sequence of length {seqlen}.")
-    for column in ("architecture", "parameters", "fixed state", "all state", "operations a token"):
+    table = Table(caption=f"At width {dim}; total state and forward FLOPs per token for a sequence of length {seqlen}.")
+    for column in ("architecture", "parameters", "fixed state", "total state", "FLOPs per token"):
         table.add_column(column, justify="left" if column == "architecture" else "right", overflow="fold")
     for text in arch:
         found = parse(text)
@@ -180,18 +200,24 @@ def normalise(
 
 @mad.command()
 def search(
-    mixers: Annotated[str, typer.Option(help="Sequence mixers to choose from.")] = "hyena,mamba,attention",
-    channels: Annotated[str, typer.Option(help="Channel mixers; sparse ones such as moe among them.")] = "swiglu,moe",
-    blocks: Annotated[int, typer.Option(min=1, help="Pairs of a sequence mixer and a channel mixer.")] = 2,
-    candidates: Annotated[int, typer.Option(min=1, help="At most so many, at random.")] = 27,
-    max_state: Annotated[float, typer.Option(help="Elements, the keys and values of attention among them.")] = float("inf"),
-    max_parameters: Annotated[float, typer.Option(help="Of the layers.")] = float("inf"),
-    max_flops: Annotated[float, typer.Option(help="Forward operations a token.")] = float("inf"),
-    protocol: Annotated[str, typer.Option(help="As for run.")] = "demo",
+    mixers: Annotated[str, typer.Option(help="Sequence mixers to choose from, comma-separated.")] = "hyena,mamba,attention",
+    channels: Annotated[str, typer.Option(help="Channel mixers to choose from, comma-separated.")] = "swiglu,moe",
+    blocks: Annotated[int, typer.Option(min=1, help="Depth, in pairs of a sequence mixer and a channel mixer.")] = 2,
+    candidates: Annotated[
+        int, typer.Option(min=1, help="Most candidates to score; drawn at random where there are more.")
+    ] = 27,
+    max_state: Annotated[
+        float, typer.Option(help="Most elements of total state (the KV cache of attention included).")
+    ] = float("inf"),
+    max_parameters: Annotated[float, typer.Option(help="Most parameters of the layers.")] = float("inf"),
+    max_flops: Annotated[float, typer.Option(help="Most forward FLOPs per token.")] = float("inf"),
+    protocol: Annotated[str, typer.Option(help="demo, strict-small, strict, paper, or a .json file.")] = "demo",
     out: Folder = Path("out/search"),
-    seed: Annotated[int, typer.Option(help="Of the choice of candidates.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; as many as cores, or GPUs.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of the draw of candidates.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes to train in. Default: one per core or, with --device cuda, per GPU.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device to train on: cpu or cuda.")] = "cpu",
     plugin: Plugins = None,
 ) -> None:
     """Propose hybrids under a budget, by successive halving, and mark those that no other beats."""
@@ -218,8 +244,8 @@ def search(
         place = engine_of("pool", workers, "auto", device, plugins)
         ranked = searching.search(costs, chosen, store, place, progress_of, together=device != "cpu")
     front = searching.pareto(ranked)
-    table = Table(caption="* on the Pareto front of score, state, parameters and operations, of those that came furthest.")
-    for column in ("", "architecture", "rung", "MAD score", "parameters", "state", "operations a token"):
+    table = Table(caption="* on the Pareto front of score, state, parameters and FLOPs, of those that came furthest.")
+    for column in ("", "architecture", "rung", "MAD score", "parameters", "state", "FLOPs per token"):
         table.add_column(column, justify="left" if column in ("", "architecture") else "right", overflow="fold")
     for f in ranked:
         score = f"{100 * f.score:.1f}" + ("" if f.margin is None else f" ± {100 * f.margin:.1f}")
@@ -230,10 +256,10 @@ def search(
 
 @mad.command("tasks")
 def show_tasks(
-    name: Annotated[str | None, typer.Argument(help="One task; all of them if absent.")] = None,
-    protocol: Annotated[str, typer.Option(help="Whose baseline settings are shown.")] = "demo",
-    count: Annotated[int, typer.Option(min=1, help="Sequences of each task.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of the sequences.")] = 12345,
+    name: Annotated[str | None, typer.Argument(help="Name of one task. Default: all.")] = None,
+    protocol: Annotated[str, typer.Option(help="Protocol whose baseline settings are shown.")] = "demo",
+    count: Annotated[int, typer.Option(min=1, help="Sequences to show of each task.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the sequences.")] = 12345,
     plugin: Plugins = None,
 ) -> None:
     """Show what the tasks look like: a few test sequences, tokens coloured by role, what is to be answered below them."""

@@ -23,7 +23,7 @@ FEW_STEPS = 20
 
 
 planning = typer.Typer(
-    help="Make tables of runs: CSV files to be read, edited, and done by scale run.", no_args_is_help=True
+    help="Make tables of runs: CSV files to be read, edited, and trained by scale run.", no_args_is_help=True
 )
 scale.add_typer(planning, name="plan")
 
@@ -32,37 +32,41 @@ Archs = Annotated[
     typer.Option(
         "--arch",
         help="A family such as striped-hyena, or LABEL=TEMPLATE, as in 'mine=hyena swiglu attention:heads={dim/32} swiglu'; "
-        "give several.",
+        "repeat for several.",
     ),
 ]
-Out = Annotated[Path, typer.Option(help="The plan, a new CSV file.")]
-Force = Annotated[bool, typer.Option("--force", help="Write over a file that is there.")]
+Out = Annotated[Path, typer.Option(help="The plan: a CSV file that is not there yet.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")]
 Blocks = Annotated[int, typer.Option(min=1, help="Depth, in pairs of a sequence mixer and a channel mixer.")]
-Data = Annotated[Path, typer.Option(help="Folder of madkernels train prepare.")]
-Seqlen = Annotated[int, typer.Option(min=1, help="Tokens of a row.")]
-Batch = Annotated[int, typer.Option(min=1, help="Rows of a step at the smallest budget; grows with the root of the budget.")]
-Rate = Annotated[float, typer.Option(help="Highest learning rate at width 64; falls with the root of the width.")]
-Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Each run once with each; give several.")]
+Data = Annotated[Path, typer.Option(help="Folder that madkernels train prepare wrote.")]
+Seqlen = Annotated[int, typer.Option(min=1, help="Tokens per row (sequence length).")]
+Batch = Annotated[
+    int, typer.Option(min=1, help="Rows per step at the smallest budget; grows with the square root of the budget.")
+]
+Lr = Annotated[float, typer.Option(help="Peak learning rate at width 64; falls with the square root of the width.")]
+Seeds = Annotated[
+    list[int] | None, typer.Option("--seed", help="Seed; each run is trained once with each. Repeat for several.")
+]
 
 
 @planning.command()
 def isoflop(
     arch: Archs,
-    budget: Annotated[list[float], typer.Option(help="Operations of a training; give several.")],
-    dims: Annotated[str, typer.Option(help="Widths to choose from, with commas between.")],
+    budget: Annotated[list[float], typer.Option(help="Budget in training FLOPs. Repeat for several.")],
+    dims: Annotated[str, typer.Option(help="Widths to choose from, comma-separated.")],
     data: Data,
     out: Out,
-    sizes: Annotated[int, typer.Option(min=3, help="Sizes at each budget.")] = 5,
-    ratio: Annotated[float, typer.Option(help="Tokens a parameter of the size in the middle.")] = 20.0,
+    sizes: Annotated[int, typer.Option(min=3, help="Model sizes at each budget.")] = 5,
+    ratio: Annotated[float, typer.Option(help="Tokens per parameter of the size in the middle.")] = 20.0,
     blocks: Blocks = 2,
     seqlen: Seqlen = 256,
     batch: Batch = 4,
-    lr: Rate = 6e-3,
+    lr: Lr = 6e-3,
     seed: Seeds = None,
     force: Force = False,
     plugin: Plugins = None,
 ) -> None:
-    """Several sizes at each of several budgets: where the compute-optimal size lies."""
+    """Plan several sizes at each of several budgets: where the compute-optimal size lies."""
     from madkernels.scaling.plan import isoflop as plan
 
     refuse_existing(out, force)
@@ -74,19 +78,19 @@ def isoflop(
 @planning.command()
 def overtrained(
     arch: Archs,
-    dim: Annotated[int, typer.Option(min=1, help="Width.")],
-    ratio: Annotated[list[float], typer.Option(help="Tokens a parameter; give several.")],
+    dim: Annotated[int, typer.Option(min=1, help="Width of the models.")],
+    ratio: Annotated[list[float], typer.Option(help="Tokens per parameter. Repeat for several.")],
     data: Data,
     out: Out,
     blocks: Blocks = 2,
     seqlen: Seqlen = 256,
     batch: Batch = 4,
-    lr: Rate = 6e-3,
+    lr: Lr = 6e-3,
     seed: Seeds = None,
     force: Force = False,
     plugin: Plugins = None,
 ) -> None:
-    """One size with more and more tokens: what training beyond the compute-optimal point brings."""
+    """Plan one size with more and more tokens: what training beyond the compute-optimal point brings."""
     from madkernels.scaling.plan import overtrained as plan
 
     refuse_existing(out, force)
@@ -97,20 +101,20 @@ def overtrained(
 @planning.command()
 def state(
     arch: Archs,
-    dim: Annotated[int, typer.Option(min=1, help="Width.")],
-    budget: Annotated[float, typer.Option(help="Operations of a training.")],
-    size: Annotated[list[int], typer.Option(help="Fixed state over the model, in elements; give several.")],
+    dim: Annotated[int, typer.Option(min=1, help="Width of the models.")],
+    budget: Annotated[float, typer.Option(help="Budget in training FLOPs.")],
+    size: Annotated[list[int], typer.Option(help="Fixed state of the whole model, in elements. Repeat for several.")],
     data: Data,
     out: Out,
     blocks: Blocks = 2,
     seqlen: Seqlen = 256,
     batch: Batch = 4,
-    lr: Rate = 6e-3,
+    lr: Lr = 6e-3,
     seed: Seeds = None,
     force: Force = False,
     plugin: Plugins = None,
 ) -> None:
-    """One width and budget with more and more fixed state: what state brings."""
+    """Plan one width and budget with more and more fixed state: what a larger state brings."""
     from madkernels.scaling.plan import states as plan
 
     refuse_existing(out, force)
@@ -131,7 +135,7 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{text!r}: expected whole numbers with commas between") from None
+        raise ValueError(f"{text!r}: expected whole numbers, comma-separated") from None
 
 
 def _setting(data: Path, seqlen: int, batch: int, lr: float, seeds: list[int] | None) -> Setting:
@@ -148,8 +152,8 @@ def _write(rows: list[Planned], out: Path) -> None:
     from madkernels.scaling.plan import write_plan
 
     write_plan(rows, out)
-    table = Table(caption=f"{len(rows)} runs, {sum(row.flops for row in rows):.3g} operations")
-    names = ("kind", "architecture", "width", "budget", "parameters", "tokens", "tokens a parameter", "steps")
+    table = Table(caption=f"{len(rows)} runs, {sum(row.flops for row in rows):.3g} FLOPs")
+    names = ("kind", "architecture", "width", "budget", "parameters", "tokens", "tokens per parameter", "steps")
     for name in names:
         table.add_column(name, justify="left" if name in names[:2] else "right")
     for row in rows:
@@ -168,16 +172,20 @@ def _write(rows: list[Planned], out: Path) -> None:
 
 @scale.command()
 def run(
-    plan: Annotated[list[Path], typer.Argument(help="CSV files of scale plan.")],
+    plan: Annotated[list[Path], typer.Argument(help="CSV files that scale plan wrote.")],
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder of the results; a run found there is not done again.")],
-    engine: Annotated[str, typer.Option(help="pool (processes here), process (this one) or ray (a cluster).")] = "pool",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes of the pool; as many as cores, or GPUs.")] = None,
-    address: Annotated[str, typer.Option(help="Of the Ray cluster.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    engine: Annotated[
+        str, typer.Option(help="Where runs are trained: pool (processes here), process (this one) or ray (a cluster).")
+    ] = "pool",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of the pool. Default: one per core or, with --device cuda, per GPU.")
+    ] = None,
+    address: Annotated[str, typer.Option(help="Address of the Ray cluster, with --engine ray.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device to train on: cpu or cuda.")] = "cpu",
     plugin: Plugins = None,
 ) -> None:
-    """Train the runs of plans. What is killed goes on from where it was when asked for again."""
+    """Train the runs of plans. A sweep that was killed goes on where it was when the command is given again."""
     from rich.console import Console
 
     from madkernels.runs.store import FILE, Store

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     from madkernels.runs.store import Store
 
 Plugins = Annotated[
-    list[Path] | None, typer.Option("--plugin", help="A Python file that adds layers or tasks; give several.")
+    list[Path] | None, typer.Option("--plugin", help="A Python file that adds layers or tasks. Repeat for several.")
 ]
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
 
 train = typer.Typer(help="Train language models, and say what that takes.", no_args_is_help=True)
 
-TOKENS_A_PARAMETER = 20  # about compute-optimal (Hoffmann et al. 2022, arXiv 2203.15556)
+TOKENS_PER_PARAMETER = 20  # about compute-optimal (Hoffmann et al. 2022, arXiv 2203.15556)
 
 
 @train.command()
@@ -32,7 +32,7 @@ def presets() -> None:
     from madkernels.models.normalise import fixed_state
     from madkernels.models.presets import PRESETS
 
-    print("| preset | width | blocks | parameters | used by a token | fixed state | operations a token |")
+    print("| preset | width | blocks | parameters | used per token | fixed state | FLOPs per token |")
     print("|---|---|---|---|---|---|---|")
     for preset in PRESETS.values():
         with torch.device("meta"):
@@ -46,24 +46,38 @@ def presets() -> None:
 
 @train.command()
 def plan(
-    preset: Annotated[str | None, typer.Option(help="Such as striped-hyena-7b.")] = None,
-    arch: Annotated[str | None, typer.Option(help='In place of a preset, such as "8*(hyena swiglu)".')] = None,
-    dim: Annotated[int | None, typer.Option(help="Width, with --arch.")] = None,
-    vocab: Annotated[int, typer.Option(help="Vocabulary, with --arch.")] = 50_304,
-    tokens: Annotated[float | None, typer.Option(help="20 for each parameter that a token uses if absent.")] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Of a step; rounded up to what the GPUs take at a time.")] = 2**19,
-    seqlen: Annotated[int | None, typer.Option(min=1, help="The preset's, or 2048.")] = None,
-    micro_batch: Annotated[int, typer.Option(min=1, help="Rows that a GPU takes at a time.")] = 1,
-    gpus: Annotated[int, typer.Option(min=1)] = 1,
-    gpu: Annotated[str, typer.Option(help="a100, h100 or h200.")] = "h100",
-    peak: Annotated[float | None, typer.Option(help="TFLOP/s of one GPU in bfloat16, in place of the datasheet's.")] = None,
-    memory: Annotated[float | None, typer.Option(help="GiB of one GPU, in place of the table's.")] = None,
-    sharding: Annotated[str, typer.Option(help="full (FSDP) or none.")] = "full",
-    checkpointing: Annotated[str, typer.Option(help="none, selective or full.")] = "none",
-    mfu: Annotated[float, typer.Option(help="Share of the peak that is assumed to be reached.")] = 0.4,
+    preset: Annotated[str | None, typer.Option(help="Preset, such as striped-hyena-7b; train presets lists them.")] = None,
+    arch: Annotated[str | None, typer.Option(help='Architecture in place of a preset, such as "8*(hyena swiglu)".')] = None,
+    dim: Annotated[int | None, typer.Option(help="Width of the model, with --arch.")] = None,
+    vocab: Annotated[int, typer.Option(help="Size of the vocabulary, with --arch.")] = 50_304,
+    tokens: Annotated[
+        float | None, typer.Option(help="Training tokens. Default: 20 per parameter that a token uses.")
+    ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens per step; rounded up to a multiple of what the GPUs take at a time.")
+    ] = 2**19,
+    seqlen: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per row (sequence length). Default: the preset's, or 2048.")
+    ] = None,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Rows that each GPU takes at a time.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    gpu: Annotated[str, typer.Option(help="Model of the GPUs: a100, h100 or h200.")] = "h100",
+    peak: Annotated[
+        float | None, typer.Option(help="Peak of one GPU in bfloat16, in TFLOP/s, in place of the datasheet's.")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="Memory of one GPU in GiB, in place of that model's.")] = None,
+    sharding: Annotated[
+        str, typer.Option(help="Sharding of parameters, gradients and moments: full (FSDP) or none.")
+    ] = "full",
+    checkpointing: Annotated[
+        str, typer.Option(help="Activation checkpointing (recomputation in the backward): none, selective or full.")
+    ] = "none",
+    mfu: Annotated[
+        float, typer.Option(help="Model FLOPs utilisation to assume: the share of the peak that is reached.")
+    ] = 0.4,
     plugin: Plugins = None,
 ) -> None:
-    """Say what a training takes, without allocating it: parameters, state, operations, memory on each GPU, time."""
+    """Estimate what a training takes, without allocating it: parameters, state, FLOPs, memory on each GPU, time."""
     from madkernels.scaling.estimate import GPUS, Gpu, Setup
 
     load_plugins(plugin)
@@ -86,7 +100,7 @@ def plan(
 def _meta_model(
     preset: str | None, arch: str | None, dim: int | None, vocab: int, seqlen: int | None
 ) -> tuple[HybridLM, int]:
-    """A model without data, and its sequence length."""
+    """A model on the meta device, and its sequence length."""
     _check_model(preset, arch, dim)
 
     import torch
@@ -105,7 +119,7 @@ def _meta_model(
 
 
 def _check_model(preset: str | None, arch: str | None, dim: int | None) -> None:
-    """Before anything is loaded."""
+    """ValueError unless a model is named in one of the two ways; before torch is loaded."""
     if (preset is None) == (arch is None) or (arch is None) != (dim is None):
         raise ValueError("give --preset, or --arch and --dim")
 
@@ -116,12 +130,12 @@ def _size_rows(model: HybridLM, seqlen: int) -> dict[str, str]:
 
     return {
         "parameters": f"{counting.params(model):,}",
-        "of them used by a token": f"{counting.active_params(model):,}",
+        "of them used per token": f"{counting.active_params(model):,}",
         "of them embeddings": f"{counting.embedding_params(model):,}",
         "fixed state of a sequence": f"{fixed_state(model.arch, model.dim):,} elements",
         f"state after {seqlen:,} tokens": f"{counting.state_size(model, seqlen):,} elements",
-        "operations a token, forward": f"{counting.flops_per_token(model, seqlen):.4g}",
-        "operations a token, training": f"{counting.training_flops(model, seqlen):.4g}",
+        "FLOPs per token, forward": f"{counting.flops_per_token(model, seqlen):.4g}",
+        "FLOPs per token, training": f"{counting.training_flops(model, seqlen):.4g}",
     }
 
 
@@ -130,16 +144,16 @@ def _work_rows(
 ) -> dict[str, str]:
     from madkernels.models import counting
 
-    total = tokens or TOKENS_A_PARAMETER * counting.active_params(model)
+    total = tokens or TOKENS_PER_PARAMETER * counting.active_params(model)
     at_a_time = setup.gpus * setup.tokens
     accumulated = -(-batch_tokens // at_a_time)
     flops = counting.training_flops(model, setup.seqlen) * total
     hours = flops / (setup.gpus * machine.flops * mfu) / 3600
     return {
         "tokens": f"{total:.4g}",
-        "tokens of a step": f"{accumulated * at_a_time:,} ({accumulated} times {at_a_time:,})",
+        "tokens per step": f"{accumulated * at_a_time:,} ({accumulated} times {at_a_time:,})",
         "steps": f"{math.ceil(total / (accumulated * at_a_time)):,}",
-        "operations": f"{flops:.4g}",
+        "training FLOPs": f"{flops:.4g}",
         f"time at an MFU of {mfu:.0%}": f"{hours:,.1f} h ({hours * setup.gpus:,.0f} GPU hours)",
     }
 
@@ -163,12 +177,10 @@ def _print(title: str, rows: dict[str, str]) -> None:
 
 @train.command()
 def prepare(
-    files: Annotated[list[str] | None, typer.Argument(help="Files, or glob patterns with ** for any depth.")] = None,
-    out: Annotated[Path, typer.Option(help="A folder that is not there yet.")] = Path("out/data"),
-    tokenizer: Annotated[str, typer.Option(help="bytes, or a tokenizer.json of Hugging Face.")] = "bytes",
-    dataset: Annotated[
-        str | None, typer.Option(help="In place of files: a Hugging Face dataset, by name or folder.")
-    ] = None,
+    files: Annotated[list[str] | None, typer.Argument(help="Text files, or glob patterns with ** for any depth.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not be there yet.")] = Path("out/data"),
+    tokenizer: Annotated[str, typer.Option(help="bytes, or the path of a tokenizer.json of Hugging Face.")] = "bytes",
+    dataset: Annotated[str | None, typer.Option(help="A Hugging Face dataset in place of files, by name or folder.")] = None,
     validation: Annotated[float, typer.Option(help="Share of the documents that is held out.")] = 0.05,
 ) -> None:
     """Turn text into shards of tokens. Without files: the source of Python's standard library.
@@ -195,27 +207,44 @@ def prepare(
 
 @train.command()
 def run(
-    data: Annotated[Path, typer.Option(help="Folder of madkernels train prepare.")],
-    out: Annotated[Path, typer.Option(help="Folder of log and checkpoints; a run that is there goes on.")],
-    steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")],
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a step, over all processes.")],
-    preset: Annotated[str | None, typer.Option(help="Such as striped-hyena-70m.")] = None,
-    arch: Annotated[str | None, typer.Option(help='In place of a preset, such as "8*(hyena swiglu)".')] = None,
-    dim: Annotated[int | None, typer.Option(help="Width, with --arch.")] = None,
-    seqlen: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; the preset's, or 2048.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate, needed with --arch; else the preset's.")] = None,
-    schedule: Annotated[str, typer.Option(help="cosine, or wsd: warm-up, stable, decay.")] = "cosine",
-    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.01,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.1,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).")] = "float32",
-    documents: Annotated[bool, typer.Option(help="Keep the documents of a row apart.")] = False,
-    seed: Annotated[int, typer.Option(help="Of parameters and of the order of the data.")] = 12345,
-    device: Annotated[str, typer.Option(help="cpu, cuda or, in one process, cuda:<number>.")] = "cpu",
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows of one forward in one process.")] = None,
-    checkpointing: Annotated[str, typer.Option(help="What is computed again: none, selective or full.")] = "none",
-    compile: Annotated[bool, typer.Option(help="Layers go through torch.compile.")] = False,
+    data: Annotated[Path, typer.Option(help="Folder that madkernels train prepare wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the log and checkpoints; a run found there is resumed.")],
+    steps: Annotated[int, typer.Option(min=1, help="Number of optimiser steps.")],
+    batch: Annotated[int, typer.Option(min=1, help="Rows (sequences) per step, over all processes.")],
+    preset: Annotated[str | None, typer.Option(help="Preset, such as striped-hyena-70m; train presets lists them.")] = None,
+    arch: Annotated[str | None, typer.Option(help='Architecture in place of a preset, such as "8*(hyena swiglu)".')] = None,
+    dim: Annotated[int | None, typer.Option(help="Width of the model, with --arch.")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per row (sequence length). Default: the preset's, or 2048.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate; required with --arch. Default: the preset's.")
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="Learning-rate schedule: cosine, or wsd (warm-up, stable, decay).")
+    ] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises to its peak.")] = 0.01,
+    weight_decay: Annotated[
+        float, typer.Option(help="Weight decay of matrices; vectors and recurrence parameters have none.")
+    ] = 0.1,
+    dtype: Annotated[
+        str, typer.Option(help="Compute dtype: float32, or bfloat16 (autocast over float32 parameters).")
+    ] = "float32",
+    documents: Annotated[bool, typer.Option(help="Let no information pass between the documents of a row.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the initial parameters and of the order of the data.")] = 12345,
+    device: Annotated[str, typer.Option(help="Device to train on: cpu, cuda or, in one process, cuda:<number>.")] = "cpu",
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows per forward pass of one process; gradients accumulate. Default: all of its rows."),
+    ] = None,
+    checkpointing: Annotated[
+        str, typer.Option(help="Activation checkpointing (recomputation in the backward): none, selective or full.")
+    ] = "none",
+    compile: Annotated[bool, typer.Option(help="Compile each layer with torch.compile.")] = False,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 300.0,
-    log_every: Annotated[int | None, typer.Option(min=1, help="Steps; a hundredth of the run if absent.")] = None,
+    log_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between lines of the log. Default: a hundredth of the run.")
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
     """Train one model, alone or, under torchrun, sharded over processes.
@@ -245,7 +274,7 @@ def run(
         model, length = _meta_model(preset, arch, dim, 1, seqlen)
         corpus = Corpus(data)
         recipe = Recipe(
-            steps, batch, length, _rate(preset) if lr is None else lr, warmup=warmup, schedule=schedule,
+            steps, batch, length, _preset_lr(preset) if lr is None else lr, warmup=warmup, schedule=schedule,
             weight_decay=weight_decay, dtype=dtype, documents=documents, seed=seed,
         )  # fmt: skip
         how = training.Execution(device, micro_batch, checkpointing, compile, save_every, log_every, peak_flops(device))
@@ -268,7 +297,7 @@ def run(
             result = training.train(wanted, how, show, on_start=start, stop=stop)
             if first:
                 pace = result["tokens"] / result["seconds"]
-                say(f"held-out loss {result['loss']:.4f} nats a token; {pace:,.0f} tokens a second")
+                say(f"held-out loss {result['loss']:.4f} nats per token; {pace:,.0f} tokens per second")
                 say(f"Log and checkpoints: {out}")
                 if warned := result["warnings"]:
                     say(f"Warnings: {len(warned)}, the last: {warned[-1]}")
@@ -313,7 +342,7 @@ def _ends() -> Iterator[None]:
     raise typer.Exit(130)
 
 
-def _rate(preset_name: str | None) -> float:
+def _preset_lr(preset_name: str | None) -> float:
     from madkernels.models.presets import preset as named
 
     assert preset_name is not None

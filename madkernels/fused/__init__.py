@@ -1,4 +1,4 @@
-"""Small fused operations, in Triton on a GPU and in plain torch elsewhere."""
+"""Small fused functions, in Triton on a GPU and in plain torch elsewhere."""
 
 from madkernels.fused.cross_entropy import linear_cross_entropy
 

@@ -197,7 +197,7 @@ def _check_range(targets: Tensor, ignore_index: int, vocab: int) -> None:
 
 
 def _losses(logits: Tensor, targets: Tensor, ignore_index: int, differentiate: bool) -> Tensor:
-    """Of each row, (chunk,) in float32 at least; turns the logits (chunk, vocab) into their gradient."""
+    """The loss of each row, (chunk,) in float32 at least; turns the logits (chunk, vocab) into their gradient."""
     if logits.is_cuda and logits.dtype != torch.float64:
         from madkernels.fused.cross_entropy_kernel import losses  # only a CUDA torch brings Triton
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of rows of logits, in Triton: a program a row, two passes.
+"""Cross-entropy of rows of logits, in Triton: one program per row, two passes.
 
     pass 1: the running maximum m and s = sum exp(z - m), rescaled as m rises (Milakov and Gimelshein 2018, arXiv 1805.02867)
     pass 2: z becomes exp(z - m - log s), less one at the target

@@ -1,4 +1,4 @@
-"""The ops: public functions, and what torch needs to know of each (shapes, gradients, autocast). One file an op.
+"""The ops: public functions, and what torch needs to know of each (shapes, gradients, autocast). One file per op.
 
 Importing this package registers `torch.ops.madkernels`.
 """

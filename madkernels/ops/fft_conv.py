@@ -80,7 +80,7 @@ def fft_conv_step(
 ) -> Tensor:
     """One step of :func:`fft_conv`, for decoding. Updates `state` in place; not differentiable.
 
-    Exact, at filter_len multiply-adds a channel, and one read of the filter and a read and a write of the state.
+    Exact, at filter_len multiply-adds per channel, and one read of the filter and a read and a write of the state.
 
     Args:
         state: the last inputs v, (batch, filter_len - 1, dim), contiguous, float32 (float64 with float64); v is shifted in.

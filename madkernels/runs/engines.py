@@ -308,7 +308,7 @@ class RayCluster:
             raise self._refusal(error) from None
 
     def _connect(self) -> None:
-        """In a thread of its own, since nothing else ends what waits for a cluster that is gone."""
+        """Connects in a thread of its own, since nothing else ends a wait for a cluster that is gone."""
         errors: list[Exception] = []
 
         def connect() -> None:

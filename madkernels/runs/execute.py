@@ -1,4 +1,4 @@
-"""Runs of a plan, those already done left out, on an engine, into a store."""
+"""Does the runs of a plan that are not done yet, on an engine, and writes their results into a store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ R = TypeVar("R", bound=Run)
 
 
 class Progress(Protocol):
-    """What a sweep tells while it goes on."""
+    """Receives what happens in a sweep, such as progress bars do."""
 
     def run_starts(self, run: Any) -> None: ...
     def point(self, run: Any, number: int, point: dict[str, float]) -> None: ...
@@ -30,7 +30,7 @@ class Outcome:
 
 
 def left(runs: Sequence[R], store: Store) -> list[R]:
-    """Those that are not done yet."""
+    """The runs that are not done yet."""
     done = store.metrics()
     return [run for run in runs if run.key() not in done]
 
@@ -41,20 +41,20 @@ def execute(
     store: Store,
     progress: Progress,
     engine: Engine,
-    told: Callable[[dict[str, Any]], str],
+    summarise: Callable[[dict[str, Any]], str],
 ) -> Outcome:
     """Does the jobs of a plan. A run that fails is kept as failed, and the others go on.
 
     Args:
-        runs: of the plan.
-        jobs: what of it is not done yet, in the order in which it is to be done.
-        told: a result in a few words.
+        runs: all runs of the plan.
+        jobs: the runs that are not done yet, in the order in which they are to be done.
+        summarise: puts a result into a few words, for the progress.
 
     Raises:
         OSError: results could not be written to the end; those that could are kept.
     """
     store.plan(runs)
-    books = _Books(store, progress, told)
+    books = _Books(store, progress, summarise)
     try:
         engine.run(jobs, books)
     finally:
@@ -67,8 +67,8 @@ class _Books:
     """Every change of a run goes to the store, then to the progress. What cannot be written is kept, and tried again with
     the next."""
 
-    def __init__(self, store: Store, progress: Progress, told: Callable[[dict[str, Any]], str]) -> None:
-        self.store, self.progress, self.told, self.failed = store, progress, told, 0
+    def __init__(self, store: Store, progress: Progress, summarise: Callable[[dict[str, Any]], str]) -> None:
+        self.store, self.progress, self.summarise, self.failed = store, progress, summarise, 0
         self.unwritten: list[tuple[Run, Result]] = []
 
     def started(self, run: Run) -> None:
@@ -83,13 +83,13 @@ class _Books:
 
     def ended(self, run: Run, result: Result) -> None:
         self.unwritten.append((run, result))
-        told = f"failed: {result}" if isinstance(result, str) else self.told(result)
+        outcome = f"failed: {result}" if isinstance(result, str) else self.summarise(result)
         self.failed += isinstance(result, str)
         try:
             self.write()
         except OSError as error:
-            told += f" ({error}; kept, and tried again)"
-        self.progress.run_ends(run, told)
+            outcome += f" ({error}; kept, and tried again)"
+        self.progress.run_ends(run, outcome)
 
     def write(self) -> None:
         while self.unwritten:

@@ -1,4 +1,4 @@
-"""The results of a folder: one SQLite file, `results.sqlite`, with a row a run.
+"""The results of a folder: one SQLite file, `results.sqlite`, with one row per run.
 
 A run is written when it is planned, when it starts and when it ends, each in a transaction; so whatever kills the process,
 runs that ended are kept, and one that was under way is done again. Readable with any SQLite client, while a sweep writes

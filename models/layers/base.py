@@ -110,7 +110,7 @@ class Layer(nn.Module):
         return size
 
     def flops(self, seqlen: int) -> int:
-        """Operations of `forward` for one sequence, a multiply-add being two. What causality spares is not taken off."""
+        """FLOPs of `forward` for one sequence, a multiply-add being two. What causality spares is not taken off."""
         raise NotImplementedError
 
     def active_params(self) -> int:
@@ -162,5 +162,5 @@ def no_narrower(after: Tensor, before: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float32 at least: rates are exponentiated and summed over the sequence."""
+    """x in float32 at least, for decay rates, which are exponentiated and summed over the sequence."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -47,7 +47,7 @@ class ImplicitFilter(nn.Module):
         return filters.T
 
     def rates(self, dtype: torch.dtype) -> Tensor:
-        """Of the windows' decay, (channels,)."""
+        """Decay rates of the windows, (channels,)."""
         weight = self.out.weight
         return torch.linspace(1 / 1.5, 1 / 0.3, len(weight), device=weight.device, dtype=dtype) * math.log(100)
 

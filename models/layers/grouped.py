@@ -86,7 +86,7 @@ def _rows(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 def _outer(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """Of each group's rows the (outputs, inputs) matrix dy' x."""
+    """For each group the (outputs, inputs) matrix dy' x over its rows."""
     if _fits(x, x.shape[1], dy.shape[1]):
         return F.grouped_mm(dy.contiguous().mT, x.contiguous(), offs=ends)
     parts = zip(*(_split(t, ends) for t in (dy, x)), strict=True)

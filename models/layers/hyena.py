@@ -94,8 +94,8 @@ class LongConvLayer(Layer):
         return self.channels * (self.taps - 1 if self.taps else self.order)
 
     def long_conv_flops(self, seqlen: int) -> int:
-        """Of C channels and F filters: short convolution 2 L W for each of its channels, filter 2 L F S unless explicit,
-        long convolution 10 L log2(L) C, gates 4 L C."""
+        """FLOPs with C channels and F filters: short convolution 2 L W for each of its channels, filter 2 L F S unless it is
+        explicit, long convolution 10 L log2(L) C, gates 4 L C."""
         featurisation = 0 if self.taps else 2 * len(self.skip) * self.order
         a_token = 2 * self.conv_weight.numel() + featurisation + 4 * self.channels
         return seqlen * a_token + int(10 * seqlen * math.log2(max(seqlen, 2))) * self.channels
@@ -113,7 +113,7 @@ class Hyena(LongConvLayer):
             distance alone, so longer inputs and decoding see the same filter.
         taps: if not 0, those of an explicit filter, learned one by one, in place of the implicit one.
 
-    Decoding is exact; with an implicit filter the t-th token costs O(t) multiply-adds a channel.
+    Decoding is exact; with an implicit filter the t-th token costs O(t) multiply-adds per channel.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Hyena(LongConvLayer):
         self.out = nn.Linear(inner, dim)
 
     def flops(self, seqlen: int) -> int:
-        """Of E channels: projections 6 L D E / G and 2 L D E, and those of :meth:`long_conv_flops`."""
+        """FLOPs with E channels: projections 6 L D E / G and 2 L D E, and those of :meth:`long_conv_flops`."""
         linear = self.in_proj.weight.numel() + self.out.weight.numel()
         return 2 * seqlen * linear + self.long_conv_flops(seqlen)
 

@@ -55,7 +55,7 @@ class HyenaExperts(LongConvLayer):
         return weights.new_zeros(*x.shape[:-1], self.experts).scatter(-1, chosen, weights)
 
     def flops(self, seqlen: int) -> int:
-        """Of E experts of hidden width F: projections 6 L D E F and 2 L D F, router 2 L D E, and those of
+        """FLOPs with E experts of hidden width F: projections 6 L D E F and 2 L D F, router 2 L D E, and those of
         :meth:`long_conv_flops`, with E F channels."""
         linear = self.in_proj.weight.numel() + self.out.weight.numel() + self.router.weight.numel()
         return 2 * seqlen * linear + self.long_conv_flops(seqlen)

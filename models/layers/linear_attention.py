@@ -58,7 +58,7 @@ class LinearAttention(MatrixStateLayer):
         return {"matrix": F.pad(state["matrix"], (0, 1))} if self.normalise else state
 
     def flops(self, seqlen: int) -> int:
-        """As above; the feature maps are applied once a head."""
+        """FLOPs as above; the feature maps are applied once per head."""
         features = sum(p.numel() for m in (self.q_features, self.k_features) for p in m.parameters() if p.dim() > 1)
         return super().flops(seqlen) + 2 * seqlen * (self.heads - 1) * features
 

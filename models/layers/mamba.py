@@ -89,7 +89,7 @@ class Mamba(Layer):
         return self.inner * self.dstate
 
     def flops(self, seqlen: int) -> int:
-        """Of width D, expansion E: projections 6 L D^2 E, convolution 2 L D E W, step sizes and projections
+        """FLOPs at width D, expansion E: projections 6 L D^2 E, convolution 2 L D E W, step sizes and projections
         2 L D E (2 R + 2 N), scan 2 L D E N."""
         linear = 6 * self.dim * self.inner + 2 * self.inner * self.width
         return seqlen * (linear + 2 * self.inner * (2 * self.rank + 2 * self.dstate) + 2 * self.inner * self.dstate)

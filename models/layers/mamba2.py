@@ -17,7 +17,7 @@ A_RANGE = (1.0, 16.0)  # of -A at the start, uniform
 
 class Mamba2(Layer):
     """Sequence and channel mixer in one: heads of `head_dim` of the ``expand * dim`` channels, which decay as one and share
-    B and C, with `dstate` states a channel; short convolution of `width` taps; gate, then norm."""
+    B and C, with `dstate` states per channel; short convolution of `width` taps; gate, then norm."""
 
     mixes = "both"
     state_option = StateOption("dstate")

@@ -22,7 +22,7 @@ from torch import Tensor
 from madkernels.models.layers.chain import chain
 
 MOST_DECAY = 1000.0  # of a step, as a logarithm: nothing is left, in float64 neither
-SCALAR_CHUNK = 64  # decays that are one number a head: scores are matrix products
+SCALAR_CHUNK = 64  # decays that are one number per head: scores are matrix products
 VECTOR_CHUNK = 16  # decays of each key channel: scores are summed channel by channel
 
 
@@ -74,13 +74,13 @@ def linear_recurrence(
     c = _Chunks(q.shape[1], chunk, document, q.device)
     queries, keys, values, steps = (c.cut(t) for t in (q, k, v, log_decay))  # (batch, heads, chunks, steps, ...)
     decays = _Decays(steps, before_its_step=bonus is not None)
-    scores = _scores(queries, keys, decays.between(c.visible(diagonal=0 if bonus is None else -1)))
+    scores = _scores(queries, keys, decays.between(c.step_sees_step(diagonal=0 if bonus is None else -1)))
     if bonus is not None:
         scores = scores + torch.diag_embed((queries * keys * bonus.to(queries.dtype)[:, None, None]).sum(-1))
-    gathered = (keys * decays.to_the_end() * c.kept).mT @ values  # (batch, heads, chunks, key_dim, value_dim)
-    transition = (decays.over_all() * c.passed[:, None]).expand(gathered.shape[:-1])
+    gathered = (keys * decays.to_the_end() * c.step_reaches_end).mT @ values  # (batch, heads, chunks, key_dim, value_dim)
+    transition = (decays.over_all() * c.state_passes_through[:, None]).expand(gathered.shape[:-1])
     states = chain(transition, gathered, _first(state, q, k, v))
-    y = scores @ values + (queries * decays.since_the_start() * c.reached) @ states[:, :, :-1]
+    y = scores @ values + (queries * decays.since_the_start() * c.state_reaches_step) @ states[:, :, :-1]
     return c.join(y).to(v.dtype), states[:, :, -1]
 
 
@@ -118,13 +118,13 @@ def delta_rule(
     c = _Chunks(q.shape[1], SCALAR_CHUNK, document, q.device)
     queries, keys, values, rates, steps = (c.cut(t) for t in (q, k, v, beta, log_decay))
     decays = _Decays(steps)
-    decay, since_start = decays.between(c.visible(diagonal=0)), decays.since_the_start() * c.reached
+    decay, since_start = decays.between(c.step_sees_step(diagonal=0)), decays.since_the_start() * c.state_reaches_step
     earlier = (rates * _scores(keys, keys, decay)).tril(-1)
     written = torch.cat([values, keys * since_start], -1) * rates
     written = torch.linalg.solve_triangular(earlier, written, upper=False, unitriangular=True)
     fresh, forgotten = written.split([v.shape[-1], k.shape[-1]], -1)  # u = fresh - forgotten S, with S at the chunk's start
-    gathering = (keys * decays.to_the_end() * c.kept).mT
-    passing = (decays.over_all() * c.passed[:, None]).unsqueeze(-1) * torch.eye(k.shape[-1], device=k.device)
+    gathering = (keys * decays.to_the_end() * c.step_reaches_end).mT
+    passing = (decays.over_all() * c.state_passes_through[:, None]).unsqueeze(-1) * torch.eye(k.shape[-1], device=k.device)
     states = chain(passing - gathering @ forgotten, gathering @ fresh, _first(state, q, k, v))
     entering = states[:, :, :-1]
     u = fresh - forgotten @ entering
@@ -156,22 +156,22 @@ class _Decays:
         self.read = F.pad(self.after[..., :-1, :], (0, 0, 1, 0)) if before_its_step else self.after
 
     def since_the_start(self) -> Tensor:
-        """Of the state that enters the chunk, at each query."""
+        """What is left of the state that enters the chunk, at each query."""
         return self._left(self.read)
 
     def to_the_end(self) -> Tensor:
-        """Of what each step writes, at the end of the chunk."""
+        """What is left at the end of the chunk of what each step writes."""
         return self._left(self.after[..., -1:, :] - self.after)
 
     def over_all(self) -> Tensor:
-        """Of the state that enters the chunk, at its end: (batch, heads, chunks, key_dim or 1)."""
+        """What is left of the state that enters the chunk, at its end: (batch, heads, chunks, key_dim or 1)."""
         return self._left(self.after[..., -1, :])
 
-    def between(self, visible: Tensor) -> Tensor:
-        """(batch, heads, chunks, t, s, key_dim or 1): at query t, of what was written at s."""
+    def between(self, step_sees_step: Tensor) -> Tensor:
+        """What is left at query t of what was written at s: (batch, heads, chunks, t, s, key_dim or 1)."""
         scalar = self.steps.shape[-1] == 1
         sums = (self.read.unsqueeze(-2) - self.after.unsqueeze(-3)).to(self.steps.dtype) if scalar else self._added_up()
-        return sums.masked_fill(~visible[..., None], -torch.inf).exp()
+        return sums.masked_fill(~step_sees_step[..., None], -torch.inf).exp()
 
     def _added_up(self) -> Tensor:
         """The sums between pairs of steps as a product: of many channels that is faster than differences in float64, and
@@ -201,7 +201,18 @@ def _steps_of_a_chunk(seqlen: int, most: int) -> int:
 
 
 class _Chunks:
-    """How a sequence is cut, and what of it may be seen from where."""
+    """How a sequence is cut into chunks, and masks of what documents let pass. For 8 steps, 2 documents, chunks of 4:
+
+    ```text
+    document                0 0 0 0 | 0 1 1 1
+    state_reaches_step      1 1 1 1 | 1 0 0 0    (chunks, steps, 1): the step sees the state that enters its chunk
+    step_reaches_end        1 1 1 1 | 0 1 1 1    (chunks, steps, 1): the state that leaves its chunk has what it writes
+    state_passes_through       1    |    0       (chunks,): the state that enters the chunk is in the one that leaves it
+    step_sees_step(t, s)                         s is not after t, and of one document: in chunk 2 no t > 0 sees s = 0
+    ```
+
+    Without documents all are true.
+    """
 
     def __init__(self, seqlen: int, chunk: int, document: Tensor | None, device: torch.device) -> None:
         self.seqlen, self.chunk = seqlen, _steps_of_a_chunk(seqlen, chunk)
@@ -209,16 +220,17 @@ class _Chunks:
         self.pad = self.chunks * self.chunk - seqlen
         self.document = None
         ones = torch.ones(self.chunks, device=device, dtype=torch.bool)
-        self.passed = ones  # (chunks,): whether a state comes through the chunk
-        self.reached = self.kept = torch.ones(1, 1, device=device, dtype=torch.bool)  # (chunks, steps, 1), here of 1
+        self.state_passes_through = ones
+        all_steps = torch.ones(1, 1, device=device, dtype=torch.bool)  # stands for (chunks, steps, 1)
+        self.state_reaches_step = self.step_reaches_end = all_steps
         if document is not None:
             # The steps that fill up the last chunk belong to the last document.
             self.document = torch.cat([document, document[-1:].expand(self.pad)]).view(self.chunks, self.chunk)
             last = self.document[:, -1]
             before = torch.cat([self.document.flatten()[:1], last])  # the document that a border lies in
-            self.reached = (self.document == before[:-1, None]).unsqueeze(-1)  # steps that see the state before the chunk
-            self.kept = (self.document == last[:, None]).unsqueeze(-1)  # steps that the state behind it holds
-            self.passed = before[:-1] == last
+            self.state_reaches_step = (self.document == before[:-1, None]).unsqueeze(-1)
+            self.step_reaches_end = (self.document == last[:, None]).unsqueeze(-1)
+            self.state_passes_through = before[:-1] == last
 
     def cut(self, t: Tensor) -> Tensor:
         """(batch, seqlen, heads, dim) to (batch, heads, chunks, steps, dim), in float32 at least, filled up with zeros."""
@@ -229,9 +241,9 @@ class _Chunks:
         """(batch, heads, chunks, steps, dim) to (batch, seqlen, heads, dim)."""
         return t.flatten(2, 3)[:, :, : self.seqlen].transpose(1, 2)
 
-    def visible(self, diagonal: int) -> Tensor:
-        """Whether step t of a chunk sees its step s: (chunks or 1, t, s)."""
-        before = torch.ones(self.chunk, self.chunk, device=self.kept.device, dtype=torch.bool).tril(diagonal)
+    def step_sees_step(self, diagonal: int) -> Tensor:
+        """Whether step t of a chunk sees its step s: (chunks or 1, t, s). diagonal: 0 if a step sees itself, else -1."""
+        before = torch.ones(self.chunk, self.chunk, device=self.step_reaches_end.device, dtype=torch.bool).tril(diagonal)
         return before if self.document is None else before & (self.document.unsqueeze(-1) == self.document.unsqueeze(-2))
 
 

@@ -59,7 +59,7 @@ class TimeMixer(MatrixStateLayer):
 
 
 class RWKV5TimeMixer(TimeMixer):
-    """RWKV-5: decays and mixing are parameters, one a channel."""
+    """RWKV-5: decays and mixing are parameters, one per channel."""
 
     undecayed = ("mix",)
 

@@ -38,7 +38,7 @@ class ShortConv(nn.Module):
 
 
 def token_before(x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
-    """Of each token of x (batch, seqlen, dim) the one before it, zeros at the start of a document; keeps the last in
+    """The token before each token of x (batch, seqlen, dim), zeros at the start of a document; keeps the last in
     ``state["before"]`` (batch, 1, dim)."""
     first = x.new_zeros(x.shape[0], 1, x.shape[2]) if state is None else state["before"].to(x.dtype)
     both = torch.cat([first, x], 1)

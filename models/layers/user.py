@@ -21,7 +21,7 @@ KIND = ("mixes", "is_attention", "state_grows", "state_option", "hidden_option")
 
 
 class Adapted(type):
-    """Of the classes that :func:`adapt` makes: no module holds them, so they are pickled by the name of their layer."""
+    """Metaclass of what :func:`adapt` makes: no module holds those classes, so they are pickled by their layer's name."""
 
     name: str
 
@@ -40,7 +40,7 @@ copyreg.pickle(Adapted, lambda cls: (registered, (cls.name,)) if "name" in vars(
 
 class AdaptedLayer(Layer, metaclass=Adapted):
     """A plain module as a layer. Packed documents go through it one by one; decoding keeps the whole past and runs it
-    again, so that it is exact, whatever the module does. Operations are those of its matrix products, as torch counts them;
+    again, so that it is exact, whatever the module does. FLOPs are those of its matrix products, as torch counts them;
     its state is what its own ``state_size(seqlen)`` says, or is counted as nothing."""
 
     make: ClassVar[Callable[..., nn.Module]]

@@ -89,20 +89,32 @@ class FuzzyRecall(Task):
         return length + 1, distinct(uniform, self.values, self.value_motif)
 
     def place(self, pair_length: Integers, code: Integers, uniform: Reals) -> tuple[Integers, Flags]:
-        """Where each pair starts in the padded sequence, (count, slots + 1), the probe in front; and which are there."""
+        """Where each pair starts in the padded sequence, (count, slots + 1), the probe in front; and which are there.
+
+        Pairs follow one another from 0. The probe goes in front of the first that starts at `passed` or later, and moves
+        that one and those after it. Pairs that would start at `limit` or later are dropped; the rest is moved to the right,
+        up to where the probe stands once more.
+
+        With motifs of at most 2 and seqlen 14, so 15 tokens, a probe of length 4 and others of 4, 3 and 3, passed = 2:
+
+        ```text
+        limit = 14 - 4 - (2 + 2) = 6
+        others                 0    4   7
+        probe inserted         0   [4]  8  11     in front of the pair at 4, the first that starts at 2 or later
+        kept: below the limit  0   [4]            they fill 8 tokens
+        pad = 15 - 4 - 8 = 3   3   [7]            returned: start (7, 3, 11, 14), kept (yes, yes, no, no)
+
+        8 8 8 | 3 0 6 5 | 0 2 5 7 | 0 2 5 7       pad, the first pair, the probe, and the probe at the end
+        ```
+        """
         probe, others = pair_length[:, :1], pair_length[:, 1:]
         longest = self.key_motif + self.value_motif
         limit = self.seqlen - probe - longest  # filling stops here
         places = limit - longest + 1 if self.answerable else self.seqlen - 2 * probe
         passed = (uniform[:, None] * places).astype(np.int64)  # the probe comes where this is passed
         start = np.cumsum(others, axis=1) - others
-        behind = start >= passed
-        by_chance = (code[:, 1:] == code[:, :1]) & ~behind  # the probe's key has come already: it is not inserted
-        behind &= ~by_chance.any(axis=1, keepdims=True)
-        slot = np.argmax(behind, axis=1)[:, None]
-        probe_start = np.where(behind.any(axis=1, keepdims=True), np.take_along_axis(start, slot, axis=1), self.seqlen)
-        start = start + np.where(behind, probe, 0)
-        start = np.concatenate([probe_start, start], axis=1)
+        probe_start, behind = insert_probe(start, code[:, 1:] == code[:, :1], passed, self.seqlen)
+        start = np.concatenate([probe_start, start + np.where(behind, probe, 0)], axis=1)
         kept = start < limit
         filled = np.where(kept, start + pair_length, 0).max(axis=1, keepdims=True)
         pad = self.seqlen + 1 - probe - filled
@@ -115,6 +127,20 @@ class FuzzyRecall(Task):
             same = (code == code[:, slot : slot + 1]) & kept & (start < start[:, slot : slot + 1])
             found[:, slot] = same.any(axis=1) & kept[:, slot]
         return found
+
+
+def insert_probe(start: Integers, same_key: Flags, passed: Integers, nowhere: int) -> tuple[Integers, Flags]:
+    """Where the probe starts among pairs that start at `start` (count, slots), and which of them come behind it.
+
+    It goes in front of the first pair that starts at `passed` or later; not at all (`nowhere`, and no pair behind) where an
+    earlier one has its key by chance.
+    """
+    behind = start >= passed
+    by_chance = same_key & ~behind
+    behind &= ~by_chance.any(axis=1, keepdims=True)
+    slot = np.argmax(behind, axis=1)[:, None]
+    probe_start = np.where(behind.any(axis=1, keepdims=True), np.take_along_axis(start, slot, axis=1), nowhere)
+    return probe_start, behind
 
 
 def write(

@@ -264,7 +264,7 @@ def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
         ("attention", lambda n: 2 * 16 * n * n),  # softmax
         ("mlp", lambda n: 0),
         ("swiglu", lambda n: 0),
-        ("moe", lambda n: 2 * 6 * n * 128 * 128),  # two experts a token, in grouped products
+        ("moe", lambda n: 2 * 6 * n * 128 * 128),  # two experts per token, in grouped products
         ("mamba:dstate=4", lambda n: n * (2 * 256 * 4 + 2 * 256 * 4)),  # short convolution, scan
         ("hyena", lambda n: 10 * n * math.log2(n) * 512 + n * 512 * (6 * 3 + 4)),  # transforms, short convolution, gates
         ("mh-hyena", lambda n: 10 * n * math.log2(n) * 1024 + n * (128 * 6 * 3 + 4 * 1024)),
@@ -273,7 +273,7 @@ def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
         ("rwkv-channel-mixer", lambda n: 0),
     ],
 )
-def test_operations_against_torchs_count(arch: str, not_matrices: object) -> None:
+def test_flops_against_torchs_count(arch: str, not_matrices: object) -> None:
     """Torch counts what goes through matrix products; the rest is added here from the formula."""
     seqlen = 64
     lm = HybridLM(arch, vocab_size=16, dim=128)
@@ -299,7 +299,7 @@ def test_operations_against_torchs_count(arch: str, not_matrices: object) -> Non
         ("rwkv6-time-mixer", 2 * (5 * 128 * 128 + 5 * 128 + 10 * 32 * 128 + 2 * 64 * 128) + 4 * 8 * 16 * 16),
     ],
 )
-def test_operations_of_recurrences(arch: str, a_token: int) -> None:
+def test_flops_of_recurrences(arch: str, a_token: int) -> None:
     """Products by hand, and for each element of the state a multiply-add to write and one to read; looking up is a third."""
     (layer,) = counting.layers(HybridLM(arch, vocab_size=16, dim=128))
     assert layer.flops(64) == 64 * a_token

@@ -95,7 +95,7 @@ def test_moe_costs_a_token_what_swiglu_does() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_operations_are_two_for_each_parameter_and_a_little(family: str) -> None:
+def test_flops_are_two_for_each_parameter_and_a_little(family: str) -> None:
     """What is not a product with a weight, such as scores, scans and transforms, is little at this width and length."""
     with torch.device("meta"):
         lm = HybridLM(architecture(family, 512, 4, seqlen=128), vocab_size=1000, dim=512, tied=True)

@@ -120,8 +120,8 @@ def test_documents(lengths: list[int]) -> None:
 def test_a_chunk_that_sees_too_much_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from madkernels.models.layers import recurrence
 
-    honest = recurrence._Chunks.visible
-    monkeypatch.setattr(recurrence._Chunks, "visible", lambda self, diagonal: honest(self, diagonal + 1))
+    honest = recurrence._Chunks.step_sees_step
+    monkeypatch.setattr(recurrence._Chunks, "step_sees_step", lambda self, diagonal: honest(self, diagonal + 1))
     with pytest.raises(AssertionError):
         compare(linear_recurrence, linear_by_steps, draw(70, vector=False))
 

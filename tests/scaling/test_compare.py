@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from madkernels.cli.main import app
 from madkernels.scaling import correlate as related
 from madkernels.scaling import state
-from madkernels.scaling.compare import Sampling, compare, frontiers
+from madkernels.scaling.compare import BootstrapOptions, compare, frontiers
 from madkernels.scaling.isoflop import Best
 from madkernels.scaling.laws import Surface
 from madkernels.scaling.table import Columns, read_table
@@ -37,7 +37,7 @@ def crossing_of(one: Surface, other: Surface) -> float:
 
 def test_differences_are_those_of_the_surfaces(tmp_path: Path) -> None:
     by_name, dropped = frontiers(
-        read_table(write_runs(tmp_path / "runs.csv")), COLUMNS, "architecture", "budget", Sampling("cubic")
+        read_table(write_runs(tmp_path / "runs.csv")), COLUMNS, "architecture", "budget", BootstrapOptions("cubic")
     )
     assert not dropped
     mamba, striped = compare(by_name)
@@ -59,7 +59,7 @@ def test_differences_are_those_of_the_surfaces(tmp_path: Path) -> None:
 
 def test_a_crossing_is_found_with_its_interval(tmp_path: Path) -> None:
     by_name, _ = frontiers(
-        read_table(write_runs(tmp_path / "runs.csv")), COLUMNS, "architecture", "budget", Sampling("cubic")
+        read_table(write_runs(tmp_path / "runs.csv")), COLUMNS, "architecture", "budget", BootstrapOptions("cubic")
     )
     mamba, _ = compare(by_name)
     true = crossing_of(ARCHS["transformer"][1], ARCHS["mamba"][1])
@@ -103,7 +103,7 @@ def test_a_failed_run_is_told_and_the_rest_compared(tmp_path: Path) -> None:
 
 
 def with_loss(path: Path, architecture: str, loss: str) -> int:
-    """Of the largest size at 1e19 operations; the line."""
+    """Of the largest size at 1e19 FLOPs; the line."""
     lines = path.read_text().splitlines()
     row = max(i for i, line in enumerate(lines) if line.startswith(f"isoflop,{architecture},") and ",1e+19,1e+19," in line)
     lines[row] = ",".join([*lines[row].split(",")[:-2], loss, "done"])
@@ -111,10 +111,10 @@ def with_loss(path: Path, architecture: str, loss: str) -> int:
     return row + 1
 
 
-def test_a_diverged_run_is_told_and_left_out_where_asked(tmp_path: Path) -> None:
+def test_a_diverged_run_is_told_and_dropped_where_asked(tmp_path: Path) -> None:
     path = write_runs(tmp_path / "runs.csv")
     clean = scale("compare", path, "--bootstrap", "20", "--json", "-")
-    assert clean.stderr == "note: 6 rows of ladders (column kind: overtrained, state) are left out\n"
+    assert clean.stderr == "note: 6 rows of ladders (column kind: overtrained, state) are excluded\n"
     line = with_loss(path, "mamba", "10.0")
     result = scale("compare", path, "--bootstrap", "20", "--json", "-")
     assert f"warning: mamba: runs.csv, line {line}: the loss 10 is far from the 3.1" in result.stderr
@@ -153,7 +153,7 @@ def test_losses_and_best_sizes_are_shown(tmp_path: Path) -> None:
     assert "│ striped      │  1e+20 │" in output
 
 
-def test_runs_without_a_column_of_operations(tmp_path: Path) -> None:
+def test_runs_without_a_column_of_flops(tmp_path: Path) -> None:
     path = write_runs(tmp_path / "runs.csv")
     path.write_text(path.read_text().replace(",flops,", ",seen,"))
     assert scale("compare", path, "--bootstrap", "20").exit_code == 0

@@ -51,7 +51,7 @@ def test_a_split_reads_across_its_shards(folder: Path) -> None:
         assert (split[start:stop] == whole[start:stop]).all()
 
 
-def test_copies_are_left_out_and_sides_do_not_depend_on_order(tmp_path: Path) -> None:
+def test_copies_are_dropped_and_sides_do_not_depend_on_order(tmp_path: Path) -> None:
     first = prepare(iter(TEXTS), tmp_path / "a", Bytes(), validation=0.2)
     prepare(iter([*TEXTS[::-1], *TEXTS[:5], b""]), tmp_path / "b", Bytes(), validation=0.2)
     second = Corpus(tmp_path / "b").manifest

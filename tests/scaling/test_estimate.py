@@ -40,7 +40,7 @@ def plan(*options: str) -> str:
     return re.sub(" +", " ", result.stdout)
 
 
-# ---- parameters and operations
+# ---- parameters and FLOPs
 
 
 def test_parameters_of_seven_billion() -> None:
@@ -53,12 +53,12 @@ def test_parameters_of_seven_billion() -> None:
     assert f" parameters {by_torch:,}\n" in plan("--preset", "transformer++-7b")
 
 
-def test_operations_of_a_step_against_torchs_count() -> None:
+def test_flops_of_a_step_against_torchs_count() -> None:
     rows, seqlen = 2, 32
     lm = small("2*(attention:heads=4 swiglu)")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         lm(tokens(rows, seqlen)).sum().backward()
-    softmax = 3 * 2 * 2 * 4 * seqlen  # a token: three passes, two layers, 2 H L; torch counts products only
+    softmax = 3 * 2 * 2 * 4 * seqlen  # per token: three passes, two layers, 2 H L; torch counts products only
     ours = training_flops(lm, seqlen) - softmax
     assert ours * rows * seqlen == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
@@ -132,8 +132,8 @@ def test_sharding_divides_what_is_kept_for_each_parameter() -> None:
 def test_plan_of_a_preset() -> None:
     text = plan("--preset", "striped-hyena-7b", "--gpus", "64", "--tokens", "1e11", "--batch-tokens", "1000000")
     assert " fixed state of a sequence 1,572,864 elements\n" in text  # 24 layers of 4096 channels of 16
-    assert " tokens of a step 1,048,576 (2 times 524,288)\n" in text
-    flops = float(re.findall("a token, training (.*)", text)[0]) * 1e11
+    assert " tokens per step 1,048,576 (2 times 524,288)\n" in text
+    flops = float(re.findall("per token, training (.*)", text)[0]) * 1e11
     hours = flops / (64 * 989e12 * 0.4) / 3600
     assert f" time at an MFU of 40% {hours:,.1f} h" in text
     assert re.search(r"together .* GiB: does not fit in 1 GiB", plan("--preset", "hyena-70m", "--memory", "1"))

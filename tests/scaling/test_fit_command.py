@@ -95,7 +95,7 @@ def test_a_fit_for_each_group(runs: Path) -> None:
     assert "beta: mamba" in " ".join(result.output.split())
 
 
-def test_runs_of_other_kinds_are_left_out(runs: Path, tmp_path: Path) -> None:
+def test_runs_of_other_kinds_are_excluded(runs: Path, tmp_path: Path) -> None:
     lines = runs.read_text().splitlines()
     kinds = ["kind", *["isoflop"] * 40, *["overtrained"] * 20, *["state"] * 4]
     mixed = tmp_path / "mixed.csv"
@@ -116,7 +116,7 @@ def test_kinds_of_another_table_are_no_reason_to_leave_rows_out(runs: Path, tmp_
     )
     result = scale("fit", path, *NAMES, *QUICK)
     assert json.loads(result.stdout)["points"] == 55
-    assert result.stderr == "note: 9 rows of ladders (column kind: overtrained, state) are left out\n"
+    assert result.stderr == "note: 9 rows of ladders (column kind: overtrained, state) are excluded\n"
 
 
 def test_the_columns_of_scale_run_need_no_names(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_the_columns_of_scale_run_need_no_names(tmp_path: Path) -> None:
         == scale("fit", path, *both, *named, "--flops", "flops", "--budget", "budget").stdout
     )
     path.write_text(path.read_text().replace(",tokens,", ",seen,"))
-    assert json.loads(scale("fit", path, *plain).stdout)["points"] == 15, "by operations"
+    assert json.loads(scale("fit", path, *plain).stdout)["points"] == 15, "by FLOPs"
 
 
 @pytest.mark.parametrize(("beta", "why"), [(-0.1, "an exponent is not positive"), (0.0, "the fit has not converged")])
@@ -147,7 +147,7 @@ def test_no_optimum_where_there_is_none(tmp_path: Path, beta: float, why: str) -
     assert f"no optimum, for {why}" in " ".join(result.output.split())
     (optimum,) = json.loads(place.read_text())["groups"]["a"]["optimum"]
     assert optimum == {"flops": 1e20, "params": None, "tokens": None, "loss": None}
-    assert "--at: -1.0; expected a positive number of operations" in refused("fit", path, *NAMES, "--at", "-1")
+    assert "--at: -1.0; expected a positive number of FLOPs" in refused("fit", path, *NAMES, "--at", "-1")
 
 
 def test_a_group_that_cannot_be_fitted_does_not_end_the_others(runs: Path) -> None:

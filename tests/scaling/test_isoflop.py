@@ -60,7 +60,7 @@ def test_chinchilla_points() -> None:
     assert found.left_out == ["80 runs are near no budget"]
 
 
-def test_minima_at_the_edge_are_left_out_and_told() -> None:
+def test_minima_at_the_edge_are_dropped_and_told() -> None:
     points, budgets = around_the_best(3)
     moved = np.where(budgets > 5e20, points.params * 20, points.params)
     tokens = budgets / 6 / moved
@@ -132,7 +132,7 @@ def test_as_many_budgets_or_sizes_as_runs() -> None:
 
 
 def test_envelope_of_training_curves() -> None:
-    """On the surface itself: every size trained from 1e17 to 1e21 operations."""
+    """On the surface itself: every size trained from 1e17 to 1e21 FLOPs."""
     params, flops = (v.ravel() for v in np.meshgrid(np.geomspace(1e6, 1e11, 60), np.geomspace(1e17, 1e21, 60)))
     tokens = flops / 6 / params
     found = isoflop.envelope(Points(params, tokens, SURFACE.loss(params, tokens)), flops)

@@ -148,7 +148,7 @@ def test_refusals(tmp_path: Path, data: Path) -> None:
         isoflop(ARCHS, [1e10], DIMS, SETTING, blocks=2, sizes=7)
     with pytest.raises(ValueError, match="unknown layer 'hyna'"):
         isoflop({"hyna": "hyna"}, [1e10], DIMS, SETTING, blocks=2, sizes=7)
-    with pytest.raises(ValueError, match=r"hybrid at width 64: a budget of 1e\+06 operations is less than one step"):
+    with pytest.raises(ValueError, match=r"hybrid at width 64: a budget of 1e\+06 FLOPs is less than one step"):
         isoflop(ARCHS, [1e6], (64,), SETTING, blocks=2, sizes=1)
     with pytest.raises(ValueError, match="dim 20 does not divide"):
         isoflop({"a": "attention:heads=3"}, [1e10], (20,), SETTING, blocks=1, sizes=1)
@@ -213,7 +213,7 @@ def test_a_run_that_fails_is_a_gap(data: Path, tmp_path: Path) -> None:
     assert outcome == Outcome(3, 0, 1)
     assert (lines[0]["status"], lines[0]["loss"]) == ("failed", "")
     results = Results(tmp_path)
-    assert "steps in a row left out" in next(row["error"] for row in results.rows() if row["error"])
+    assert "steps in a row skipped" in next(row["error"] for row in results.rows() if row["error"])
     results.close()
 
 

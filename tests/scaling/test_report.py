@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from madkernels.cli.main import app
 from madkernels.scaling import report
-from madkernels.scaling.compare import Sampling
+from madkernels.scaling.compare import BootstrapOptions
 from madkernels.scaling.report import page
 from madkernels.scaling.table import Columns, Table, read_table
 
@@ -32,7 +32,7 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(table: Table, scores: Table | None = None) -> str:
     columns = Columns("params", "loss", "tokens", "flops")
-    return page(table, scores, columns, "architecture", "budget", Sampling(resamples=50), "A <title>")
+    return page(table, scores, columns, "architecture", "budget", BootstrapOptions(resamples=50), "A <title>")
 
 
 def without(path: Path, *parts: str) -> Path:
@@ -87,7 +87,7 @@ def test_an_architecture_with_ladders_only_is_shown(tmp_path: Path) -> None:
     assert "other, overtrained: the optimum is known at fewer than two budgets" in text
 
 
-def test_sections_without_runs_are_left_out(tmp_path: Path) -> None:
+def test_sections_without_runs_are_skipped(tmp_path: Path) -> None:
     text = made(read_table(without(write_runs(tmp_path / "runs.csv"), "overtrained", "state,", "transformer")))
     for head in ("State-optimal", "Overtrained", "Share of attention", "MAD scores"):
         assert f"<h2>{head}" not in text

@@ -110,7 +110,7 @@ def test_other_encodings_are_refused_by_name(path: Path, encoding: str) -> None:
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none\.csv: No such file or directory; expected a CSV file, one run a row"):
+    with pytest.raises(ValueError, match=r"none\.csv: No such file or directory; expected a CSV file, one run per row"):
         read_table(tmp_path / "none.csv")
     with pytest.raises(ValueError, match=r"Is a directory; expected a CSV file"):
         read_table(tmp_path)

@@ -409,7 +409,7 @@ def test_two_writers_in_one_folder_are_refused(data: Path, tmp_path: Path) -> No
 # ---- the guard
 
 
-def test_a_loss_that_is_no_number_is_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_no_number_is_skipped(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = training._Trainer.loss
     calls = 0
 
@@ -428,11 +428,11 @@ def test_a_run_that_diverges_says_so(data: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         training._Trainer, "loss", lambda self, batch: self.objective.model.embedding.weight.sum() * float("nan")
     )
-    with pytest.raises(Diverged, match="20 steps in a row left out; at step 19 the loss is nan"):
+    with pytest.raises(Diverged, match="20 steps in a row skipped; at step 19 the loss is nan"):
         train(run_of(data, steps=30))
 
 
-def test_a_spike_is_left_out() -> None:
+def test_a_spike_is_skipped() -> None:
     guard = Guard()
     assert all(guard.allows(2.0, 1.0 + 0.1 * (i % 3)) for i in range(60))
     assert not guard.allows(2.0, 50.0)

@@ -112,7 +112,7 @@ def test_a_run_that_diverges(
     arguments = [*options(data, tmp_path), "--lr", "1e30", "--steps", "60"]
     code, _, errors = called(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert errors.startswith("error: the training diverged: 20 steps in a row left out; at step ")
+    assert errors.startswith("error: the training diverged: 20 steps in a row skipped; at step ")
     assert errors.count("\n") == 1
 
 

@@ -76,7 +76,7 @@ def test_one_that_diverges_leaves_the_others_alone() -> None:
 
 def test_refuses_runs_that_differ_in_more() -> None:
     runs = [*grid("mlp"), *grid("swiglu")]
-    with pytest.raises(ValueError, match="differ in their rates, decays and seeds only"):
+    with pytest.raises(ValueError, match="differ in learning rate, weight decay and seed only"):
         train_together(runs)
 
 
