@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 4) convolve_backward(CausalConvBackw
   for (int stop = at.end; stop > at.begin;) {
     const Document document = document_at(p.docs, at.b, stop - 1);
     const int begin = most(document.begin, at.begin), first = group_from<kLanes>(document, begin);
-    const int groups = (stop - first + kCount - 1) / kCount;  // none below 1
+    const int groups = ceil_div(stop - first, kCount);  // none below 1
     if (groups > 0) load_behind<T>(sums, q, at, document, filter, first + groups * kCount);
     for (int i = groups - 1; i >= 0; i--) back_group<T>(sums, q, at, document, filter, first + i * kCount);
     if (begin == document.begin) initial_state_gradient<T>(q, at, document, filter, sums);
@@ -217,12 +217,12 @@ void causal_conv_backward(const CausalConvBackward& q, const ConvSplit& split, S
   dispatch_gpu(p.dtype, [&]<class T>() {
     const int64_t threads = p.batch * split.chunks * p.dim;
     if (p.width > kWide) {
-      launch("causal_conv_backward", convolve_backward_wide<T>, conv_blocks(threads), kThreads, 0, stream, q, split);
+      launch("causal_conv_backward", convolve_backward_wide<T>, ceil_div(threads, kThreads), kThreads, 0, stream, q, split);
     } else if (are_aligned<T, kPair>({p.x, q.dout, q.dx}, p.dim)) {
-      launch("causal_conv_backward", convolve_backward<T, kPair>, conv_blocks(threads / kPair), kThreads, 0, stream, q,
-             split);
+      launch("causal_conv_backward", convolve_backward<T, kPair>, ceil_div(threads / kPair, kThreads), kThreads, 0, stream,
+             q, split);
     } else {
-      launch("causal_conv_backward", convolve_backward<T, 1>, conv_blocks(threads), kThreads, 0, stream, q, split);
+      launch("causal_conv_backward", convolve_backward<T, 1>, ceil_div(threads, kThreads), kThreads, 0, stream, q, split);
     }
   });
 }

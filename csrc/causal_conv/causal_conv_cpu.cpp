@@ -34,7 +34,7 @@ void for_stretches(const CausalConv& p, int64_t b, int64_t begin, int64_t end, F
   const int64_t last = p.docs.last(b);
   for (int64_t doc = first_ending_behind(p, b, begin); doc < last && p.docs.begin(doc) < end; doc++) {
     const int64_t doc_begin = p.docs.begin(doc), doc_end = p.docs.end(doc);
-    const int64_t from = doc_begin > begin ? doc_begin : begin, to = doc_end < end ? doc_end : end;
+    const int64_t from = most(doc_begin, begin), to = least(doc_end, end);
     if (from < to) f(Stretch{doc, doc_begin, doc_end, from, to});
   }
 }
@@ -119,7 +119,7 @@ void forward_row(const CausalConv& p, const T* const* rows, T* out) {
 template <class T>
 void forward_channels(const CausalConv& p, int64_t item) {
   const int64_t b = item / p.chunks(), begin = item % p.chunks() * kConvChunk;
-  const int64_t end = begin + kConvChunk < p.seqlen ? begin + kConvChunk : p.seqlen;
+  const int64_t end = least(begin + kConvChunk, p.seqlen);
   Scratch<const T*> rows(p.width);
   Scratch<T> zeros(p.dim);
   std::memset(zeros, 0, static_cast<size_t>(p.dim) * sizeof(T));
@@ -192,7 +192,7 @@ void backward_channels(const CausalConvBackward& q, int64_t item) {
   using A = Acc<T>;
   const CausalConv& p = q.forward;
   const int64_t b = item / p.chunks(), begin = item % p.chunks() * kConvChunk;
-  const int64_t end = begin + kConvChunk < p.seqlen ? begin + kConvChunk : p.seqlen;
+  const int64_t end = least(begin + kConvChunk, p.seqlen);
   A* dweight = static_cast<A*>(q.dweight_parts) + item * p.width * p.dim;
   A* dbias = static_cast<A*>(q.dbias_parts) + item * p.dim;
   std::memset(dweight, 0, static_cast<size_t>(p.width * p.dim) * sizeof(A));

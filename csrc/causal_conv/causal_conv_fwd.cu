@@ -76,18 +76,18 @@ void causal_conv_forward(const CausalConv& p, const ConvSplit& split, Stream str
   dispatch_gpu(p.dtype, [&]<class T>() {
     const int64_t threads = p.batch * split.chunks * p.dim;
     if (p.width > kWide) {
-      launch("causal_conv", convolve_forward_wide<T>, conv_blocks(threads), kThreads, 0, stream, p, split);
+      launch("causal_conv", convolve_forward_wide<T>, ceil_div(threads, kThreads), kThreads, 0, stream, p, split);
     } else if (are_aligned<T, kPair>({p.x, p.out}, p.dim)) {
-      launch("causal_conv", convolve_forward<T, kPair>, conv_blocks(threads / kPair), kThreads, 0, stream, p, split);
+      launch("causal_conv", convolve_forward<T, kPair>, ceil_div(threads / kPair, kThreads), kThreads, 0, stream, p, split);
     } else {
-      launch("causal_conv", convolve_forward<T, 1>, conv_blocks(threads), kThreads, 0, stream, p, split);
+      launch("causal_conv", convolve_forward<T, 1>, ceil_div(threads, kThreads), kThreads, 0, stream, p, split);
     }
   });
 }
 
 void causal_conv_final_state(const CausalConv& p, Stream stream) {
   dispatch_gpu(p.dtype, [&]<class T>() {
-    launch("causal_conv final state", copy_final_state<T>, conv_blocks(p.docs.count * p.dim), kThreads, 0, stream, p);
+    launch("causal_conv final state", copy_final_state<T>, ceil_div(p.docs.count * p.dim, kThreads), kThreads, 0, stream, p);
   });
 }
 

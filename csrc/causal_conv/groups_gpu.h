@@ -117,7 +117,7 @@ struct Filter {
 template <int kLanes>
 __device__ int group_from(const Document& document, int t) {
   constexpr int kCount = kSteps<kLanes>;
-  return document.begin + (t - document.begin + kCount - 1) / kCount * kCount;
+  return document.begin + ceil_div(t - document.begin, kCount) * kCount;
 }
 
 // v[l][i] = rows[b, t + i, channel + l], i < count, else zero.
@@ -189,8 +189,6 @@ __device__ void load_inputs(float (&x)[kLanes][kCount + kHalo], const CausalConv
 }
 
 // ---- launches ----
-
-inline int64_t conv_blocks(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
 
 // Whether kLanes channels of every row lie in one aligned access.
 template <class T, int kLanes>

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "common/dtype.h"
+#include "common/integers.h"
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -306,7 +307,7 @@ template <class A>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<A*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(A) + 127) / 64 * 64))) {}
+      : data_(static_cast<A*>(std::aligned_alloc(64, (ceil_div(static_cast<size_t>(count) * sizeof(A), 64) + 1) * 64))) {}
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -6,18 +6,10 @@
 #pragma once
 
 #include "common/device.h"
+#include "common/integers.h"
 #include "common/strided.h"
 
 namespace madkernels::device {
-
-template <class I>
-__device__ I least(I a, I b) {
-  return a < b ? a : b;
-}
-template <class I>
-__device__ I most(I a, I b) {
-  return a > b ? a : b;
-}
 
 // v[i] = rows[b, t + i, channel], i < count; zero from there on. Whole stretches have no condition at each step.
 template <class T, int kSteps>

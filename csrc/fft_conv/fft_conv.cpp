@@ -119,7 +119,7 @@ struct OnGpu {
       a.u = time_dense(a.u), a.pre_gate = time_dense(a.pre_gate), a.post_gate = time_dense(a.post_gate);
       p.u = rows_of(a.u), p.pre_gate = rows_or_none(a.pre_gate), p.post_gate = rows_or_none(a.post_gate);
     }
-    const int64_t tiles = (p.dim + (1 << g.channels_log2) - 1) >> g.channels_log2;
+    const int64_t tiles = ceil_div(p.dim, 1 << g.channels_log2);
     // The backward's blocks: two a multiprocessor, slices of the sequences making up for few channels.
     p.slices =
         std::clamp<int64_t>(2 * on.multiprocessors() / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(p.docs.count, 1));
@@ -207,7 +207,7 @@ void run_backward(const char* op, Arguments& a, const Tensor& dout, const Option
   }
   OnGpu gpu(op, a, true);
   const Tensor dspectra = zeros({p.slices, p.dim, gpu.g.points, 2});
-  const int64_t chunks = (p.seqlen + gpu::kSkipRows - 1) / gpu::kSkipRows;
+  const int64_t chunks = ceil_div(p.seqlen, gpu::kSkipRows);
   const Tensor dskip_parts = empty({p.batch * chunks, a.skip ? p.dim : 0}, ScalarType::Float, a.u);
   const auto target = [&](const OptionalTensor& t) { return t ? OptionalTensor(gpu.target(*t)) : std::nullopt; };
   const Tensor gradient = gpu.copies ? time_dense(dout) : dout, du = gpu.target(to.du);
@@ -238,14 +238,14 @@ constexpr int64_t kItems = 32;
 
 int64_t tiles_of(const FftConv& p) {
   const int64_t lanes = fft_conv_cpu().vector_bytes / (p.dtype == DType::kFloat64 ? 8 : 4);
-  return (p.dim + lanes - 1) / lanes;
+  return ceil_div(p.dim, lanes);
 }
 
 // Documents are planned for lengths a quarter of a power of two apart, so that those of a size share the filter's spectrum.
 int64_t planned_length(int64_t length) {
   int64_t step = 1;
   while (step * 8 <= length) step *= 2;
-  return (length + step - 1) / step * step;
+  return ceil_div(length, step) * step;
 }
 
 // The plans of all sequences, the order in which those of one plan lie together, and the slices of that order.

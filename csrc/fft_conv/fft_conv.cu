@@ -144,14 +144,12 @@ __global__ void __launch_bounds__(kThreads) step(FftConv p) {
   *p.out.at<T>(sequence, 0, channel) = from_float<T>(sum);
 }
 
-int64_t blocks_for(int64_t threads, int of_a_block) { return (threads + of_a_block - 1) / of_a_block; }
-
 }  // namespace
 
 void fft_conv_spectra(const FftConvOnGpu& g, Stream stream) {
   const int log2 = g.classes[g.count - 1].log2;
   auto* roots = const_cast<Root<float>*>(g.roots);
-  launch("fft_conv roots", fill_roots, blocks_for(int64_t{1} << log2, kFftThreads), kFftThreads, 0, stream, roots, log2);
+  launch("fft_conv roots", fill_roots, ceil_div(int64_t{1} << log2, kFftThreads), kFftThreads, 0, stream, roots, log2);
   for (int k = 0; k < g.on_chip; k++) {
     const int bytes = shared_bytes(g.channels_log2, g.classes[k].log2);
     launch("fft_conv spectra", split_filters, tiles(g.forward.groups, g.channels_log2), kFftThreads, bytes, stream, g, k);
@@ -188,14 +186,14 @@ void fft_conv_forward(const FftConvOnGpu& g, Stream stream) {
 
 void fft_conv_final_state(const FftConv& p, Stream stream) {
   dispatch_gpu(p.dtype, [&]<class T>() {
-    launch("fft_conv final state", copy_final_state<T>, blocks_for(p.docs.count * (p.taps - 1) * p.dim, kThreads), kThreads,
-           0, stream, p);
+    launch("fft_conv final state", copy_final_state<T>, ceil_div(p.docs.count * (p.taps - 1) * p.dim, kThreads), kThreads, 0,
+           stream, p);
   });
 }
 
 void fft_conv_step(const FftConv& p, Stream stream) {
   dispatch_gpu(p.dtype, [&]<class T>() {
-    launch("fft_conv_step", step<T>, blocks_for(p.docs.count * p.dim, kThreads), kThreads, 0, stream, p);
+    launch("fft_conv_step", step<T>, ceil_div(p.docs.count * p.dim, kThreads), kThreads, 0, stream, p);
   });
 }
 

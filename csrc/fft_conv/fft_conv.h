@@ -10,6 +10,7 @@
 
 #include "common/cpu.h"
 #include "common/dtype.h"
+#include "common/integers.h"
 #include "common/strided.h"
 #include "fft_conv/butterflies.h"
 #include "fft_conv/plan.h"

@@ -261,8 +261,7 @@ __global__ void __launch_bounds__(kThreads) empty_state_gradients(FftConvBackwar
 template <class T>
 __global__ void __launch_bounds__(kThreads) skip_gradients(FftConvBackwardOnGpu q) {
   const FftConv& p = q.convolution.forward;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
-                chunks = (p.seqlen + kSkipRows - 1) / kSkipRows;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, chunks = ceil_div(p.seqlen, kSkipRows);
   if (i >= p.batch * chunks * p.dim) return;
   const int channel = static_cast<int>(i % p.dim), seqlen = static_cast<int>(p.seqlen);
   const Place at{0, static_cast<int>(i / p.dim / chunks), 0, seqlen};
@@ -273,8 +272,6 @@ __global__ void __launch_bounds__(kThreads) skip_gradients(FftConvBackwardOnGpu 
   }
   static_cast<float*>(q.gradients.dskip_parts)[i] = sum;
 }
-
-int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
 
 // dv and dpost_gate of the classes above shared memory, and the spectrum of dfilter.
 template <class T>
@@ -321,8 +318,8 @@ void fft_conv_backward(const FftConvBackwardOnGpu& q, Stream stream) {
   const FftConvOnGpu& g = q.convolution;
   const FftConv& p = g.forward;
   if (q.gradients.dinitial_state != nullptr) {
-    launch("fft_conv_backward empty states", empty_state_gradients, blocks_for(p.docs.count * p.history * p.dim), kThreads,
-           0, stream, q);
+    launch("fft_conv_backward empty states", empty_state_gradients, ceil_div(p.docs.count * p.history * p.dim, kThreads),
+           kThreads, 0, stream, q);
   }
   dispatch_gpu(p.dtype, [&]<class T>() {
     if (g.on_chip > 0) {
@@ -331,8 +328,9 @@ void fft_conv_backward(const FftConvBackwardOnGpu& q, Stream stream) {
     }
     back_two_levels<T>(q, stream);
     if (q.gradients.dskip_parts != nullptr) {
-      const int64_t chunks = (p.seqlen + kSkipRows - 1) / kSkipRows;
-      launch("fft_conv_backward skip", skip_gradients<T>, blocks_for(p.batch * chunks * p.dim), kThreads, 0, stream, q);
+      const int64_t chunks = ceil_div(p.seqlen, kSkipRows);
+      launch("fft_conv_backward skip", skip_gradients<T>, ceil_div(p.batch * chunks * p.dim, kThreads), kThreads, 0, stream,
+             q);
     }
   });
   filter_gradients(q, stream);

@@ -75,7 +75,7 @@ class Forward {
 template <class T>
 void copy_final_state(const FftConv& p, int64_t i) {
   using A = Acc<T>;
-  const int64_t tiles = (p.dim + kLanes<A> - 1) / kLanes<A>;
+  const int64_t tiles = ceil_div(p.dim, kLanes<A>);
   const Sequence s = sequence_of(p, i / tiles);
   const Item item = {i % tiles * kLanes<A>, static_cast<int>(least<int64_t>(kLanes<A>, p.dim - i % tiles * kLanes<A>)), 0, 0,
                      0};
@@ -99,7 +99,7 @@ void copy_final_state(const FftConv& p, int64_t i) {
 template <class T>
 void step(const FftConv& p, int64_t i) {
   using A = Acc<T>;
-  const int64_t tiles = (p.dim + kLanes<A> - 1) / kLanes<A>;
+  const int64_t tiles = ceil_div(p.dim, kLanes<A>);
   const Sequence s = {i / tiles, i / tiles, 0, 1, nullptr};
   const Item item = {i % tiles * kLanes<A>, static_cast<int>(least<int64_t>(kLanes<A>, p.dim - i % tiles * kLanes<A>)), 0, 0,
                      0};

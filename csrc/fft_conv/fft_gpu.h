@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(kFftThreads, 2)
 
 // ---- launches ----
 
-inline int64_t tiles(int64_t channels, int channels_log2) { return (channels + (1 << channels_log2) - 1) >> channels_log2; }
+inline int64_t tiles(int64_t channels, int channels_log2) { return ceil_div(channels, 1 << channels_log2); }
 
 // Calls f(class, first channel, channels) for each class above shared memory and each chunk of channels.
 template <class F>

@@ -13,15 +13,6 @@ namespace madkernels::MADKERNELS_ISA {
 
 constexpr int kTileRows = 64;
 
-template <class I>
-inline I least(I a, I b) {
-  return a < b ? a : b;
-}
-template <class I>
-inline I most(I a, I b) {
-  return a > b ? a : b;
-}
-
 struct Sequence {
   int64_t b, doc, begin, length;
   const ConvPlan* plan;

@@ -21,7 +21,7 @@ struct Item {
     group = index / blocks % p.groups;
     b = index / blocks / p.groups;
     channel = group * p.channels_per_group() + first;
-    channels = p.channels_per_group() - first < kScanBlock ? p.channels_per_group() - first : kScanBlock;
+    channels = least(p.channels_per_group() - first, kScanBlock);
   }
 };
 
@@ -33,13 +33,11 @@ struct Chunk {
 
 constexpr int64_t kNoSlot = -1;
 
-inline int64_t chunk_count(int64_t length) { return (length + kScanChunk - 1) / kScanChunk; }
-
 // Up to `rows` steps of a document, from step `first` of it on.
 inline Chunk chunk_of(const SelectiveScan& p, int64_t doc, int64_t first, int64_t rows) {
   const int64_t begin = p.docs.begin(doc) + first, left = p.docs.end(doc) - begin;
   const int64_t slot = first % kScanChunk == 0 ? p.checkpoint_slot(doc, first / kScanChunk) : kNoSlot;
-  return {doc, begin, static_cast<int>(left < rows ? left : rows), slot};
+  return {doc, begin, static_cast<int>(least(left, rows)), slot};
 }
 
 // ---- staging ----
@@ -52,7 +50,7 @@ inline void stage(Acc<T>* staged, const Projection& from, const SelectiveScan& p
     const T* row = from.at<T>(b, chunk.begin + t, group);
     if (from.state == 1) {
       for (int64_t n = 0; n < p.dstate; n += kLanes<Acc<T>>) {
-        const int count = static_cast<int>(p.dstate - n < kLanes<Acc<T>> ? p.dstate - n : kLanes<Acc<T>>);
+        const int count = static_cast<int>(least<int64_t>(p.dstate - n, kLanes<Acc<T>>));
         store(staged + t * p.dstate + n, load(row + n, count), count);
       }
     } else {
@@ -169,7 +167,7 @@ inline void for_runs_of_states(int64_t dstate, F&& f) {
 template <class A, class F>
 inline void for_lanes(const Item& item, F&& f) {
   for (int64_t c = 0, i = 0; c < item.channels; c += kLanes<A>, i++) {
-    f(i, item.channel + c, static_cast<int>(item.channels - c < kLanes<A> ? item.channels - c : kLanes<A>));
+    f(i, item.channel + c, static_cast<int>(least<int64_t>(item.channels - c, kLanes<A>)));
   }
 }
 
@@ -178,7 +176,7 @@ template <class F>
 inline void for_batch_rows(const SelectiveScan& p, int64_t begin, int64_t end, F&& f) {
   const int64_t items = p.groups * p.blocks_per_group();
   while (begin < end) {
-    const int64_t row_end = (begin / items + 1) * items, stop = row_end < end ? row_end : end;
+    const int64_t row_end = (begin / items + 1) * items, stop = least(row_end, end);
     f(begin, stop);
     begin = stop;
   }

@@ -53,7 +53,7 @@ struct Run {
 
 template <int kStates>
 __device__ int runs_of(int64_t dstate) {
-  return static_cast<int>((dstate + kStates - 1) / kStates);
+  return static_cast<int>(ceil_div(dstate, kStates));
 }
 
 // v[n] = matrix[row, first + n]; matrix [rows, dstate], absent: zeros.

@@ -9,6 +9,7 @@
 
 #include "common/cpu.h"
 #include "common/dtype.h"
+#include "common/integers.h"
 #include "common/strided.h"
 
 namespace madkernels {
@@ -37,15 +38,15 @@ struct SelectiveScan {
 
   // Where the states that enter a document's chunk lie among the checkpoints.
   int64_t checkpoint_slot(int64_t doc, int64_t chunk) const {
-    if (docs.cu_seqlens == nullptr) return doc * ((seqlen + kScanChunk - 1) / kScanChunk) + chunk;
+    if (docs.cu_seqlens == nullptr) return doc * ceil_div(seqlen, kScanChunk) + chunk;
     return docs.cu_seqlens[doc] / kScanChunk + doc + chunk;
   }
   int64_t checkpoint_slots() const {
-    if (docs.cu_seqlens == nullptr) return batch * ((seqlen + kScanChunk - 1) / kScanChunk);
+    if (docs.cu_seqlens == nullptr) return batch * ceil_div(seqlen, kScanChunk);
     return seqlen / kScanChunk + docs.count;
   }
   MADKERNELS_ANYWHERE int64_t channels_per_group() const { return dim / groups; }
-  MADKERNELS_ANYWHERE int64_t blocks_per_group() const { return (channels_per_group() + kScanBlock - 1) / kScanBlock; }
+  MADKERNELS_ANYWHERE int64_t blocks_per_group() const { return ceil_div(channels_per_group(), kScanBlock); }
 };
 
 struct SelectiveScanBackward {
@@ -92,11 +93,10 @@ inline ScanSplit split_scan(const SelectiveScan& p, int64_t multiprocessors) {
   constexpr int64_t kBlocksEach = 8, kLeastRows = 256;
   if (p.seqlen == 0) return {0, 0, nullptr, nullptr};
   const int64_t blocks = p.batch * p.groups * p.blocks_per_group(), wanted = multiprocessors * kBlocksEach;
-  int64_t segments = blocks > 0 ? wanted / blocks : 1;
-  if (segments > p.seqlen / kLeastRows) segments = p.seqlen / kLeastRows;
+  const int64_t segments = least(blocks > 0 ? wanted / blocks : 1, p.seqlen / kLeastRows);
   if (segments < 3) return {1, p.seqlen, nullptr, nullptr};
-  const int64_t rows = ((p.seqlen + segments - 1) / segments + kScanChunk - 1) / kScanChunk * kScanChunk;
-  return {(p.seqlen + rows - 1) / rows, rows, nullptr, nullptr};
+  const int64_t rows = ceil_div(ceil_div(p.seqlen, segments), kScanChunk) * kScanChunk;
+  return {ceil_div(p.seqlen, rows), rows, nullptr, nullptr};
 }
 
 namespace gpu {

@@ -88,7 +88,7 @@ __device__ void advance_documents(float (&h)[kStates], const float (&log2)[kStat
 template <class T, int kStates>
 __device__ void enter_unit(float (&h)[kStates], const Thread<T, kStates>& k, const Run& run, int t, int unit) {
   if (unit == 0) {
-    const int64_t chunks = (k.p.seqlen + kChunk - 1) / kChunk;
+    const int64_t chunks = ceil_div(k.p.seqlen, kChunk);
     load_states(h, k.p.checkpoints, k.at.b * chunks + t / kChunk, k, run);
     return;
   }
@@ -452,7 +452,7 @@ void run_scan_back(const SelectiveScanBackward& q, const ScanSplit& split, Strea
   const int64_t blocks = scan_blocks(p, split);
   if (split.segments > 1) {
     launch("selective_scan_backward segments", scan_back_segment<T, kStates>, blocks, kScanThreads, 0, stream, q, split);
-    const int64_t chains = (p.batch * p.dstate * p.dim + kScanThreads - 1) / kScanThreads;
+    const int64_t chains = ceil_div(p.batch * p.dstate * p.dim, kScanThreads);
     launch("selective_scan_backward chain", chain_segments<true>, chains, kScanThreads, 0, stream, p, split);
   }
   launch("selective_scan_backward", scan_back<T, kStates>, blocks, kScanThreads,

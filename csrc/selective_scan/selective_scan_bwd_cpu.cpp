@@ -167,7 +167,7 @@ class BackwardRow {
         clear<A>(dh + i * p.dstate, p.dstate);
       }
     });
-    for (int64_t i = chunk_count(p.docs.end(doc) - p.docs.begin(doc)) - 1; i >= 0; i--) {
+    for (int64_t i = ceil_div(p.docs.end(doc) - p.docs.begin(doc), kScanChunk) - 1; i >= 0; i--) {
       chunk_back(chunk_of(p, doc, i * kScanChunk, kScanChunk));
     }
     for_all_lanes([&](int64_t i, int64_t channel, int lanes) {

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kScanThreads, kBlocksEach) scan(SelectiveScan 
   const Columns columns{tiles, tiles + kUnit * kScanThreads, tiles + 2 * kUnit * kScanThreads};
   const Place at(p, split);
   const int runs = runs_of<kStates>(p.dstate);
-  const int64_t slot = at.slot(split), chunks = (p.seqlen + kScanChunk - 1) / kScanChunk;
+  const int64_t slot = at.slot(split), chunks = ceil_div(p.seqlen, kScanChunk);
   Document document = document_at(p.docs, at.b, at.begin);
   float h[kStates], log2[kStates], elapsed = 0;
   clear(h);
@@ -165,7 +165,7 @@ void run_scan(const SelectiveScan& p, const ScanSplit& split, Stream stream) {
   const int64_t blocks = scan_blocks(p, split);
   if (split.segments > 1) {
     launch("selective_scan segments", scan<T, kStates, false>, blocks, kScanThreads, 0, stream, p, split);
-    const int64_t chains = (p.batch * p.dstate * p.dim + kScanThreads - 1) / kScanThreads;
+    const int64_t chains = ceil_div(p.batch * p.dstate * p.dim, kScanThreads);
     launch("selective_scan chain", chain_segments<false>, chains, kScanThreads, 0, stream, p, split);
   }
   launch("selective_scan", scan<T, kStates, true>, blocks, kScanThreads, 0, stream, p, split);
@@ -176,8 +176,8 @@ void run_scan(const SelectiveScan& p, const ScanSplit& split, Stream stream) {
 void pass_states_of_empty_documents(const SelectiveScan& p, const void* from, void* to, Stream stream) {
   if (p.docs.cu_seqlens == nullptr && p.seqlen > 0) return;
   const int64_t states = p.dim * p.dstate;
-  launch("selective_scan empty documents", pass_empty_documents, (p.docs.count * states + kScanThreads - 1) / kScanThreads,
-         kScanThreads, 0, stream, p.docs, states, from, to);
+  launch("selective_scan empty documents", pass_empty_documents, ceil_div(p.docs.count * states, kScanThreads), kScanThreads,
+         0, stream, p.docs, states, from, to);
 }
 
 void selective_scan_forward(const SelectiveScan& p, const ScanSplit& split, Stream stream) {
