@@ -29,7 +29,7 @@ struct CausalConv {
   const void* initial_state;  // [docs, width - 1, dim] or null
   void* final_state;          // [docs, width - 1, dim]; may be initial_state
 
-  MADKERNELS_ANYWHERE bool dense_channels() const { return x.lane == 1; }
+  MADKERNELS_ANYWHERE bool dense_channels() const { return x.channels_contiguous(); }
   MADKERNELS_ANYWHERE int64_t chunks() const { return ceil_div(seqlen, kConvChunk); }
   // Items: (batch row, chunk of time) where channels are dense, (batch row, channel) where time is.
   int64_t items() const { return batch * (dense_channels() ? (dim > 0 ? chunks() : 0) : dim); }

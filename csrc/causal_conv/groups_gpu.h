@@ -126,7 +126,7 @@ __device__ void load_lanes(float (&v)[kLanes][kCount], const Rows& rows, const C
   if constexpr (kLanes == 1) return load_steps<T>(v[0], rows, at.b, t, at.channel, count);
   const T* p = rows.at<T>(at.b, t, at.channel);
   const auto load = [&](int i) {
-    const Vector<T, kLanes> wide = load_vector<kLanes>(p + i * rows.row);
+    const Vector<T, kLanes> wide = load_vector<kLanes>(p + i * rows.time_stride);
 #pragma unroll
     for (int l = 0; l < kLanes; l++) v[l][i] = to_float(wide[l]);
   };
@@ -151,7 +151,7 @@ __device__ void store_lanes(const Rows& rows, const Channel& at, int t, const fl
     Vector<T, kLanes> wide;
 #pragma unroll
     for (int l = 0; l < kLanes; l++) wide[l] = from_float<T>(v[l][i]);
-    store_vector<kLanes>(p + i * rows.row, wide);
+    store_vector<kLanes>(p + i * rows.time_stride, wide);
   };
   if (count >= kCount) {
 #pragma unroll
@@ -194,7 +194,8 @@ __device__ void load_inputs(float (&x)[kLanes][kCount + kHalo], const CausalConv
 template <class T, int kLanes>
 bool are_aligned(std::initializer_list<Rows> all, int64_t dim) {
   for (const Rows& rows : all) {
-    if (rows.lane != 1 || dim % kLanes != 0 || rows.row % kLanes != 0 || rows.batch % kLanes != 0) return false;
+    if (!rows.channels_contiguous() || dim % kLanes != 0) return false;
+    if (rows.time_stride % kLanes != 0 || rows.batch_stride % kLanes != 0) return false;
     if (!is_aligned<kLanes>(static_cast<const T*>(rows.data))) return false;
   }
   return true;

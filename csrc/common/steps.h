@@ -16,7 +16,7 @@ template <class T, int kSteps>
 __device__ void load_steps(float (&v)[kSteps], const Rows& rows, int b, int t, int channel, int count) {
   constexpr int kWide = 16 / static_cast<int>(sizeof(T));
   const T* p = rows.at<T>(b, t, channel);
-  if (kSteps % kWide == 0 && count == kSteps && rows.row == 1 && is_aligned<kWide>(p)) {
+  if (kSteps % kWide == 0 && count == kSteps && rows.time_contiguous() && is_aligned<kWide>(p)) {
 #pragma unroll
     for (int i = 0; i < kSteps; i += kWide) {
       const Vector<T, kWide> wide = load_vector<kWide>(p + i);
@@ -25,10 +25,10 @@ __device__ void load_steps(float (&v)[kSteps], const Rows& rows, int b, int t, i
     }
   } else if (count == kSteps) {
 #pragma unroll
-    for (int i = 0; i < kSteps; i++) v[i] = to_float(p[i * rows.row]);
+    for (int i = 0; i < kSteps; i++) v[i] = to_float(p[i * rows.time_stride]);
   } else {
 #pragma unroll
-    for (int i = 0; i < kSteps; i++) v[i] = i < count ? to_float(p[i * rows.row]) : 0.f;
+    for (int i = 0; i < kSteps; i++) v[i] = i < count ? to_float(p[i * rows.time_stride]) : 0.f;
   }
 }
 
@@ -36,7 +36,7 @@ template <class T, int kSteps>
 __device__ void store_steps(const Rows& rows, int b, int t, int channel, const float (&v)[kSteps], int count) {
   constexpr int kWide = 16 / static_cast<int>(sizeof(T));
   T* p = rows.at<T>(b, t, channel);
-  if (kSteps % kWide == 0 && count == kSteps && rows.row == 1 && is_aligned<kWide>(p)) {
+  if (kSteps % kWide == 0 && count == kSteps && rows.time_contiguous() && is_aligned<kWide>(p)) {
 #pragma unroll
     for (int i = 0; i < kSteps; i += kWide) {
       Vector<T, kWide> wide;
@@ -46,11 +46,11 @@ __device__ void store_steps(const Rows& rows, int b, int t, int channel, const f
     }
   } else if (count == kSteps) {
 #pragma unroll
-    for (int i = 0; i < kSteps; i++) p[i * rows.row] = from_float<T>(v[i]);
+    for (int i = 0; i < kSteps; i++) p[i * rows.time_stride] = from_float<T>(v[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < kSteps; i++) {
-      if (i < count) p[i * rows.row] = from_float<T>(v[i]);
+      if (i < count) p[i * rows.time_stride] = from_float<T>(v[i]);
     }
   }
 }

@@ -7,26 +7,28 @@
 
 namespace madkernels {
 
-// [batch, seqlen, dim]; either `row` (time) or `lane` (channel) is 1.
+// [batch, seqlen, dim]; the stride of time or that of channels is 1.
 struct Rows {
   void* data = nullptr;
-  int64_t batch = 0, row = 0, lane = 0;
+  int64_t batch_stride = 0, time_stride = 0, channel_stride = 0;
 
   MADKERNELS_ANYWHERE explicit operator bool() const { return data != nullptr; }
   template <class T>
   MADKERNELS_ANYWHERE T* at(int64_t b, int64_t t, int64_t d) const {
-    return static_cast<T*>(data) + b * batch + t * row + d * lane;
+    return static_cast<T*>(data) + b * batch_stride + t * time_stride + d * channel_stride;
   }
+  MADKERNELS_ANYWHERE bool channels_contiguous() const { return channel_stride == 1; }
+  MADKERNELS_ANYWHERE bool time_contiguous() const { return time_stride == 1; }
 };
 
 // [batch, seqlen, groups, dstate], any strides.
 struct Projection {
   void* data = nullptr;
-  int64_t batch = 0, row = 0, group = 0, state = 0;
+  int64_t batch_stride = 0, time_stride = 0, group_stride = 0, state_stride = 0;
 
   template <class T>
   MADKERNELS_ANYWHERE T* at(int64_t b, int64_t t, int64_t g) const {
-    return static_cast<T*>(data) + b * batch + t * row + g * group;
+    return static_cast<T*>(data) + b * batch_stride + t * time_stride + g * group_stride;
   }
 };
 

@@ -71,7 +71,7 @@ Arguments check(const char* op, const Tensor& u, const Tensor& filter, const Opt
               p};
   FftConv& q = a.params;
   q.u = rows_of(a.u), q.pre_gate = rows_or_none(a.pre_gate), q.post_gate = rows_or_none(a.post_gate);
-  q.filter = a.filter.data_ptr(), q.filter_group = a.filter.stride(0), q.filter_lag = a.filter.stride(1);
+  q.filter = a.filter.data_ptr(), q.filter_group_stride = a.filter.stride(0), q.filter_lag_stride = a.filter.stride(1);
   q.skip = data_or_null(a.skip), q.initial_state = data_or_null(a.initial_state);
   return a;
 }

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kFftThreads, 2) split_filters(FftConvOnGpu g, 
   const Shared s = shared_points(g.channels_log2, c.log2, 1);
   const int first = static_cast<int>(blockIdx.x) << g.channels_log2;
   split_all(
-      s, c.log2, g.roots, p.filter_group == 1,
+      s, c.log2, g.roots, p.filter_group_stride == 1,
       [&](int channel, int i) { return load_rows<Taps>(g, klass, Place{}, first + channel, first + channel < p.groups, i); },
       [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
         if (first + b.channel >= p.groups) return;
@@ -80,13 +80,13 @@ __global__ void __launch_bounds__(kFftThreads, 2) convolve(FftConvOnGpu g) {
   const int shared = static_cast<int>(p.channels_a_group());
   const Shared s = shared_points(g.channels_log2, c.log2, 1);
   split_all(
-      s, c.log2, g.roots, p.u.lane == 1,
+      s, c.log2, g.roots, p.u.channels_contiguous(),
       [&](int channel, int i) { return load_rows<Inputs<T>>(g, klass, at, first + channel, first + channel < dim, i); },
       [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
         const int group = least(first + b.channel, dim - 1) / shared;
         multiply<kLevels>(s, z, b, g.spectra + group * g.points + c.offset, g.roots);
       });
-  join_rest(s, c.log2, g.roots, p.u.lane == 1, [&](int channel, int i, const ComplexFloat& z) {
+  join_rest(s, c.log2, g.roots, p.u.channels_contiguous(), [&](int channel, int i, const ComplexFloat& z) {
     store_rows<Outputs<T>>(g, klass, at, first + channel, first + channel < dim, i, z);
   });
 }
@@ -132,11 +132,11 @@ __global__ void __launch_bounds__(kThreads) step(FftConv p) {
   const int channel = static_cast<int>(i % p.dim), sequence = static_cast<int>(i / p.dim);
   const Place at{sequence, sequence, 0, 1};
   const float v = input_at<T>(p, at, 0, channel);
-  const float* filter = static_cast<const float*>(p.filter) + channel / p.channels_a_group() * p.filter_group;
+  const float* filter = static_cast<const float*>(p.filter) + channel / p.channels_a_group() * p.filter_group_stride;
   float sum = filter[0] * v;
   for (int64_t r = 0; r < rows; r++) {
     float* place = state_at(p, p.final_state, rows, sequence, r, channel);
-    sum += filter[(rows - r) * p.filter_lag] * *place;
+    sum += filter[(rows - r) * p.filter_lag_stride] * *place;
     *place = r + 1 < rows ? place[p.dim] : v;
   }
   if (p.skip != nullptr) sum += static_cast<const float*>(p.skip)[channel] * v;

@@ -23,12 +23,12 @@ struct FftConv {
   int64_t ahead;
   Documents docs;
 
-  Rows u, pre_gate, post_gate, out;  // [batch, seqlen, dim]; one dense axis each; gates may be null
-  const void* filter;                // [groups, taps]; accumulation type; one dense axis
-  int64_t filter_group, filter_lag;  // its strides
-  const void* skip;                  // [dim] or null; accumulation type
-  const void* initial_state;         // [docs, history, dim] or null; accumulation type
-  void* final_state;                 // [docs, taps - 1, dim] or null; accumulation type
+  Rows u, pre_gate, post_gate, out;                // [batch, seqlen, dim]; one dense axis each; gates may be null
+  const void* filter;                              // [groups, taps]; accumulation type; one dense axis
+  int64_t filter_group_stride, filter_lag_stride;  // its strides
+  const void* skip;                                // [dim] or null; accumulation type
+  const void* initial_state;                       // [docs, history, dim] or null; accumulation type
+  void* final_state;                               // [docs, taps - 1, dim] or null; accumulation type
 
   const ConvPlan* plans;  // [docs], on the CPU
   const int64_t* order;   // [docs] sequences, those of one plan together

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kFftThreads, 2) back_convolve(FftConvBackwardO
   const int slices = static_cast<int>(p.slices), slice = static_cast<int>(blockIdx.x) % slices;
   const int first = (static_cast<int>(blockIdx.x) / slices) << g.channels_log2, dim = static_cast<int>(p.dim);
   const int shared = static_cast<int>(p.channels_a_group());
-  const bool channels_fastest = p.u.lane == 1;
+  const bool channels_fastest = p.u.channels_contiguous();
   const int64_t last = (slice + 1) * p.docs.count / slices;
   for (int64_t doc = slice * p.docs.count / slices; doc < last; doc++) {
     const Place at = place_of(p, static_cast<int>(doc));

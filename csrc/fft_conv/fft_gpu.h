@@ -216,7 +216,8 @@ struct Taps {
   static __device__ float get(const Params& g, int klass, const Place&, int group, int row) {
     const FftConv& p = g.forward;
     if (row >= g.classes[klass].taps) return 0.f;
-    const float tap = static_cast<const float*>(p.filter)[group * p.filter_group + (g.first_tap + row) * p.filter_lag];
+    const float tap =
+        static_cast<const float*>(p.filter)[group * p.filter_group_stride + (g.first_tap + row) * p.filter_lag_stride];
     return tap / static_cast<float>(1 << g.classes[klass].log2);
   }
 };

@@ -70,7 +70,9 @@ struct Window {
 template <bool kForWriting, class T>
 inline void prefetch_rows(const Rows& a, const Sequence& s, const Item& item, int64_t t, int count) {
   const int ahead = static_cast<int>(least<int64_t>(count, s.length - t - count));
-  if (ahead > 0) prefetch_tile<kForWriting>(a.at<T>(s.b, s.begin + t + count, item.d), a.row, a.lane, ahead, item.lanes);
+  if (ahead > 0)
+    prefetch_tile<kForWriting>(a.at<T>(s.b, s.begin + t + count, item.d), a.time_stride, a.channel_stride, ahead,
+                               item.lanes);
 }
 
 // rows[i] = a[t + i] b[t + i], where b may be absent.
@@ -78,18 +80,18 @@ template <class T>
 inline void load_product(Vec<Acc<T>>* rows, const Rows& a, const Rows& b, const Sequence& s, const Item& item, int64_t t,
                          int count) {
   prefetch_rows<false, T>(a, s, item, t, count);
-  load_tile(rows, a.at<T>(s.b, s.begin + t, item.d), a.row, a.lane, count, item.lanes);
+  load_tile(rows, a.at<T>(s.b, s.begin + t, item.d), a.time_stride, a.channel_stride, count, item.lanes);
   if (!b) return;
   Vec<Acc<T>> gate[kTileRows];
   prefetch_rows<false, T>(b, s, item, t, count);
-  load_tile(gate, b.at<T>(s.b, s.begin + t, item.d), b.row, b.lane, count, item.lanes);
+  load_tile(gate, b.at<T>(s.b, s.begin + t, item.d), b.time_stride, b.channel_stride, count, item.lanes);
   for (int i = 0; i < count; i++) rows[i] *= gate[i];
 }
 
 template <class T>
 inline void store_rows(const Rows& to, const Vec<Acc<T>>* rows, const Sequence& s, const Item& item, int64_t t, int count) {
   prefetch_rows<true, T>(to, s, item, t, count);
-  store_tile(to.at<T>(s.b, s.begin + t, item.d), to.row, to.lane, rows, count, item.lanes);
+  store_tile(to.at<T>(s.b, s.begin + t, item.d), to.time_stride, to.channel_stride, rows, count, item.lanes);
 }
 
 // Row r of a document's state, [docs, rows, dim].
@@ -148,13 +150,14 @@ inline void stage_filter(Vec<A>* buffer, const FftConv& p, const ConvPlan& plan,
   const auto* filter = static_cast<const A*>(p.filter);
   const int64_t rows = plan.direct ? plan.taps : 2 * plan.fft.points(), shared = p.channels_a_group();
   stage<A>(buffer, Fold(plan), 0, rows, 0, plan.taps, [&](Vec<A>* tile, int64_t j, int count) {
-    const A* from = filter + (plan.first_tap + j) * p.filter_lag;
+    const A* from = filter + (plan.first_tap + j) * p.filter_lag_stride;
     if (shared == 1) {
-      load_tile(tile, from + item.d * p.filter_group, p.filter_lag, p.filter_group, count, item.lanes);
+      load_tile(tile, from + item.d * p.filter_group_stride, p.filter_lag_stride, p.filter_group_stride, count, item.lanes);
     } else {
       for (int i = 0; i < count; i++) {
         tile[i] = Vec<A>{};
-        for (int l = 0; l < item.lanes; l++) tile[i][l] = from[(item.d + l) / shared * p.filter_group + i * p.filter_lag];
+        for (int l = 0; l < item.lanes; l++)
+          tile[i][l] = from[(item.d + l) / shared * p.filter_group_stride + i * p.filter_lag_stride];
       }
     }
     for (int i = 0; i < count; i++) tile[i] *= scale;

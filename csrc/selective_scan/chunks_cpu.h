@@ -48,33 +48,34 @@ inline void stage(Acc<T>* staged, const Projection& from, const SelectiveScan& p
                   const Chunk& chunk) {
   for (int t = 0; t < chunk.rows; t++) {
     const T* row = from.at<T>(b, chunk.begin + t, group);
-    if (from.state == 1) {
+    if (from.state_stride == 1) {
       for (int64_t n = 0; n < p.dstate; n += kLanes<Acc<T>>) {
         const int count = static_cast<int>(least<int64_t>(p.dstate - n, kLanes<Acc<T>>));
         store(staged + t * p.dstate + n, load(row + n, count), count);
       }
     } else {
-      for (int64_t n = 0; n < p.dstate; n++) staged[t * p.dstate + n] = load_one(row + n * from.state);
+      for (int64_t n = 0; n < p.dstate; n++) staged[t * p.dstate + n] = load_one(row + n * from.state_stride);
     }
   }
 }
 
 template <class T>
 inline void load_rows(Vec<Acc<T>>* tile, const Rows& rows, int64_t b, const Chunk& chunk, int64_t channel, int lanes) {
-  load_tile(tile, rows.at<T>(b, chunk.begin, channel), rows.row, rows.lane, chunk.rows, lanes);
+  load_tile(tile, rows.at<T>(b, chunk.begin, channel), rows.time_stride, rows.channel_stride, chunk.rows, lanes);
 }
 
 // Asks for the next lanes of the chunk, while these are worked on.
 template <class T>
 inline void prefetch_rows(const Rows& rows, int64_t b, const Chunk& chunk, int64_t channel) {
   if (rows)
-    prefetch_tile(rows.at<T>(b, chunk.begin, channel + kLanes<Acc<T>>), rows.row, rows.lane, chunk.rows, kLanes<Acc<T>>);
+    prefetch_tile(rows.at<T>(b, chunk.begin, channel + kLanes<Acc<T>>), rows.time_stride, rows.channel_stride, chunk.rows,
+                  kLanes<Acc<T>>);
 }
 
 template <class T>
 inline void store_rows(const Rows& rows, int64_t b, const Chunk& chunk, int64_t channel, const Vec<Acc<T>>* tile,
                        int lanes) {
-  store_tile(rows.at<T>(b, chunk.begin, channel), rows.row, rows.lane, tile, chunk.rows, lanes);
+  store_tile(rows.at<T>(b, chunk.begin, channel), rows.time_stride, rows.channel_stride, tile, chunk.rows, lanes);
 }
 
 template <class A>

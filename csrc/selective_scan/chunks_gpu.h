@@ -113,9 +113,9 @@ __device__ void stage(float* staged, const Projection& from, const Place& at, in
   constexpr int kRowsAtOnce = kScanThreads / kStates;
   static_assert(kScanThreads % kStates == 0);
   const int n = static_cast<int>(threadIdx.x) % kStates, first = static_cast<int>(threadIdx.x) / kStates;
-  const T* p = from.at<T>(at.b, t + first, at.group) + (run.first + n) * from.state;
+  const T* p = from.at<T>(at.b, t + first, at.group) + (run.first + n) * from.state_stride;
 #pragma unroll
-  for (int i = first; i < kRows; i += kRowsAtOnce, p += kRowsAtOnce * from.row) {
+  for (int i = first; i < kRows; i += kRowsAtOnce, p += kRowsAtOnce * from.time_stride) {
     staged[i * kStates + n] = i < rows && n < run.count ? to_float(*p) : 0.f;
   }
 }

@@ -73,7 +73,7 @@ void forward_row(const SelectiveScan& p, int64_t begin, int64_t end) {
   using A = Acc<T>;
   constexpr int64_t kLaneGroups = kScanBlock / kLanes<A>;
   const int64_t groups = (end - begin) * kLaneGroups, b = Item(p, begin).b;
-  const int64_t rows = p.u.lane == 1 && p.delta.lane == 1 ? kSweptRows : kScanChunk;
+  const int64_t rows = p.u.channels_contiguous() && p.delta.channels_contiguous() ? kSweptRows : kScanChunk;
   Scratch<Vec<A>> log2(groups * p.dstate), fastest(groups), h(groups * p.dstate);
   Scratch<A> B(kScanChunk * p.dstate), C(kScanChunk * p.dstate);
   const auto for_all_lanes = [&](auto&& f) {
