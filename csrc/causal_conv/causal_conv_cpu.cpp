@@ -345,6 +345,6 @@ void backward(const CausalConvBackward& q, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const CausalConvKernels causal_conv_kernels = {forward, final_state, backward};
+const CausalConvKernels causal_conv_kernels = {.forward = forward, .final_state = final_state, .backward = backward};
 
 }  // namespace madkernels::MADKERNELS_ISA

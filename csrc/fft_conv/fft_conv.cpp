@@ -61,14 +61,14 @@ Arguments check(const char* op, const Tensor& u, const Tensor& filter, const Opt
   }
 
   const Tensor taps = torch::stable::to(filter, wide);
-  Arguments a{with_dense_axis(u),
-              taps.stride(0) == 1 || taps.stride(1) == 1 ? taps : torch::stable::contiguous(taps),
-              skip ? OptionalTensor(torch::stable::contiguous(torch::stable::to(*skip, wide))) : std::nullopt,
-              rows_with_dense_axis(pre_gate),
-              rows_with_dense_axis(post_gate),
-              contiguous(initial_state),
-              cu_seqlens,
-              p};
+  Arguments a{.u = with_dense_axis(u),
+              .filter = taps.stride(0) == 1 || taps.stride(1) == 1 ? taps : torch::stable::contiguous(taps),
+              .skip = skip ? OptionalTensor(torch::stable::contiguous(torch::stable::to(*skip, wide))) : std::nullopt,
+              .pre_gate = rows_with_dense_axis(pre_gate),
+              .post_gate = rows_with_dense_axis(post_gate),
+              .initial_state = contiguous(initial_state),
+              .cu_seqlens = cu_seqlens,
+              .params = p};
   FftConv& q = a.params;
   q.u = rows_of(a.u), q.pre_gate = rows_or_none(a.pre_gate), q.post_gate = rows_or_none(a.post_gate);
   q.filter = a.filter.data_ptr(), q.filter_group_stride = a.filter.stride(0), q.filter_lag_stride = a.filter.stride(1);
@@ -101,7 +101,7 @@ OptionalTensor time_dense(const OptionalTensor& t) { return t ? OptionalTensor(t
 // One convolution on a GPU: its plan, and the memory that holds it together.
 struct OnGpu {
   OnDevice on;
-  gpu::FftConvOnGpu g{};
+  gpu::FftConvOnGpu params{};
   bool copies;  // the channels of a block are too few to read them side by side: everything goes through time-dense copies
   Tensor roots, spectra, work, more_work;
 
@@ -109,33 +109,34 @@ struct OnGpu {
     FftConv& p = a.params;
     const int most_on_chip = gpu::most_on_chip(on.most_shared_bytes());
     choose_classes(op, p, most_on_chip);
-    const int log2 = g.classes[g.count - 1].log2;
-    g.channels_log2 = 0;
-    const int chip_log2 = g.on_chip > 0 ? g.classes[g.on_chip - 1].log2 : most_on_chip;
-    while (g.channels_log2 < 4 && (kPointsOfBlock >> (chip_log2 + g.channels_log2)) > 1) g.channels_log2++;
-    const int64_t bytes = (p.dtype == DType::kFloat32 ? 4 : 2) << (g.on_chip < g.count ? 0 : g.channels_log2);
+    const int log2 = params.classes[params.count - 1].log2;
+    params.channels_log2 = 0;
+    const int chip_log2 = params.on_chip > 0 ? params.classes[params.on_chip - 1].log2 : most_on_chip;
+    while (params.channels_log2 < 4 && (kPointsOfBlock >> (chip_log2 + params.channels_log2)) > 1) params.channels_log2++;
+    const int64_t bytes = (p.dtype == DType::kFloat32 ? 4 : 2) << (params.on_chip < params.count ? 0 : params.channels_log2);
     copies = a.u.stride(1) != 1 && bytes < 16;
     if (copies) {
       a.u = time_dense(a.u), a.pre_gate = time_dense(a.pre_gate), a.post_gate = time_dense(a.post_gate);
       p.u = rows_of(a.u), p.pre_gate = rows_or_none(a.pre_gate), p.post_gate = rows_or_none(a.post_gate);
     }
-    const int64_t tiles = ceil_div(p.dim, 1 << g.channels_log2);
+    const int64_t tiles = ceil_div(p.dim, 1 << params.channels_log2);
     // The backward's blocks: two a multiprocessor, slices of the sequences making up for few channels.
     p.slices =
         std::clamp<int64_t>(2 * on.multiprocessors() / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(p.docs.count, 1));
 
-    roots = points(int64_t{1} << log2, a), spectra = points(p.groups * g.points, a);
-    int64_t most = backward && g.on_chip > 0 ? (tiles * p.slices << g.channels_log2) << chip_log2 : 0;
-    if (g.on_chip < g.count) {
+    roots = points(int64_t{1} << log2, a), spectra = points(p.groups * params.points, a);
+    int64_t most = backward && params.on_chip > 0 ? (tiles * p.slices << params.channels_log2) << chip_log2 : 0;
+    if (params.on_chip < params.count) {
       const int64_t of_channel = p.docs.count << log2;
-      g.chunk = static_cast<int>(std::clamp<int64_t>(kWorkBytes / 8 / of_channel, 1, p.dim));
-      most = std::max(most, g.chunk * of_channel);
+      params.chunk = static_cast<int>(std::clamp<int64_t>(kWorkBytes / 8 / of_channel, 1, p.dim));
+      most = std::max(most, params.chunk * of_channel);
     }
-    work = points(most, a), more_work = points(backward && g.on_chip < g.count ? most : 0, a);
-    g.forward = p;
-    g.roots = static_cast<const fft::Root<float>*>(roots.data_ptr());
-    g.spectra = static_cast<ComplexFloat*>(spectra.data_ptr());
-    g.work = static_cast<ComplexFloat*>(work.data_ptr()), g.more_work = static_cast<ComplexFloat*>(more_work.data_ptr());
+    work = points(most, a), more_work = points(backward && params.on_chip < params.count ? most : 0, a);
+    params.forward = p;
+    params.roots = static_cast<const fft::Root<float>*>(roots.data_ptr());
+    params.spectra = static_cast<ComplexFloat*>(spectra.data_ptr());
+    params.work = static_cast<ComplexFloat*>(work.data_ptr()),
+    params.more_work = static_cast<ComplexFloat*>(more_work.data_ptr());
   }
 
   static Tensor points(int64_t count, const Arguments& a) { return empty({count, 2}, ScalarType::Float, a.u); }
@@ -154,7 +155,7 @@ struct OnGpu {
     const int most = most_on_chip + gpu::kMostColumns;
     const int64_t first_tap = std::max<int64_t>(0, p.ahead - (p.seqlen - 1));
     const int64_t ahead = p.ahead - first_tap, taps = std::min(p.taps, p.seqlen + p.ahead + p.history) - first_tap;
-    g.first_tap = static_cast<int>(first_tap), g.shift = static_cast<int>(p.history + ahead);
+    params.first_tap = static_cast<int>(first_tap), params.shift = static_cast<int>(p.history + ahead);
     int64_t longest = 0;
     for (int log2 = gpu::kLeastLog2; longest < p.seqlen; log2++) {
       MK_CHECK(log2 <= most, op, ": this GPU takes sequences and filters of up to 2^", most + 1, " samples together; got ",
@@ -162,12 +163,12 @@ struct OnGpu {
       const int64_t samples = int64_t{2} << log2;
       // With all taps, or with no more than a sequence has inputs.
       longest = std::max(samples - taps + 1, p.ahead > 0 ? 0 : (samples + 1 - p.history) / 2) + ahead;
-      longest = std::min({longest, samples - g.shift, p.seqlen});
+      longest = std::min({longest, samples - params.shift, p.seqlen});
       if (longest < (p.docs.cu_seqlens ? 1 : p.seqlen)) continue;
       const int64_t seen = std::min(taps, samples - longest + ahead + 1);
-      g.classes[g.count++] = {log2, static_cast<int>(longest), static_cast<int>(seen), g.points};
-      g.points += int64_t{1} << log2;
-      if (log2 <= most_on_chip) g.on_chip = g.count;
+      params.classes[params.count++] = {log2, static_cast<int>(longest), static_cast<int>(seen), params.points};
+      params.points += int64_t{1} << log2;
+      if (log2 <= most_on_chip) params.on_chip = params.count;
     }
   }
 };
@@ -176,12 +177,12 @@ bool is_empty(const FftConv& p) { return p.docs.count == 0 || p.seqlen == 0 || p
 
 void run_forward(const char* op, Arguments& a, Tensor& out) {
   if (is_empty(a.params)) return;
-  OnGpu gpu(op, a, false);
-  const Tensor to = gpu.target(out);
-  gpu.g.forward.out = rows_of(to);
-  gpu::fft_conv_spectra(gpu.g, gpu.on.stream());
-  gpu::fft_conv_forward(gpu.g, gpu.on.stream());
-  gpu.deliver(to, out);
+  OnGpu call(op, a, false);
+  const Tensor to = call.target(out);
+  call.params.forward.out = rows_of(to);
+  gpu::fft_conv_spectra(call.params, call.on.stream());
+  gpu::fft_conv_forward(call.params, call.on.stream());
+  call.deliver(to, out);
 }
 
 void run_final_state(const Arguments& a) { gpu::fft_conv_final_state(a.params, OnDevice(a.u).stream()); }
@@ -205,27 +206,29 @@ void run_backward(const char* op, Arguments& a, const Tensor& dout, const Option
     }
     return;
   }
-  OnGpu gpu(op, a, true);
-  const Tensor dspectra = zeros({p.slices, p.dim, gpu.g.points, 2});
+  OnGpu call(op, a, true);
+  const Tensor dspectra = zeros({p.slices, p.dim, call.params.points, 2});
   const int64_t chunks = ceil_div(p.seqlen, gpu::kSkipRows);
   const Tensor dskip_parts = empty({p.batch * chunks, a.skip ? p.dim : 0}, ScalarType::Float, a.u);
-  const auto target = [&](const OptionalTensor& t) { return t ? OptionalTensor(gpu.target(*t)) : std::nullopt; };
-  const Tensor gradient = gpu.copies ? time_dense(dout) : dout, du = gpu.target(to.du);
+  const auto target = [&](const OptionalTensor& t) { return t ? OptionalTensor(call.target(*t)) : std::nullopt; };
+  const Tensor gradient = call.copies ? time_dense(dout) : dout, du = call.target(to.du);
   const OptionalTensor dpre_gate = target(to.dpre_gate), dpost_gate = target(to.dpost_gate);
-  const FftConvBackward q{p,
-                          rows_of(gradient),
-                          rows_of(du),
-                          rows_or_none(dpre_gate),
-                          rows_or_none(dpost_gate),
-                          data_or_null(dfinal_state),
-                          to.dinitial_state ? to.dinitial_state->data_ptr() : nullptr,
-                          dfilter.data_ptr(),
-                          a.skip ? dskip_parts.data_ptr() : nullptr};
-  gpu::fft_conv_spectra(gpu.g, gpu.on.stream());
-  gpu::fft_conv_backward({gpu.g, q, static_cast<ComplexFloat*>(dspectra.data_ptr())}, gpu.on.stream());
-  gpu.deliver(du, to.du);
-  if (dpre_gate) gpu.deliver(*dpre_gate, *to.dpre_gate);
-  if (dpost_gate) gpu.deliver(*dpost_gate, *to.dpost_gate);
+  const FftConvBackward q{.forward = p,
+                          .dout = rows_of(gradient),
+                          .du = rows_of(du),
+                          .dpre_gate = rows_or_none(dpre_gate),
+                          .dpost_gate = rows_or_none(dpost_gate),
+                          .dfinal_state = data_or_null(dfinal_state),
+                          .dinitial_state = to.dinitial_state ? to.dinitial_state->data_ptr() : nullptr,
+                          .dfilter_parts = dfilter.data_ptr(),
+                          .dskip_parts = a.skip ? dskip_parts.data_ptr() : nullptr};
+  gpu::fft_conv_spectra(call.params, call.on.stream());
+  const gpu::FftConvBackwardOnGpu params{
+      .convolution = call.params, .gradients = q, .dspectra = static_cast<ComplexFloat*>(dspectra.data_ptr())};
+  gpu::fft_conv_backward(params, call.on.stream());
+  call.deliver(du, to.du);
+  if (dpre_gate) call.deliver(*dpre_gate, *to.dpre_gate);
+  if (dpost_gate) call.deliver(*dpost_gate, *to.dpost_gate);
   if (p.groups != p.dim) dfilter = sum_parts(torch::stable::view(dfilter, {p.groups, p.channels_a_group(), p.taps}), 1);
   to.dfilter = dfilter;
   if (a.skip) to.dskip = sum_parts(dskip_parts, 0);
@@ -312,15 +315,15 @@ void run_backward(const char*, Arguments& a, const Tensor& dout, const OptionalT
   const ScalarType wide = a.filter.scalar_type();
   const Tensor dfilter_parts = empty({p.slices, p.taps, p.dim}, wide, a.u);
   const Tensor dskip_parts = empty({p.slices, a.skip ? p.dim : 0}, wide, a.u);
-  const FftConvBackward q{p,
-                          rows_of(dout),
-                          rows_of(to.du),
-                          rows_or_none(to.dpre_gate),
-                          rows_or_none(to.dpost_gate),
-                          data_or_null(dfinal_state),
-                          to.dinitial_state ? to.dinitial_state->data_ptr() : nullptr,
-                          dfilter_parts.data_ptr(),
-                          a.skip ? dskip_parts.data_ptr() : nullptr};
+  const FftConvBackward q{.forward = p,
+                          .dout = rows_of(dout),
+                          .du = rows_of(to.du),
+                          .dpre_gate = rows_or_none(to.dpre_gate),
+                          .dpost_gate = rows_or_none(to.dpost_gate),
+                          .dfinal_state = data_or_null(dfinal_state),
+                          .dinitial_state = to.dinitial_state ? to.dinitial_state->data_ptr() : nullptr,
+                          .dfilter_parts = dfilter_parts.data_ptr(),
+                          .dskip_parts = a.skip ? dskip_parts.data_ptr() : nullptr};
   for_items(p, p.slices, 200 * p.docs.count / p.slices * p.seqlen,
             [&](int64_t begin, int64_t end) { fft_conv_cpu().backward(q, begin, end); });
   Tensor dfilter = p.slices == 1 ? torch::stable::view(dfilter_parts, {p.taps, p.dim}) : sum_parts(dfilter_parts, 0);
@@ -360,7 +363,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fft_conv_backward(
   checks.activation("dout", dout, shape_of(u));
   checks.tensor("dfinal_state", dfinal_state, a.states(), wide);
 
-  Gradients to{empty_rows(a.u)};
+  Gradients to{.du = empty_rows(a.u)};
   if (pre_gate) to.dpre_gate = empty_rows(*a.pre_gate);
   if (post_gate) to.dpost_gate = empty_rows(*a.post_gate);
   if (initial_state) to.dinitial_state = empty({p.docs.count, p.history, p.dim}, wide, u);

@@ -151,6 +151,10 @@ void one_step(const FftConv& p, int64_t begin, int64_t end) {
 
 extern void fft_conv_backward(const FftConvBackward& q, int64_t begin, int64_t end);
 
-const FftConvKernels fft_conv_kernels = {kVectorBytes, forward, fft_conv_backward, final_state, one_step};
+const FftConvKernels fft_conv_kernels = {.vector_bytes = kVectorBytes,
+                                         .forward = forward,
+                                         .backward = fft_conv_backward,
+                                         .final_state = final_state,
+                                         .step = one_step};
 
 }  // namespace madkernels::MADKERNELS_ISA

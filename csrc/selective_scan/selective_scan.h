@@ -91,12 +91,12 @@ struct ScanSplit {
 // Splits time where that gives each multiprocessor blocks to choose from; below 3 segments the two passes more do not pay.
 inline ScanSplit split_scan(const SelectiveScan& p, int64_t multiprocessors) {
   constexpr int64_t kBlocksEach = 8, kLeastRows = 256;
-  if (p.seqlen == 0) return {0, 0, nullptr, nullptr};
+  if (p.seqlen == 0) return {.segments = 0, .rows = 0, .states = nullptr, .elapsed = nullptr};
   const int64_t blocks = p.batch * p.groups * p.blocks_per_group(), wanted = multiprocessors * kBlocksEach;
   const int64_t segments = least(blocks > 0 ? wanted / blocks : 1, p.seqlen / kLeastRows);
-  if (segments < 3) return {1, p.seqlen, nullptr, nullptr};
+  if (segments < 3) return {.segments = 1, .rows = p.seqlen, .states = nullptr, .elapsed = nullptr};
   const int64_t rows = ceil_div(ceil_div(p.seqlen, segments), kScanChunk) * kScanChunk;
-  return {ceil_div(p.seqlen, rows), rows, nullptr, nullptr};
+  return {.segments = ceil_div(p.seqlen, rows), .rows = rows, .states = nullptr, .elapsed = nullptr};
 }
 
 namespace gpu {

@@ -101,8 +101,22 @@ void backward_lanes(const SelectiveScanBackward& q, int64_t b, const Chunk& chun
     dy[t] = p.z ? dout[t] * z[t] * sigmoid<A>(z[t]) : dout[t];
     dx[t] = dstep[t] = Vec<A>{};
   }
-  const Adjoint<A> adjoint{chunk.rows, p.dstate, step,         x,        dy,         dx,         dstep, p.z ? y : nullptr,
-                           B,          C,        carried.log2, entering, carried.dh, carried.dA, dB,    dC};
+  const Adjoint<A> adjoint{.rows = chunk.rows,
+                           .dstate = p.dstate,
+                           .step = step,
+                           .x = x,
+                           .dy = dy,
+                           .dx = dx,
+                           .dstep = dstep,
+                           .y = p.z ? y : nullptr,
+                           .B = B,
+                           .C = C,
+                           .log2 = carried.log2,
+                           .entering = entering,
+                           .dh = carried.dh,
+                           .dA = carried.dA,
+                           .dB = dB,
+                           .dC = dC};
   const bool in_range = exponents_in_range<A>(step, chunk.rows, *carried.fastest);
   for_runs_of_states<kStates>(p.dstate, [&]<int kRun>(int64_t n) {
     (in_range ? adjoint_of_states<A, kRun, true> : adjoint_of_states<A, kRun, false>)(adjoint, n);
@@ -187,8 +201,12 @@ class BackwardRow {
       clear<A>(dB, chunk.rows * p.dstate), clear<A>(dC, chunk.rows * p.dstate);
       for_lanes<A>(item, [&](int64_t group, int64_t channel, int lanes) {
         const int64_t at = (i - begin) * kLaneGroups + group;
-        const Carried<A> carried{
-            log2 + at * p.dstate, dh + at * p.dstate, dA + at * p.dstate, fastest + at, dD + at, dbias + at};
+        const Carried<A> carried{.log2 = log2 + at * p.dstate,
+                                 .dh = dh + at * p.dstate,
+                                 .dA = dA + at * p.dstate,
+                                 .fastest = fastest + at,
+                                 .dD = dD + at,
+                                 .dbias = dbias + at};
         backward_lanes<T>(q, b, chunk, channel, lanes, B, C, carried, entering, dB, dC);
       });
       const int64_t part = (item.group * p.blocks_per_group() + item.block) * p.batch + b;

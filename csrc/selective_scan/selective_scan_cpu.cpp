@@ -122,6 +122,6 @@ void forward(const SelectiveScan& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const SelectiveScanKernels selective_scan_kernels = {forward, selective_scan_backward};
+const SelectiveScanKernels selective_scan_kernels = {.forward = forward, .backward = selective_scan_backward};
 
 }  // namespace madkernels::MADKERNELS_ISA

@@ -112,7 +112,7 @@ template <class T, int kStates, bool kSums>
 __global__ void __launch_bounds__(kScanThreads, kBlocksEach) scan(SelectiveScan p, ScanSplit split) {
   __shared__ __align__(16) float tiles[3 * kUnit * kScanThreads];
   __shared__ __align__(16) float staged[4 * kUnit * kStates];  // B and C, twice: one is filled while the other is read
-  const Columns columns{tiles, tiles + kUnit * kScanThreads, tiles + 2 * kUnit * kScanThreads};
+  const Columns columns{.step = tiles, .input = tiles + kUnit * kScanThreads, .sum = tiles + 2 * kUnit * kScanThreads};
   const Place at(p, split);
   const int runs = runs_of<kStates>(p.dstate);
   const int64_t slot = at.slot(split), chunks = ceil_div(p.seqlen, kScanChunk);
