@@ -88,9 +88,6 @@ struct Gradients {
 
 using gpu::ComplexFloat;
 
-constexpr int64_t kPointsOfBlock = 8192;            // of several channels, where the sequences are short
-constexpr int64_t kWorkBytes = int64_t{256} << 20;  // of two-level transforms, at least those of one channel
-
 // The layout [batch, time, channel] with time dense, by a copy if need be.
 Tensor time_dense(const Tensor& t) {
   if (t.stride(1) == 1) return t;
@@ -98,78 +95,63 @@ Tensor time_dense(const Tensor& t) {
 }
 OptionalTensor time_dense(const OptionalTensor& t) { return t ? OptionalTensor(time_dense(*t)) : std::nullopt; }
 
+gpu::FftPlan plan_of(const char* op, const Arguments& a, const OnDevice& on, bool backward) {
+  const FftConv& p = a.params;
+  const gpu::FftShape shape{.sequences = p.docs.count,
+                            .seqlen = p.seqlen,
+                            .dim = p.dim,
+                            .taps = p.taps,
+                            .history = p.history,
+                            .ahead = p.ahead,
+                            .packed = p.docs.cu_seqlens != nullptr,
+                            .time_contiguous = p.u.time_contiguous(),
+                            .backward = backward,
+                            .element_bytes = p.dtype == DType::kFloat32 ? 4 : 2};
+  const gpu::FftPlan plan =
+      plan_fft(shape, {.multiprocessors = on.multiprocessors(), .shared_bytes = on.most_shared_bytes()});
+  MK_CHECK(plan.transforms.count > 0, op, ": this GPU takes sequences and filters of up to 2^", plan.most_log2 + 1,
+           " samples together; got ", p.seqlen + p.history, " and ", p.taps);
+  return plan;
+}
+
 // One convolution on a GPU: its plan, and the memory that holds it together.
 struct OnGpu {
   OnDevice on;
-  gpu::FftConvOnGpu params{};
-  bool copies;  // the channels of a block are too few to read them side by side: everything goes through time-dense copies
+  gpu::FftPlan plan;
   Tensor roots, spectra, work, more_work;
+  gpu::FftConvOnGpu params;
 
-  OnGpu(const char* op, Arguments& a, bool backward) : on(a.u) {
+  OnGpu(const char* op, Arguments& a, bool backward)
+      : on(a.u),
+        plan(plan_of(op, a, on, backward)),
+        roots(points(int64_t{1} << plan.largest_log2(), a)),
+        spectra(points(a.params.groups * plan.transforms.points, a)),
+        work(points(plan.work_points, a)),
+        more_work(points(plan.more_work_points, a)) {
     FftConv& p = a.params;
-    const int most_on_chip = gpu::most_on_chip(on.most_shared_bytes());
-    choose_classes(op, p, most_on_chip);
-    const int log2 = params.classes[params.count - 1].log2;
-    params.channels_log2 = 0;
-    const int chip_log2 = params.on_chip > 0 ? params.classes[params.on_chip - 1].log2 : most_on_chip;
-    while (params.channels_log2 < 4 && (kPointsOfBlock >> (chip_log2 + params.channels_log2)) > 1) params.channels_log2++;
-    const int64_t bytes = (p.dtype == DType::kFloat32 ? 4 : 2) << (params.on_chip < params.count ? 0 : params.channels_log2);
-    copies = a.u.stride(1) != 1 && bytes < 16;
-    if (copies) {
+    p.slices = plan.slices;
+    if (plan.copies_to_time) {
       a.u = time_dense(a.u), a.pre_gate = time_dense(a.pre_gate), a.post_gate = time_dense(a.post_gate);
       p.u = rows_of(a.u), p.pre_gate = rows_or_none(a.pre_gate), p.post_gate = rows_or_none(a.post_gate);
     }
-    const int64_t tiles = ceil_div(p.dim, 1 << params.channels_log2);
-    // The backward's blocks: two a multiprocessor, slices of the sequences making up for few channels.
-    p.slices =
-        std::clamp<int64_t>(2 * on.multiprocessors() / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(p.docs.count, 1));
-
-    roots = points(int64_t{1} << log2, a), spectra = points(p.groups * params.points, a);
-    int64_t most = backward && params.on_chip > 0 ? (tiles * p.slices << params.channels_log2) << chip_log2 : 0;
-    if (params.on_chip < params.count) {
-      const int64_t of_channel = p.docs.count << log2;
-      params.chunk = static_cast<int>(std::clamp<int64_t>(kWorkBytes / 8 / of_channel, 1, p.dim));
-      most = std::max(most, params.chunk * of_channel);
-    }
-    work = points(most, a), more_work = points(backward && params.on_chip < params.count ? most : 0, a);
-    params.forward = p;
-    params.roots = static_cast<const fft::Root<float>*>(roots.data_ptr());
-    params.spectra = static_cast<ComplexFloat*>(spectra.data_ptr());
-    params.work = static_cast<ComplexFloat*>(work.data_ptr()),
-    params.more_work = static_cast<ComplexFloat*>(more_work.data_ptr());
+    params = {.forward = p,
+              .transforms = plan.transforms,
+              .roots = static_cast<const fft::Root<float>*>(roots.data_ptr()),
+              .spectra = static_cast<ComplexFloat*>(spectra.data_ptr()),
+              .work = static_cast<ComplexFloat*>(work.data_ptr()),
+              .more_work = static_cast<ComplexFloat*>(more_work.data_ptr()),
+              .chunk = plan.chunk};
   }
 
   static Tensor points(int64_t count, const Arguments& a) { return empty({count, 2}, ScalarType::Float, a.u); }
 
   // A tensor that kernels write for `like`, and its copy to where the caller sees it.
   Tensor target(const Tensor& like) const {
-    if (!copies) return like;
+    if (!plan.copies_to_time) return like;
     return torch::stable::transpose(empty({like.size(0), like.size(2), like.size(1)}, like.scalar_type(), like), 1, 2);
   }
   void deliver(const Tensor& written, Tensor& to) const {
-    if (copies) torch::stable::copy_(to, written);
-  }
-
- private:
-  void choose_classes(const char* op, const FftConv& p, int most_on_chip) {
-    const int most = most_on_chip + gpu::kMostColumns;
-    const int64_t first_tap = std::max<int64_t>(0, p.ahead - (p.seqlen - 1));
-    const int64_t ahead = p.ahead - first_tap, taps = std::min(p.taps, p.seqlen + p.ahead + p.history) - first_tap;
-    params.first_tap = static_cast<int>(first_tap), params.shift = static_cast<int>(p.history + ahead);
-    int64_t longest = 0;
-    for (int log2 = gpu::kLeastLog2; longest < p.seqlen; log2++) {
-      MK_CHECK(log2 <= most, op, ": this GPU takes sequences and filters of up to 2^", most + 1, " samples together; got ",
-               p.seqlen + p.history, " and ", p.taps);
-      const int64_t samples = int64_t{2} << log2;
-      // With all taps, or with no more than a sequence has inputs.
-      longest = std::max(samples - taps + 1, p.ahead > 0 ? 0 : (samples + 1 - p.history) / 2) + ahead;
-      longest = std::min({longest, samples - params.shift, p.seqlen});
-      if (longest < (p.docs.cu_seqlens ? 1 : p.seqlen)) continue;
-      const int64_t seen = std::min(taps, samples - longest + ahead + 1);
-      params.classes[params.count++] = {log2, static_cast<int>(longest), static_cast<int>(seen), params.points};
-      params.points += int64_t{1} << log2;
-      if (log2 <= most_on_chip) params.on_chip = params.count;
-    }
+    if (plan.copies_to_time) torch::stable::copy_(to, written);
   }
 };
 
@@ -207,11 +189,11 @@ void run_backward(const char* op, Arguments& a, const Tensor& dout, const Option
     return;
   }
   OnGpu call(op, a, true);
-  const Tensor dspectra = zeros({p.slices, p.dim, call.params.points, 2});
+  const Tensor dspectra = zeros({p.slices, p.dim, call.plan.transforms.points, 2});
   const int64_t chunks = ceil_div(p.seqlen, gpu::kSkipRows);
   const Tensor dskip_parts = empty({p.batch * chunks, a.skip ? p.dim : 0}, ScalarType::Float, a.u);
   const auto target = [&](const OptionalTensor& t) { return t ? OptionalTensor(call.target(*t)) : std::nullopt; };
-  const Tensor gradient = call.copies ? time_dense(dout) : dout, du = call.target(to.du);
+  const Tensor gradient = call.plan.copies_to_time ? time_dense(dout) : dout, du = call.target(to.du);
   const OptionalTensor dpre_gate = target(to.dpre_gate), dpost_gate = target(to.dpost_gate);
   const FftConvBackward q{.forward = p,
                           .dout = rows_of(gradient),

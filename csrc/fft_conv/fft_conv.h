@@ -14,6 +14,7 @@
 #include "common/strided.h"
 #include "fft_conv/butterflies.h"
 #include "fft_conv/plan.h"
+#include "fft_conv/plan_gpu.h"
 
 namespace madkernels {
 
@@ -58,42 +59,13 @@ struct FftConvKernels {
 
 MADKERNELS_DECLARE_CPU_KERNELS(FftConvKernels, fft_conv)
 
-// Kernels on a GPU, for float32, bfloat16 and float16. Transforms have a power of two of points: in shared memory up to
-// 2^kMostOnChip of them; above, a pass over up to 2^kMostColumns columns in global memory comes before and after.
+// ---- GPU: float32, bfloat16 and float16 ----
+
 namespace gpu {
-
-using ComplexFloat = fft::Point<float>;
-
-constexpr int kLeastLog2 = 5, kMostOnChip = 14, kMostColumns = 8, kMostClasses = kMostOnChip + kMostColumns - kLeastLog2 + 1;
-
-// Of the points of 2^channels channels: every 17th place is left out, and one at each channel's end.
-constexpr int shared_bytes(int channels, int log2) {
-  return (((1 << log2) + (1 << (log2 - 4)) + 1) << channels) * static_cast<int>(sizeof(ComplexFloat));
-}
-
-// What fits into so many bytes of shared memory a block: one level less on GPUs with 99 KB (compute
-// capability 8.6, 8.9, 12.0).
-constexpr int most_on_chip(int shared) {
-  int log2 = kMostOnChip;
-  while (log2 > kLeastLog2 && shared_bytes(0, log2) > shared) log2--;
-  return log2;
-}
-
-// Sequences of up to `longest` outputs are transformed with 2^log2 points and see the first `taps` taps. Without packed
-// documents there is one class; with them a block chooses by the length of its document, which the host need not know.
-struct FftClass {
-  int log2, longest, taps;
-  int64_t offset;  // of its spectrum in a group's, in points
-};
 
 struct FftConvOnGpu {
   FftConv forward;
-  FftClass classes[kMostClasses];
-  int count, on_chip;  // in all, and that fit shared memory: the first ones
-  int first_tap;
-  int shift;          // the row of the convolution that output 0 is; row 0 is the first input, of the initial state if any
-  int channels_log2;  // channels of a block, where transforms fit shared memory
-  int64_t points;     // of all classes
+  FftTransforms transforms;
   const fft::Root<float>* roots;  // [2^log2 of the largest class]
   ComplexFloat* spectra;          // [groups, points]
   ComplexFloat* work;  // two-level: [chunk, docs, 2^log2]; backward on chip: [blocks, channels, 2^log2 of the largest there]
@@ -107,7 +79,7 @@ struct FftConvBackwardOnGpu {
   ComplexFloat* dspectra;     // [slices, dim, points], zero
 };
 
-// Rows of one batch row that one thread of dskip sums.
+// Time steps that one thread sums for dskip.
 constexpr int kSkipRows = 256;
 
 void fft_conv_spectra(const FftConvOnGpu& g, void* stream);  // roots and spectra

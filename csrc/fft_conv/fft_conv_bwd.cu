@@ -22,7 +22,7 @@ struct OutputGradients {
   using Params = FftConvBackwardOnGpu;
   static constexpr bool kSequences = true;
   static __device__ float get(const Params& q, int, const Place& at, int channel, int row) {
-    const int t = row - q.convolution.shift;
+    const int t = row - q.convolution.transforms.shift;
     return t >= 0 && t < at.length ? output_gradient<T>(q, at, t, channel) : 0.f;
   }
 };
@@ -67,7 +67,7 @@ struct GateGradients {
   static constexpr bool kSequences = true;
   static __device__ void put(const Params& q, int, const Place& at, int channel, int row, float y) {
     const FftConv& p = q.convolution.forward;
-    const int t = row - q.convolution.shift;
+    const int t = row - q.convolution.transforms.shift;
     if (t < 0 || t >= at.length) return;
     if (p.skip != nullptr) y += static_cast<const float*>(p.skip)[channel] * input_at<T>(p, at, t, channel);
     const float dgate = y * element<T>(q.gradients.dout, at, t, channel);
@@ -81,9 +81,9 @@ struct TapGradients {
   static constexpr bool kSequences = false;
   static __device__ void put(const Params& q, int klass, const Place&, int channel, int row, float value) {
     const FftConvOnGpu& g = q.convolution;
-    if (row >= g.classes[klass].taps) return;
-    float* taps = static_cast<float*>(q.gradients.dfilter_parts) + channel * g.forward.taps + g.first_tap;
-    taps[row] += value / static_cast<float>(1 << g.classes[klass].log2);
+    if (row >= g.transforms.classes[klass].taps) return;
+    float* taps = static_cast<float*>(q.gradients.dfilter_parts) + channel * g.forward.taps + g.transforms.first_tap;
+    taps[row] += value / static_cast<float>(1 << g.transforms.classes[klass].log2);
   }
 };
 
@@ -106,19 +106,19 @@ __global__ void __launch_bounds__(kFftThreads, 2) back_convolve(FftConvBackwardO
   const FftConvOnGpu& g = q.convolution;
   const FftConv& p = g.forward;
   const int slices = static_cast<int>(p.slices), slice = static_cast<int>(blockIdx.x) % slices;
-  const int first = (static_cast<int>(blockIdx.x) / slices) << g.channels_log2, dim = static_cast<int>(p.dim);
+  const int first = (static_cast<int>(blockIdx.x) / slices) << g.transforms.channels_log2, dim = static_cast<int>(p.dim);
   const int shared = static_cast<int>(p.channels_a_group());
   const bool channels_fastest = p.u.channels_contiguous();
   const int64_t last = (slice + 1) * p.docs.count / slices;
   for (int64_t doc = slice * p.docs.count / slices; doc < last; doc++) {
     const Place at = place_of(p, static_cast<int>(doc));
     const int klass = class_of(g, at.length);
-    if (klass < 0 || klass >= g.on_chip) continue;
-    const FftClass c = g.classes[klass];
-    const Shared s = shared_points(g.channels_log2, c.log2, 1);
+    if (klass < 0 || klass >= g.transforms.on_chip) continue;
+    const FftClass c = g.transforms.classes[klass];
+    const Shared s = shared_points(g.transforms.channels_log2, c.log2, 1);
     const auto live = [&](int channel) { return first + channel < dim; };
     const auto of_channel = [&](int channel) {  // of the spectra of v
-      return g.work + (((static_cast<int64_t>(blockIdx.x) << g.channels_log2) + channel) << chip_log2(g));
+      return g.work + (((static_cast<int64_t>(blockIdx.x) << g.transforms.channels_log2) + channel) << chip_log2(g));
     };
     __syncthreads();  // where the document before was of another class, other threads read what is now stored to
     split_all(
@@ -134,8 +134,9 @@ __global__ void __launch_bounds__(kFftThreads, 2) back_convolve(FftConvBackwardO
         [&](int channel, int i) { return load_rows<OutputGradients<T>>(q, klass, at, first + channel, live(channel), i); },
         [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
           const int channel = least(first + b.channel, dim - 1);
-          const ComplexFloat* spectrum = g.spectra + channel / shared * g.points + c.offset;
-          ComplexFloat* dspectrum = q.dspectra + (static_cast<int64_t>(slice) * dim + channel) * g.points + c.offset;
+          const ComplexFloat* spectrum = g.spectra + channel / shared * g.transforms.points + c.offset;
+          ComplexFloat* dspectrum =
+              q.dspectra + (static_cast<int64_t>(slice) * dim + channel) * g.transforms.points + c.offset;
           if (live(b.channel)) {
             correlate<kLevels>(z, b, spectrum, of_channel(b.channel), dspectrum, static_cast<bool>(p.post_gate));
           }
@@ -161,13 +162,13 @@ __global__ void __launch_bounds__(kFftThreads, 2) back_convolve(FftConvBackwardO
 __global__ void __launch_bounds__(kFftThreads, 2) correlate_rows(FftConvBackwardOnGpu q, int klass, int first_channel) {
   const FftConvOnGpu& g = q.convolution;
   const FftConv& p = g.forward;
-  const FftClass c = g.classes[klass];
+  const FftClass c = g.transforms.classes[klass];
   const int levels = column_levels(c.log2), row_log2 = c.log2 - levels, slices = static_cast<int>(p.slices);
   const TwoLevelBlock block = two_level_block(slices, levels);  // its `doc` is a slice
   const Shared s = shared_points(0, row_log2, (1 << levels) + block.part);
   const int64_t row = static_cast<int64_t>(block.part) << row_log2, channel = first_channel + block.channel;
-  const ComplexFloat* spectrum = g.spectra + channel / p.channels_a_group() * g.points + c.offset + row;
-  ComplexFloat* dspectrum = q.dspectra + (block.doc * p.dim + channel) * g.points + c.offset + row;
+  const ComplexFloat* spectrum = g.spectra + channel / p.channels_a_group() * g.transforms.points + c.offset + row;
+  ComplexFloat* dspectrum = q.dspectra + (block.doc * p.dim + channel) * g.transforms.points + c.offset + row;
   const int64_t last = (block.doc + 1) * p.docs.count / slices;
   for (int64_t doc = block.doc * p.docs.count / slices; doc < last; doc++) {
     if (class_of(g, place_of(p, static_cast<int>(doc)).length) != klass) continue;
@@ -204,7 +205,7 @@ __device__ inline ComplexFloat sum_slices(const FftConvBackwardOnGpu& q, int64_t
   const FftConvOnGpu& g = q.convolution;
   ComplexFloat sum{0.f, 0.f};
   for (int64_t slice = 0; slice < g.forward.slices; slice++) {
-    const ComplexFloat part = q.dspectra[(slice * g.forward.dim + channel) * g.points + i];
+    const ComplexFloat part = q.dspectra[(slice * g.forward.dim + channel) * g.transforms.points + i];
     sum = {sum.re + part.re, sum.im + part.im};
   }
   return sum;
@@ -212,9 +213,9 @@ __device__ inline ComplexFloat sum_slices(const FftConvBackwardOnGpu& q, int64_t
 
 __global__ void __launch_bounds__(kFftThreads, 2) join_filter_gradients(FftConvBackwardOnGpu q, int klass) {
   const FftConvOnGpu& g = q.convolution;
-  const FftClass c = g.classes[klass];
-  const Shared s = shared_points(g.channels_log2, c.log2, 1);
-  const int first = static_cast<int>(blockIdx.x) << g.channels_log2, dim = static_cast<int>(g.forward.dim);
+  const FftClass c = g.transforms.classes[klass];
+  const Shared s = shared_points(g.transforms.channels_log2, c.log2, 1);
+  const int first = static_cast<int>(blockIdx.x) << g.transforms.channels_log2, dim = static_cast<int>(g.forward.dim);
   join_first(s, c.log2, g.roots, [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
 #pragma unroll
     for (int k = 0; k < 1 << kLevels; k++) {
@@ -229,7 +230,7 @@ __global__ void __launch_bounds__(kFftThreads, 2) join_filter_gradients(FftConvB
 __global__ void __launch_bounds__(kFftThreads, 2)
     join_filter_gradient_rows(FftConvBackwardOnGpu q, int klass, int first_channel) {
   const FftConvOnGpu& g = q.convolution;
-  const FftClass c = g.classes[klass];
+  const FftClass c = g.transforms.classes[klass];
   const int levels = column_levels(c.log2), row_log2 = c.log2 - levels;
   const TwoLevelBlock block = two_level_block(1, levels);
   const Shared s = shared_points(0, row_log2, (1 << levels) + block.part);
@@ -279,7 +280,7 @@ void back_two_levels(const FftConvBackwardOnGpu& q, Stream stream) {
   const FftConvOnGpu& g = q.convolution;
   const FftConv& p = g.forward;
   for_two_level_chunks(g, p.dim, [&](int k, int first, int64_t channels) {
-    const int log2 = g.classes[k].log2, levels = column_levels(log2), bytes = column_bytes(log2);
+    const int log2 = g.transforms.classes[k].log2, levels = column_levels(log2), bytes = column_bytes(log2);
     const int64_t blocks = channels * p.docs.count * column_blocks(log2), stride = int64_t{1} << log2;
     launch("fft_conv_backward inputs", split_columns<Inputs<T>>, blocks, kFftThreads, bytes, stream, g, k, first, g.work,
            stride);
@@ -298,12 +299,12 @@ void back_two_levels(const FftConvBackwardOnGpu& q, Stream stream) {
 
 void filter_gradients(const FftConvBackwardOnGpu& q, Stream stream) {
   const FftConvOnGpu& g = q.convolution;
-  for (int k = 0; k < g.on_chip; k++) {
-    launch("fft_conv_backward filter", join_filter_gradients, tiles(g.forward.dim, g.channels_log2), kFftThreads,
-           shared_bytes(g.channels_log2, g.classes[k].log2), stream, q, k);
+  for (int k = 0; k < g.transforms.on_chip; k++) {
+    launch("fft_conv_backward filter", join_filter_gradients, tiles(g.forward.dim, g.transforms.channels_log2), kFftThreads,
+           shared_bytes(g.transforms.channels_log2, g.transforms.classes[k].log2), stream, q, k);
   }
   for_two_level_chunks(g, g.forward.dim, [&](int k, int first, int64_t channels) {
-    const FftClass& c = g.classes[k];
+    const FftClass& c = g.transforms.classes[k];
     const int levels = column_levels(c.log2);
     launch("fft_conv_backward filter rows", join_filter_gradient_rows, channels << levels, kFftThreads,
            shared_bytes(0, c.log2 - levels), stream, q, k, first);
@@ -322,9 +323,9 @@ void fft_conv_backward(const FftConvBackwardOnGpu& q, Stream stream) {
            kThreads, 0, stream, q);
   }
   dispatch_gpu(p.dtype, [&]<class T>() {
-    if (g.on_chip > 0) {
-      launch("fft_conv_backward", back_convolve<T>, tiles(p.dim, g.channels_log2) * p.slices, kFftThreads,
-             shared_bytes(g.channels_log2, chip_log2(g)), stream, q);
+    if (g.transforms.on_chip > 0) {
+      launch("fft_conv_backward", back_convolve<T>, tiles(p.dim, g.transforms.channels_log2) * p.slices, kFftThreads,
+             shared_bytes(g.transforms.channels_log2, chip_log2(g)), stream, q);
     }
     back_two_levels<T>(q, stream);
     if (q.gradients.dskip_parts != nullptr) {

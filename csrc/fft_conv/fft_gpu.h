@@ -167,14 +167,16 @@ __device__ inline Place place_of(const FftConv& p, int doc) {
 
 // The class of a length, or -1 for none.
 __device__ inline int class_of(const FftConvOnGpu& g, int length) {
-  for (int k = 0; length > 0 && k < g.count; k++) {
-    if (length <= g.classes[k].longest) return k;
+  for (int k = 0; length > 0 && k < g.transforms.count; k++) {
+    if (length <= g.transforms.classes[k].longest) return k;
   }
   return -1;
 }
 
 // Of the largest transform that shared memory holds, for which all blocks have memory.
-inline __host__ __device__ int chip_log2(const FftConvOnGpu& g) { return g.classes[g.on_chip - 1].log2; }
+inline __host__ __device__ int chip_log2(const FftConvOnGpu& g) {
+  return g.transforms.classes[g.transforms.on_chip - 1].log2;
+}
 
 // Row r of a document's state, [docs, rows, dim].
 __device__ inline float* state_at(const FftConv& p, const void* state, int64_t rows, int doc, int64_t r, int channel) {
@@ -215,10 +217,10 @@ struct Taps {
   static constexpr bool kSequences = false;
   static __device__ float get(const Params& g, int klass, const Place&, int group, int row) {
     const FftConv& p = g.forward;
-    if (row >= g.classes[klass].taps) return 0.f;
-    const float tap =
-        static_cast<const float*>(p.filter)[group * p.filter_group_stride + (g.first_tap + row) * p.filter_lag_stride];
-    return tap / static_cast<float>(1 << g.classes[klass].log2);
+    if (row >= g.transforms.classes[klass].taps) return 0.f;
+    const float tap = static_cast<const float*>(
+        p.filter)[group * p.filter_group_stride + (g.transforms.first_tap + row) * p.filter_lag_stride];
+    return tap / static_cast<float>(1 << g.transforms.classes[klass].log2);
   }
 };
 
@@ -228,7 +230,7 @@ struct Outputs {
   static constexpr bool kSequences = true;
   static __device__ void put(const Params& g, int, const Place& at, int channel, int row, float y) {
     const FftConv& p = g.forward;
-    const int t = row - g.shift;
+    const int t = row - g.transforms.shift;
     if (t < 0 || t >= at.length) return;
     if (p.skip != nullptr) y += static_cast<const float*>(p.skip)[channel] * input_at<T>(p, at, t, channel);
     if (p.post_gate) y *= element<T>(p.post_gate, at, t, channel);
@@ -241,7 +243,7 @@ template <class Source>
 __device__ ComplexFloat load_rows(const typename Source::Params& params, int klass, const Place& at, int channel, bool live,
                                   int i) {
   if (!live) return {0.f, 0.f};
-  const int half = 1 << convolution_of(params).classes[klass].log2;
+  const int half = 1 << convolution_of(params).transforms.classes[klass].log2;
   return {Source::get(params, klass, at, channel, i), Source::get(params, klass, at, channel, i + half)};
 }
 template <class Sink>
@@ -249,7 +251,7 @@ __device__ void store_rows(const typename Sink::Params& params, int klass, const
                            const ComplexFloat& z) {
   if (!live) return;
   Sink::put(params, klass, at, channel, i, z.re);
-  Sink::put(params, klass, at, channel, i + (1 << convolution_of(params).classes[klass].log2), z.im);
+  Sink::put(params, klass, at, channel, i + (1 << convolution_of(params).transforms.classes[klass].log2), z.im);
 }
 
 // ---- two levels: 2^log2 points as columns of 2^columns_log2 points, a block of threads takes 2^kColumnsLog2 of them ----
@@ -282,7 +284,7 @@ template <class Source>
 __global__ void __launch_bounds__(kFftThreads, 2)
     split_columns(typename Source::Params params, int klass, int first_channel, ComplexFloat* to, int64_t stride) {
   const FftConvOnGpu& g = convolution_of(params);
-  const int log2 = g.classes[klass].log2, levels = column_levels(log2), row_log2 = log2 - levels;
+  const int log2 = g.transforms.classes[klass].log2, levels = column_levels(log2), row_log2 = log2 - levels;
   const int64_t docs = Source::kSequences ? g.forward.docs.count : 1;
   const TwoLevelBlock block = two_level_block(docs, row_log2 - kColumnsLog2);
   const Place at = Source::kSequences ? place_of(g.forward, block.doc) : Place{};
@@ -304,7 +306,7 @@ template <class Sink>
 __global__ void __launch_bounds__(kFftThreads, 2)
     join_columns(typename Sink::Params params, int klass, int first_channel, const ComplexFloat* from, int64_t stride) {
   const FftConvOnGpu& g = convolution_of(params);
-  const int log2 = g.classes[klass].log2, levels = column_levels(log2), row_log2 = log2 - levels;
+  const int log2 = g.transforms.classes[klass].log2, levels = column_levels(log2), row_log2 = log2 - levels;
   const int64_t docs = Sink::kSequences ? g.forward.docs.count : 1;
   const TwoLevelBlock block = two_level_block(docs, row_log2 - kColumnsLog2);
   const Place at = Sink::kSequences ? place_of(g.forward, block.doc) : Place{};
@@ -328,7 +330,7 @@ inline int64_t tiles(int64_t channels, int channels_log2) { return ceil_div(chan
 // Calls f(class, first channel, channels) for each class above shared memory and each chunk of channels.
 template <class F>
 void for_two_level_chunks(const FftConvOnGpu& g, int64_t channels, F&& f) {
-  for (int k = g.on_chip; k < g.count; k++) {
+  for (int k = g.transforms.on_chip; k < g.transforms.count; k++) {
     for (int64_t first = 0; first < channels; first += g.chunk) {
       f(k, static_cast<int>(first), channels - first < g.chunk ? channels - first : g.chunk);
     }
