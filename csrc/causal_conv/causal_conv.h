@@ -29,6 +29,11 @@ struct CausalConv {
   const void* initial_state;  // [docs, width - 1, dim] or null
   void* final_state;          // [docs, width - 1, dim]; may be initial_state
 
+  // Of initial_state and its like.
+  template <class T>
+  MADKERNELS_ANYWHERE States<T> states(const void* data) const {
+    return {data, width - 1, dim};
+  }
   MADKERNELS_ANYWHERE bool dense_channels() const { return x.channels_contiguous(); }
   MADKERNELS_ANYWHERE int64_t chunks() const { return ceil_div(seqlen, kConvChunk); }
   // Items: (batch row, chunk of time) where channels are dense, (batch row, channel) where time is.

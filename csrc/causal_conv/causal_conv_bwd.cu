@@ -56,7 +56,7 @@ template <class T>
 __device__ float kept_gradient(const CausalConvBackward& q, const Channel& at, const Document& document, int t) {
   const int row = t - (document.end - (width_of(q.forward) - 1));
   if (q.dfinal_state == nullptr || row < 0) return 0;
-  return to_float(*state_at<T>(q.forward, q.dfinal_state, document.index, row, at.channel));
+  return to_float(*q.forward.states<T>(q.dfinal_state).at(document.doc, row, at.channel));
 }
 
 // The group of steps that begins at t: its dx, and what it adds to the sums.
@@ -122,7 +122,7 @@ __device__ void initial_state_gradient(const CausalConvBackward& q, const Channe
       for (int j = 0; j <= r; j++) {
         if (j >= filter.lacking) sum += filter.taps[l][j] * sums.behind[l][r - j];
       }
-      *state_at<T>(q.forward, q.dinitial_state, document.index, r - filter.lacking, at.channel + l) = from_float<T>(sum);
+      *q.forward.states<T>(q.dinitial_state).at(document.doc, r - filter.lacking, at.channel + l) = from_float<T>(sum);
     }
   }
 }
@@ -183,7 +183,7 @@ __device__ void initial_state_gradient_wide(const CausalConvBackward& q, const C
   const CausalConv& p = q.forward;
   for (int r = 0; r < width_of(p) - 1; r++) {
     const float value = input_gradient<T>(q, at, document, document.begin - (width_of(p) - 1) + r);
-    *state_at<T>(p, q.dinitial_state, document.index, r, at.channel) = from_float<T>(value);
+    *p.states<T>(q.dinitial_state).at(document.doc, r, at.channel) = from_float<T>(value);
   }
 }
 

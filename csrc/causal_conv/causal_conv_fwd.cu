@@ -61,12 +61,11 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) copy_final_state(CausalConv p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.docs.count * p.dim) return;
-  const int index = static_cast<int>(i / p.dim);
-  const Channel at{p.docs.cu_seqlens != nullptr ? 0 : index, static_cast<int>(i % p.dim)};
-  const Document document{index, static_cast<int>(p.docs.begin(index)), static_cast<int>(p.docs.end(index))};
+  const Document document = p.docs.span(static_cast<int>(i / p.dim));
+  const Channel at{document.batch, static_cast<int>(i % p.dim)};
   for (int r = 0; r < width_of(p) - 1; r++) {
     const float value = input_at<T>(p, at, document, document.end - (width_of(p) - 1) + r);
-    *state_at<T>(p, p.final_state, index, r, at.channel) = from_float<T>(value);
+    *p.states<T>(p.final_state).at(document.doc, r, at.channel) = from_float<T>(value);
   }
 }
 

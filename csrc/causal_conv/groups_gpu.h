@@ -50,12 +50,6 @@ struct Place : Channel {
 
 __device__ inline int width_of(const CausalConv& p) { return static_cast<int>(p.width); }
 
-// Row r of a document's state, [docs, width - 1, dim].
-template <class T>
-__device__ T* state_at(const CausalConv& p, const void* state, int document, int r, int channel) {
-  return static_cast<T*>(const_cast<void*>(state)) + (static_cast<int64_t>(document) * (p.width - 1) + r) * p.dim + channel;
-}
-
 __device__ inline float tap(const CausalConv& p, int j, int channel) {
   return static_cast<const float*>(p.weight)[static_cast<int64_t>(j) * p.dim + channel];
 }
@@ -69,7 +63,7 @@ template <class T>
 __device__ float input_at(const CausalConv& p, const Channel& at, const Document& document, int t) {
   if (t >= document.begin) return to_float(*p.x.at<T>(at.b, t, at.channel));
   const int r = t - document.begin + width_of(p) - 1;
-  return p.initial_state != nullptr && r >= 0 ? to_float(*state_at<T>(p, p.initial_state, document.index, r, at.channel))
+  return p.initial_state != nullptr && r >= 0 ? to_float(*p.states<T>(p.initial_state).at(document.doc, r, at.channel))
                                               : 0.f;
 }
 

@@ -11,7 +11,10 @@
 
 namespace madkernels::device {
 
-// v[i] = rows[b, t + i, channel], i < count; zero from there on. Whole stretches have no condition at each step.
+using Document = SpanOf<int>;
+
+// v[i] = rows[b, t + i, channel], i < count; zero from there on. The whole length is a case of its own, whose loop has no
+// checks of bounds.
 template <class T, int kSteps>
 __device__ void load_steps(float (&v)[kSteps], const Rows& rows, int b, int t, int channel, int count) {
   constexpr int kWide = 16 / static_cast<int>(sizeof(T));
@@ -57,18 +60,14 @@ __device__ void store_steps(const Rows& rows, int b, int t, int channel, const f
 
 // The document that step t of batch row b lies in; never an empty one. It holds t whatever the offsets, so that walks from
 // document to document end.
-struct Document {
-  int index, begin, end;
-};
-
 __device__ inline Document document_at(const Documents& docs, int b, int t) {
-  if (docs.cu_seqlens == nullptr) return {b, 0, static_cast<int>(docs.seqlen)};
+  if (docs.cu_seqlens == nullptr) return {b, b, 0, static_cast<int>(docs.seqlen)};
   int low = 0, high = static_cast<int>(docs.count);  // begin(low) <= t < begin(high), but for high = count
   while (high - low > 1) {
     const int middle = low + (high - low) / 2;
     (docs.cu_seqlens[middle] <= t ? low : high) = middle;
   }
-  return {low, least(static_cast<int>(docs.begin(low)), t), most(static_cast<int>(docs.end(low)), t + 1)};
+  return {low, b, least(static_cast<int>(docs.begin(low)), t), most(static_cast<int>(docs.end(low)), t + 1)};
 }
 
 }  // namespace madkernels::device

@@ -32,6 +32,29 @@ struct Projection {
   }
 };
 
+// Steps begin .. end - 1 of batch row `batch`: a document, or the part of one that is worked on. I: int on a GPU, where
+// registers are few.
+template <class I>
+struct SpanOf {
+  I doc, batch, begin, end;
+
+  MADKERNELS_ANYWHERE I length() const { return end - begin; }
+};
+using Span = SpanOf<int64_t>;
+
+// Per-document states, [docs, rows, dim].
+template <class T>
+struct States {
+  T* data;
+  int64_t rows, dim;
+
+  MADKERNELS_ANYWHERE States(const void* data, int64_t rows, int64_t dim)
+      : data(static_cast<T*>(const_cast<void*>(data))), rows(rows), dim(dim) {}
+  MADKERNELS_ANYWHERE T* at(int64_t doc, int64_t row, int64_t channel) const {
+    return data + (doc * rows + row) * dim + channel;
+  }
+};
+
 // The sequences that share one batch row: the row itself, or the documents packed along it.
 struct Documents {
   const int32_t* cu_seqlens = nullptr;  // [count + 1], or null: one sequence a batch row
@@ -43,6 +66,10 @@ struct Documents {
   // Inside the row, whatever the offsets: on a GPU nobody has looked at them.
   MADKERNELS_ANYWHERE int64_t begin(int64_t doc) const { return cu_seqlens ? clamp(cu_seqlens[doc], 0) : 0; }
   MADKERNELS_ANYWHERE int64_t end(int64_t doc) const { return cu_seqlens ? clamp(cu_seqlens[doc + 1], begin(doc)) : seqlen; }
+  template <class I>
+  MADKERNELS_ANYWHERE SpanOf<I> span(I doc) const {
+    return {doc, cu_seqlens ? 0 : doc, static_cast<I>(begin(doc)), static_cast<I>(end(doc))};
+  }
 
  private:
   MADKERNELS_ANYWHERE int64_t clamp(int64_t offset, int64_t least) const {

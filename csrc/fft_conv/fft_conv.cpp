@@ -244,7 +244,7 @@ Plans make_plans(FftConv& p) {
   p.slices = std::clamp<int64_t>(kItems / std::max<int64_t>(tiles_of(p), 1), 1, std::max<int64_t>(p.docs.count, 1));
   std::map<int64_t, ConvPlan> by_length;
   for (int64_t doc = 0; doc < p.docs.count; doc++) {
-    const int64_t exact = p.docs.end(doc) - p.docs.begin(doc);
+    const int64_t exact = p.docs.span(doc).length();
     const int64_t length = p.docs.cu_seqlens ? planned_length(exact) : exact;
     ConvPlan plan;
     if (length > 0) {

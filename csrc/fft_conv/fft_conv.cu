@@ -33,7 +33,9 @@ __global__ void __launch_bounds__(kFftThreads, 2) split_filters(FftConvOnGpu g, 
   const int first = static_cast<int>(blockIdx.x) << g.transforms.channels_log2;
   split_all(
       s, c.log2, g.roots, p.filter_group_stride == 1,
-      [&](int channel, int i) { return load_rows<Taps>(g, klass, Place{}, first + channel, first + channel < p.groups, i); },
+      [&](int channel, int i) {
+        return load_rows<Taps>(g, klass, Document{}, first + channel, first + channel < p.groups, i);
+      },
       [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
         if (first + b.channel >= p.groups) return;
         ComplexFloat* to = g.spectra + (first + b.channel) * g.transforms.points + c.offset;
@@ -72,8 +74,8 @@ template <class T>
 __global__ void __launch_bounds__(kFftThreads, 2) convolve(FftConvOnGpu g) {
   const FftConv& p = g.forward;
   const int docs = static_cast<int>(p.docs.count);
-  const Place at = place_of(p, static_cast<int>(blockIdx.x % docs));
-  const int klass = class_of(g, at.length);
+  const Document at = p.docs.span(static_cast<int>(blockIdx.x % docs));
+  const int klass = class_of(g, at.length());
   if (klass < 0 || klass >= g.transforms.on_chip) return;
   const FftClass c = g.transforms.classes[klass];
   const int first = static_cast<int>(blockIdx.x / docs) << g.transforms.channels_log2, dim = static_cast<int>(p.dim);
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(kFftThreads, 2) multiply_rows(FftConvOnGpu g, 
   const FftClass c = g.transforms.classes[klass];
   const int levels = column_levels(c.log2), row_log2 = c.log2 - levels;
   const TwoLevelBlock block = two_level_block(p.docs.count, levels);
-  if (class_of(g, place_of(p, block.doc).length) != klass) return;
+  if (class_of(g, p.docs.span(block.doc).length()) != klass) return;
   const Shared s = shared_points(0, row_log2, (1 << levels) + block.part);
   const int64_t row = static_cast<int64_t>(block.part) << row_log2;
   ComplexFloat* points = g.work + ((block.channel * p.docs.count + block.doc) << c.log2) + row;
@@ -119,9 +121,9 @@ __global__ void __launch_bounds__(kThreads) copy_final_state(FftConv p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, rows = p.taps - 1;
   if (i >= p.docs.count * rows * p.dim) return;
   const int channel = static_cast<int>(i % p.dim), r = static_cast<int>(i / p.dim % rows);
-  const Place at = place_of(p, static_cast<int>(i / p.dim / rows));
-  const int t = at.length - static_cast<int>(rows) + r;
-  *state_at(p, p.final_state, rows, at.doc, r, channel) = t >= -p.history ? input_at<T>(p, at, t, channel) : 0.f;
+  const Document at = p.docs.span(static_cast<int>(i / p.dim / rows));
+  const int t = at.length() - static_cast<int>(rows) + r;
+  *p.states_after<float>(p.final_state).at(at.doc, r, channel) = t >= -p.history ? input_at<T>(p, at, t, channel) : 0.f;
 }
 
 // One output of a channel of a sequence, and its state shifted by a row.
@@ -130,12 +132,12 @@ __global__ void __launch_bounds__(kThreads) step(FftConv p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, rows = p.taps - 1;
   if (i >= p.docs.count * p.dim) return;
   const int channel = static_cast<int>(i % p.dim), sequence = static_cast<int>(i / p.dim);
-  const Place at{sequence, sequence, 0, 1};
+  const Document at{sequence, sequence, 0, 1};
   const float v = input_at<T>(p, at, 0, channel);
   const float* filter = static_cast<const float*>(p.filter) + channel / p.channels_a_group() * p.filter_group_stride;
   float sum = filter[0] * v;
   for (int64_t r = 0; r < rows; r++) {
-    float* place = state_at(p, p.final_state, rows, sequence, r, channel);
+    float* place = p.states_after<float>(p.final_state).at(sequence, r, channel);
     sum += filter[(rows - r) * p.filter_lag_stride] * *place;
     *place = r + 1 < rows ? place[p.dim] : v;
   }

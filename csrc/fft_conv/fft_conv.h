@@ -35,6 +35,15 @@ struct FftConv {
   const int64_t* order;   // [docs] sequences, those of one plan together
   int64_t slices;         // the sequences are worked on in as many parts
 
+  // Of initial_state, and of final_state, and their like.
+  template <class T>
+  MADKERNELS_ANYWHERE States<T> states_before(const void* data) const {
+    return {data, history, dim};
+  }
+  template <class T>
+  MADKERNELS_ANYWHERE States<T> states_after(const void* data) const {
+    return {data, taps - 1, dim};
+  }
   MADKERNELS_ANYWHERE int64_t channels_a_group() const { return dim / groups; }
 };
 

@@ -10,7 +10,7 @@ namespace madkernels::gpu {
 namespace {
 
 template <class T>
-__device__ float output_gradient(const FftConvBackwardOnGpu& q, const Place& at, int t, int channel) {
+__device__ float output_gradient(const FftConvBackwardOnGpu& q, const Document& at, int t, int channel) {
   const FftConv& p = q.convolution.forward;
   const float dout = element<T>(q.gradients.dout, at, t, channel);
   return p.post_gate ? dout * element<T>(p.post_gate, at, t, channel) : dout;
@@ -21,18 +21,18 @@ template <class T>
 struct OutputGradients {
   using Params = FftConvBackwardOnGpu;
   static constexpr bool kSequences = true;
-  static __device__ float get(const Params& q, int, const Place& at, int channel, int row) {
+  static __device__ float get(const Params& q, int, const Document& at, int channel, int row) {
     const int t = row - q.convolution.transforms.shift;
-    return t >= 0 && t < at.length ? output_gradient<T>(q, at, t, channel) : 0.f;
+    return t >= 0 && t < at.length() ? output_gradient<T>(q, at, t, channel) : 0.f;
   }
 };
 
 // The gradient of the final state at the row that holds time t, or zero.
-__device__ inline float final_gradient(const FftConvBackwardOnGpu& q, const Place& at, int t, int channel) {
+__device__ inline float final_gradient(const FftConvBackwardOnGpu& q, const Document& at, int t, int channel) {
   const FftConv& p = q.convolution.forward;
-  const int64_t row = t - (at.length - (p.taps - 1));
+  const int64_t row = t - (at.length() - (p.taps - 1));
   if (q.gradients.dfinal_state == nullptr || row < 0) return 0.f;
-  return *state_at(p, q.gradients.dfinal_state, p.taps - 1, at.doc, row, channel);
+  return *p.states_after<float>(q.gradients.dfinal_state).at(at.doc, row, channel);
 }
 
 // Sink: takes dv, gives du and dpre_gate, or the gradient of the initial state.
@@ -40,13 +40,13 @@ template <class T>
 struct InputGradients {
   using Params = FftConvBackwardOnGpu;
   static constexpr bool kSequences = true;
-  static __device__ void put(const Params& q, int, const Place& at, int channel, int row, float dv) {
+  static __device__ void put(const Params& q, int, const Document& at, int channel, int row, float dv) {
     const FftConv& p = q.convolution.forward;
     const int t = row - static_cast<int>(p.history);
-    if (t >= at.length) return;
+    if (t >= at.length()) return;
     dv += final_gradient(q, at, t, channel);
     if (t < 0) {
-      *state_at(p, q.gradients.dinitial_state, p.history, at.doc, row, channel) = dv;
+      *p.states_before<float>(q.gradients.dinitial_state).at(at.doc, row, channel) = dv;
       return;
     }
     if (p.skip != nullptr) dv += static_cast<const float*>(p.skip)[channel] * output_gradient<T>(q, at, t, channel);
@@ -54,9 +54,9 @@ struct InputGradients {
     if (p.pre_gate) {
       du *= element<T>(p.pre_gate, at, t, channel);
       const float dgate = dv * element<T>(p.u, at, t, channel);
-      *q.gradients.dpre_gate.at<T>(at.b, at.begin + t, channel) = from_float<T>(dgate);
+      *q.gradients.dpre_gate.at<T>(at.batch, at.begin + t, channel) = from_float<T>(dgate);
     }
-    *q.gradients.du.at<T>(at.b, at.begin + t, channel) = from_float<T>(du);
+    *q.gradients.du.at<T>(at.batch, at.begin + t, channel) = from_float<T>(du);
   }
 };
 
@@ -65,13 +65,13 @@ template <class T>
 struct GateGradients {
   using Params = FftConvBackwardOnGpu;
   static constexpr bool kSequences = true;
-  static __device__ void put(const Params& q, int, const Place& at, int channel, int row, float y) {
+  static __device__ void put(const Params& q, int, const Document& at, int channel, int row, float y) {
     const FftConv& p = q.convolution.forward;
     const int t = row - q.convolution.transforms.shift;
-    if (t < 0 || t >= at.length) return;
+    if (t < 0 || t >= at.length()) return;
     if (p.skip != nullptr) y += static_cast<const float*>(p.skip)[channel] * input_at<T>(p, at, t, channel);
     const float dgate = y * element<T>(q.gradients.dout, at, t, channel);
-    *q.gradients.dpost_gate.at<T>(at.b, at.begin + t, channel) = from_float<T>(dgate);
+    *q.gradients.dpost_gate.at<T>(at.batch, at.begin + t, channel) = from_float<T>(dgate);
   }
 };
 
@@ -79,7 +79,7 @@ struct GateGradients {
 struct TapGradients {
   using Params = FftConvBackwardOnGpu;
   static constexpr bool kSequences = false;
-  static __device__ void put(const Params& q, int klass, const Place&, int channel, int row, float value) {
+  static __device__ void put(const Params& q, int klass, const Document&, int channel, int row, float value) {
     const FftConvOnGpu& g = q.convolution;
     if (row >= g.transforms.classes[klass].taps) return;
     float* taps = static_cast<float*>(q.gradients.dfilter_parts) + channel * g.forward.taps + g.transforms.first_tap;
@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(kFftThreads, 2) back_convolve(FftConvBackwardO
   const bool channels_fastest = p.u.channels_contiguous();
   const int64_t last = (slice + 1) * p.docs.count / slices;
   for (int64_t doc = slice * p.docs.count / slices; doc < last; doc++) {
-    const Place at = place_of(p, static_cast<int>(doc));
-    const int klass = class_of(g, at.length);
+    const Document at = p.docs.span(static_cast<int>(doc));
+    const int klass = class_of(g, at.length());
     if (klass < 0 || klass >= g.transforms.on_chip) continue;
     const FftClass c = g.transforms.classes[klass];
     const Shared s = shared_points(g.transforms.channels_log2, c.log2, 1);
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kFftThreads, 2) correlate_rows(FftConvBackward
   ComplexFloat* dspectrum = q.dspectra + (block.doc * p.dim + channel) * g.transforms.points + c.offset + row;
   const int64_t last = (block.doc + 1) * p.docs.count / slices;
   for (int64_t doc = block.doc * p.docs.count / slices; doc < last; doc++) {
-    if (class_of(g, place_of(p, static_cast<int>(doc)).length) != klass) continue;
+    if (class_of(g, p.docs.span(static_cast<int>(doc)).length()) != klass) continue;
     const int64_t place = ((block.channel * p.docs.count + doc) << c.log2) + row;
     ComplexFloat *inputs = g.work + place, *gradients = g.more_work + place;
     // No barrier: the first pass stores to where the same thread has just read, in the last pass of the sequence before.
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kFftThreads, 2) join_filter_gradients(FftConvB
     }
   });
   join_rest(s, c.log2, g.roots, false, [&](int channel, int i, const ComplexFloat& z) {
-    store_rows<TapGradients>(q, klass, Place{}, first + channel, first + channel < dim, i, z);
+    store_rows<TapGradients>(q, klass, Document{}, first + channel, first + channel < dim, i, z);
   });
 }
 
@@ -252,9 +252,9 @@ __global__ void __launch_bounds__(kThreads) empty_state_gradients(FftConvBackwar
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.docs.count * p.history * p.dim) return;
   const int channel = static_cast<int>(i % p.dim), row = static_cast<int>(i / p.dim % p.history);
-  const Place at = place_of(p, static_cast<int>(i / p.dim / p.history));
-  if (at.length > 0) return;
-  *state_at(p, q.gradients.dinitial_state, p.history, at.doc, row, channel) =
+  const Document at = p.docs.span(static_cast<int>(i / p.dim / p.history));
+  if (at.length() > 0) return;
+  *p.states_before<float>(q.gradients.dinitial_state).at(at.doc, row, channel) =
       final_gradient(q, at, row - static_cast<int>(p.history), channel);
 }
 
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kThreads) skip_gradients(FftConvBackwardOnGpu 
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, chunks = ceil_div(p.seqlen, kSkipRows);
   if (i >= p.batch * chunks * p.dim) return;
   const int channel = static_cast<int>(i % p.dim), seqlen = static_cast<int>(p.seqlen);
-  const Place at{0, static_cast<int>(i / p.dim / chunks), 0, seqlen};
+  const Document at{0, static_cast<int>(i / p.dim / chunks), 0, seqlen};
   const int first = static_cast<int>(i / p.dim % chunks) * kSkipRows;
   float sum = 0;
   for (int t = first; t < least(first + kSkipRows, seqlen); t++) {

@@ -13,15 +13,11 @@ namespace madkernels::MADKERNELS_ISA {
 
 constexpr int kTileRows = 64;
 
-struct Sequence {
-  int64_t b, doc, begin, length;
+struct Sequence : Span {
   const ConvPlan* plan;
 };
 
-inline Sequence sequence_of(const FftConv& p, int64_t doc) {
-  const int64_t begin = p.docs.begin(doc);
-  return {p.docs.cu_seqlens ? 0 : doc, doc, begin, p.docs.end(doc) - begin, &p.plans[doc]};
-}
+inline Sequence sequence_of(const FftConv& p, int64_t doc) { return {p.docs.span(doc), &p.plans[doc]}; }
 
 // The channels of one item, and its slice of the sequences in their order.
 struct Item {
@@ -58,8 +54,8 @@ struct Window {
   Window(const FftConv& p, const Sequence& s, int64_t output) : output(output) {
     const ConvPlan& plan = *s.plan;
     const int64_t ahead = p.ahead - plan.first_tap, before = plan.taps - 1;
-    outputs = least(plan.outputs, s.length - output);
-    begin = most(output + ahead - before, -p.history), end = least(output + outputs + ahead, s.length);
+    outputs = least(plan.outputs, s.length() - output);
+    begin = most(output + ahead - before, -p.history), end = least(output + outputs + ahead, s.length());
     first = plan.direct ? output + ahead - before : begin;
     rows = plan.direct ? outputs + before : 2 * plan.fft.points();
     offset = output + ahead - first;
@@ -69,9 +65,9 @@ struct Window {
 // Asks for the rows that follow t + count: they lie in as many pages, more than hardware prefetchers follow.
 template <bool kForWriting, class T>
 inline void prefetch_rows(const Rows& a, const Sequence& s, const Item& item, int64_t t, int count) {
-  const int ahead = static_cast<int>(least<int64_t>(count, s.length - t - count));
+  const int ahead = static_cast<int>(least<int64_t>(count, s.length() - t - count));
   if (ahead > 0)
-    prefetch_tile<kForWriting>(a.at<T>(s.b, s.begin + t + count, item.d), a.time_stride, a.channel_stride, ahead,
+    prefetch_tile<kForWriting>(a.at<T>(s.batch, s.begin + t + count, item.d), a.time_stride, a.channel_stride, ahead,
                                item.lanes);
 }
 
@@ -80,24 +76,18 @@ template <class T>
 inline void load_product(Vec<Acc<T>>* rows, const Rows& a, const Rows& b, const Sequence& s, const Item& item, int64_t t,
                          int count) {
   prefetch_rows<false, T>(a, s, item, t, count);
-  load_tile(rows, a.at<T>(s.b, s.begin + t, item.d), a.time_stride, a.channel_stride, count, item.lanes);
+  load_tile(rows, a.at<T>(s.batch, s.begin + t, item.d), a.time_stride, a.channel_stride, count, item.lanes);
   if (!b) return;
   Vec<Acc<T>> gate[kTileRows];
   prefetch_rows<false, T>(b, s, item, t, count);
-  load_tile(gate, b.at<T>(s.b, s.begin + t, item.d), b.time_stride, b.channel_stride, count, item.lanes);
+  load_tile(gate, b.at<T>(s.batch, s.begin + t, item.d), b.time_stride, b.channel_stride, count, item.lanes);
   for (int i = 0; i < count; i++) rows[i] *= gate[i];
 }
 
 template <class T>
 inline void store_rows(const Rows& to, const Vec<Acc<T>>* rows, const Sequence& s, const Item& item, int64_t t, int count) {
   prefetch_rows<true, T>(to, s, item, t, count);
-  store_tile(to.at<T>(s.b, s.begin + t, item.d), to.time_stride, to.channel_stride, rows, count, item.lanes);
-}
-
-// Row r of a document's state, [docs, rows, dim].
-template <class A>
-inline A* state_row(const FftConv& p, const void* state, int64_t rows, int64_t doc, int64_t r) {
-  return static_cast<A*>(const_cast<void*>(state)) + (doc * rows + r) * p.dim;
+  store_tile(to.at<T>(s.batch, s.begin + t, item.d), to.time_stride, to.channel_stride, rows, count, item.lanes);
 }
 
 // rows[i] = v at time t + i, before the sequence from its initial state; returns how many of `count` it loaded.
@@ -110,7 +100,7 @@ inline int load_inputs(Vec<Acc<T>>* rows, const FftConv& p, const Sequence& s, c
   }
   const int before = static_cast<int>(least<int64_t>(count, -t));
   for (int i = 0; i < before; i++) {
-    rows[i] = load(state_row<A>(p, p.initial_state, p.history, s.doc, p.history + t + i) + item.d, item.lanes);
+    rows[i] = load(p.states_before<A>(p.initial_state).at(s.doc, p.history + t + i, item.d), item.lanes);
   }
   return before;
 }

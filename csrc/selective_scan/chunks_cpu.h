@@ -25,29 +25,29 @@ struct Item {
   }
 };
 
-struct Chunk {
-  int64_t doc, begin;  // `begin`: position in the batch row
-  int rows;
+struct Chunk : Span {
   int64_t slot;  // of its checkpoint, or kNoSlot
+
+  int rows() const { return static_cast<int>(length()); }
 };
 
 constexpr int64_t kNoSlot = -1;
 
 // Up to `rows` steps of a document, from step `first` of it on.
 inline Chunk chunk_of(const SelectiveScan& p, int64_t doc, int64_t first, int64_t rows) {
-  const int64_t begin = p.docs.begin(doc) + first, left = p.docs.end(doc) - begin;
+  const Span document = p.docs.span(doc);
+  const int64_t begin = document.begin + first, end = least(begin + rows, document.end);
   const int64_t slot = first % kScanChunk == 0 ? p.checkpoint_slot(doc, first / kScanChunk) : kNoSlot;
-  return {doc, begin, static_cast<int>(least(left, rows)), slot};
+  return {{doc, document.batch, begin, end}, slot};
 }
 
 // ---- staging ----
 
 // staged[t * dstate + n] = B or C of the chunk.
 template <class T>
-inline void stage(Acc<T>* staged, const Projection& from, const SelectiveScan& p, int64_t b, int64_t group,
-                  const Chunk& chunk) {
-  for (int t = 0; t < chunk.rows; t++) {
-    const T* row = from.at<T>(b, chunk.begin + t, group);
+inline void stage(Acc<T>* staged, const Projection& from, const SelectiveScan& p, int64_t group, const Chunk& chunk) {
+  for (int t = 0; t < chunk.rows(); t++) {
+    const T* row = from.at<T>(chunk.batch, chunk.begin + t, group);
     if (from.state_stride == 1) {
       for (int64_t n = 0; n < p.dstate; n += kLanes<Acc<T>>) {
         const int count = static_cast<int>(least<int64_t>(p.dstate - n, kLanes<Acc<T>>));
@@ -60,22 +60,22 @@ inline void stage(Acc<T>* staged, const Projection& from, const SelectiveScan& p
 }
 
 template <class T>
-inline void load_rows(Vec<Acc<T>>* tile, const Rows& rows, int64_t b, const Chunk& chunk, int64_t channel, int lanes) {
-  load_tile(tile, rows.at<T>(b, chunk.begin, channel), rows.time_stride, rows.channel_stride, chunk.rows, lanes);
+inline void load_rows(Vec<Acc<T>>* tile, const Rows& rows, const Chunk& chunk, int64_t channel, int lanes) {
+  load_tile(tile, rows.at<T>(chunk.batch, chunk.begin, channel), rows.time_stride, rows.channel_stride, chunk.rows(), lanes);
 }
 
 // Asks for the next lanes of the chunk, while these are worked on.
 template <class T>
-inline void prefetch_rows(const Rows& rows, int64_t b, const Chunk& chunk, int64_t channel) {
+inline void prefetch_rows(const Rows& rows, const Chunk& chunk, int64_t channel) {
   if (rows)
-    prefetch_tile(rows.at<T>(b, chunk.begin, channel + kLanes<Acc<T>>), rows.time_stride, rows.channel_stride, chunk.rows,
-                  kLanes<Acc<T>>);
+    prefetch_tile(rows.at<T>(chunk.batch, chunk.begin, channel + kLanes<Acc<T>>), rows.time_stride, rows.channel_stride,
+                  chunk.rows(), kLanes<Acc<T>>);
 }
 
 template <class T>
-inline void store_rows(const Rows& rows, int64_t b, const Chunk& chunk, int64_t channel, const Vec<Acc<T>>* tile,
-                       int lanes) {
-  store_tile(rows.at<T>(b, chunk.begin, channel), rows.time_stride, rows.channel_stride, tile, chunk.rows, lanes);
+inline void store_rows(const Rows& rows, const Chunk& chunk, int64_t channel, const Vec<Acc<T>>* tile, int lanes) {
+  store_tile(rows.at<T>(chunk.batch, chunk.begin, channel), rows.time_stride, rows.channel_stride, tile, chunk.rows(),
+             lanes);
 }
 
 template <class A>
@@ -114,12 +114,11 @@ inline void apply_softplus(const SelectiveScan& p, Vec<A>* step, const Vec<A>* r
 }
 
 template <class T>
-inline void load_raw_delta(Vec<Acc<T>>* raw, const SelectiveScan& p, int64_t b, const Chunk& chunk, int64_t channel,
-                           int lanes) {
-  load_rows<T>(raw, p.delta, b, chunk, channel, lanes);
+inline void load_raw_delta(Vec<Acc<T>>* raw, const SelectiveScan& p, const Chunk& chunk, int64_t channel, int lanes) {
+  load_rows<T>(raw, p.delta, chunk, channel, lanes);
   if (p.delta_bias == nullptr) return;
   const Vec<Acc<T>> bias = per_channel<Acc<T>>(p.delta_bias, channel, lanes);
-  for (int t = 0; t < chunk.rows; t++) raw[t] += bias;
+  for (int t = 0; t < chunk.rows(); t++) raw[t] += bias;
 }
 
 // The largest |v[i]|, lane by lane; NaN where one is.

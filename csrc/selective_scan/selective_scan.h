@@ -36,6 +36,11 @@ struct SelectiveScan {
   void* final_state;          // [docs, dim, dstate]
   void* checkpoints;          // [slots, dstate, dim] or null: the states that enter each chunk
 
+  // Of initial_state and its like; a row is a channel.
+  template <class T>
+  MADKERNELS_ANYWHERE States<T> states(const void* data) const {
+    return {data, dim, dstate};
+  }
   // Where the states that enter a document's chunk lie among the checkpoints.
   int64_t checkpoint_slot(int64_t doc, int64_t chunk) const {
     if (docs.cu_seqlens == nullptr) return doc * ceil_div(seqlen, kScanChunk) + chunk;

@@ -76,7 +76,7 @@ __device__ void advance_documents(float (&h)[kStates], const float (&log2)[kStat
                                   const Run& run, int t, int first, int stop) {
   for (int i = first; i < stop; i++) {
     const Document document = document_at(k.p.docs, k.at.b, t + i);
-    if (t + i == document.begin) load_matrix(h, k.p.initial_state, document.index, k, run);
+    if (t + i == document.begin) load_matrix(h, k.p.initial_state, document.doc, k, run);
     float decay[kStates];
     find_decays(decay, log2, k, i);
     advance(h, h, decay, k, i);
@@ -266,19 +266,19 @@ __device__ float unit_back(Adjoint<kStates>& a, const Thread<T, kStates>& k, con
     const Document document = document_at(k.p.docs, k.at.b, t + i);
     const auto enter = [&](float (&h)[kStates]) {
       if (t + i == document.begin) {
-        load_matrix(h, k.p.initial_state, document.index, k, turn.run);
+        load_matrix(h, k.p.initial_state, document.doc, k, turn.run);
       } else {
         enter_unit(h, k, turn.run, t, unit);
         if (!whole) advance_documents(h, a.log2, k, turn.run, t, begin, i);
       }
     };
-    if (t + last + 1 == document.end) load_matrix(a.dh, k.q.dfinal_state, document.index, k, turn.run);
+    if (t + last + 1 == document.end) load_matrix(a.dh, k.q.dfinal_state, document.doc, k, turn.run);
     if (whole) {
       dD += steps_back<kUnit>(a, k, turn, i, skip, partial, enter);
     } else {
       dD += steps_back<1>(a, k, turn, i, skip, partial + (i - begin) * 2 * kWarps * kStates, enter);
     }
-    if (t + i == document.begin) store_matrix(k.q.dinitial_state, document.index, k, turn.run, a.dh);
+    if (t + i == document.begin) store_matrix(k.q.dinitial_state, document.doc, k, turn.run, a.dh);
   }
   return dD;
 }
@@ -433,7 +433,7 @@ __global__ void __launch_bounds__(kScanThreads, 6) scan_back_segment(SelectiveSc
       for (int i = kRows - 1; i >= 0; i--) {
         if (i >= rows) continue;
         if (t + i + 1 == document.end) {
-          load_row(dh, q.dfinal_state, static_cast<int64_t>(document.index) * p.dim + at.channel, p.dstate, run);
+          load_row(dh, q.dfinal_state, static_cast<int64_t>(document.doc) * p.dim + at.channel, p.dstate, run);
         }
 #pragma unroll
         for (int n = 0; n < kStates; n++) dh[n] = (dh[n] + dy[i] * C[i * kStates + n]) * exp2_mufu(step[i] * log2[n]);

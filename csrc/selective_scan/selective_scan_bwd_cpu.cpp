@@ -77,8 +77,8 @@ struct Carried {
 };
 
 template <class T>
-void backward_lanes(const SelectiveScanBackward& q, int64_t b, const Chunk& chunk, int64_t channel, int lanes,
-                    const Acc<T>* B, const Acc<T>* C, const Carried<Acc<T>>& carried, Vec<Acc<T>>* entering, Vec<Acc<T>>* dB,
+void backward_lanes(const SelectiveScanBackward& q, const Chunk& chunk, int64_t channel, int lanes, const Acc<T>* B,
+                    const Acc<T>* C, const Carried<Acc<T>>& carried, Vec<Acc<T>>* entering, Vec<Acc<T>>* dB,
                     Vec<Acc<T>>* dC) {
   using A = Acc<T>;
   const SelectiveScan& p = q.forward;
@@ -86,22 +86,22 @@ void backward_lanes(const SelectiveScanBackward& q, int64_t b, const Chunk& chun
   for (int64_t n = 0; n < p.dstate; n++) entering[n] = load(saved + n * p.dim, lanes);
 
   ChunkTile<A> u, raw, step, x, dout, dy, y, z, dx, dstep;
-  load_rows<T>(u, p.u, b, chunk, channel, lanes);
-  load_raw_delta<T>(raw, p, b, chunk, channel, lanes);
-  apply_softplus<A>(p, step, raw, chunk.rows);
-  load_rows<T>(dout, q.dout, b, chunk, channel, lanes);
-  if (p.z) load_rows<T>(z, p.z, b, chunk, channel, lanes);
+  load_rows<T>(u, p.u, chunk, channel, lanes);
+  load_raw_delta<T>(raw, p, chunk, channel, lanes);
+  apply_softplus<A>(p, step, raw, chunk.rows());
+  load_rows<T>(dout, q.dout, chunk, channel, lanes);
+  if (p.z) load_rows<T>(z, p.z, chunk, channel, lanes);
   for (const Rows* rows : {&p.u, &p.delta, &p.z, &q.dout, &q.du, &q.ddelta, &q.dz}) {
-    prefetch_rows<T>(*rows, b, chunk, channel);
+    prefetch_rows<T>(*rows, chunk, channel);
   }
   const Vec<A> skip = p.D ? per_channel<A>(p.D, channel, lanes) : Vec<A>{};
-  for (int t = 0; t < chunk.rows; t++) {
+  for (int t = 0; t < chunk.rows(); t++) {
     x[t] = step[t] * u[t];
     y[t] = skip * u[t];
     dy[t] = p.z ? dout[t] * z[t] * sigmoid<A>(z[t]) : dout[t];
     dx[t] = dstep[t] = Vec<A>{};
   }
-  const Adjoint<A> adjoint{.rows = chunk.rows,
+  const Adjoint<A> adjoint{.rows = chunk.rows(),
                            .dstate = p.dstate,
                            .step = step,
                            .x = x,
@@ -117,11 +117,11 @@ void backward_lanes(const SelectiveScanBackward& q, int64_t b, const Chunk& chun
                            .dA = carried.dA,
                            .dB = dB,
                            .dC = dC};
-  const bool in_range = exponents_in_range<A>(step, chunk.rows, *carried.fastest);
+  const bool in_range = exponents_in_range<A>(step, chunk.rows(), *carried.fastest);
   for_runs_of_states<kStates>(p.dstate, [&]<int kRun>(int64_t n) {
     (in_range ? adjoint_of_states<A, kRun, true> : adjoint_of_states<A, kRun, false>)(adjoint, n);
   });
-  for (int t = 0; t < chunk.rows; t++) {
+  for (int t = 0; t < chunk.rows(); t++) {
     *carried.dD += dy[t] * u[t];
     dstep[t] = dstep[t] * A(0.693147180559945309417232121L) + dx[t] * u[t];
     if (p.delta_softplus) dstep[t] = raw[t] > A(20) ? dstep[t] : dstep[t] * sigmoid<A>(raw[t]);
@@ -132,9 +132,9 @@ void backward_lanes(const SelectiveScanBackward& q, int64_t b, const Chunk& chun
       y[t] = dout[t] * y[t] * gate * (A(1) + z[t] * (A(1) - gate));
     }
   }
-  store_rows<T>(q.du, b, chunk, channel, dx, lanes);
-  store_rows<T>(q.ddelta, b, chunk, channel, dstep, lanes);
-  if (p.z) store_rows<T>(q.dz, b, chunk, channel, y, lanes);
+  store_rows<T>(q.du, chunk, channel, dx, lanes);
+  store_rows<T>(q.ddelta, chunk, channel, dstep, lanes);
+  if (p.z) store_rows<T>(q.dz, chunk, channel, y, lanes);
 }
 
 // Scratch of the items of one batch row, and the walk over them.
@@ -173,19 +173,18 @@ class BackwardRow {
 
  private:
   void walk_back(int64_t doc) {
-    const int64_t matrix = doc * p.dim * p.dstate;
     for_all_lanes([&](int64_t i, int64_t channel, int lanes) {
       if (q.dfinal_state) {
-        load_states<A>(dh + i * p.dstate, static_cast<const A*>(q.dfinal_state) + matrix, p.dstate, channel, lanes);
+        load_states<A>(dh + i * p.dstate, p.states<A>(q.dfinal_state).at(doc, 0, 0), p.dstate, channel, lanes);
       } else {
         clear<A>(dh + i * p.dstate, p.dstate);
       }
     });
-    for (int64_t i = ceil_div(p.docs.end(doc) - p.docs.begin(doc), kScanChunk) - 1; i >= 0; i--) {
+    for (int64_t i = ceil_div(p.docs.span(doc).length(), kScanChunk) - 1; i >= 0; i--) {
       chunk_back(chunk_of(p, doc, i * kScanChunk, kScanChunk));
     }
     for_all_lanes([&](int64_t i, int64_t channel, int lanes) {
-      store_states<A>(static_cast<A*>(q.dinitial_state) + matrix, dh + i * p.dstate, p.dstate, channel, lanes);
+      store_states<A>(p.states<A>(q.dinitial_state).at(doc, 0, 0), dh + i * p.dstate, p.dstate, channel, lanes);
     });
   }
 
@@ -194,11 +193,11 @@ class BackwardRow {
     for (int64_t i = begin; i < end; i++) {
       const Item item(p, i);
       if (item.group != staged_group) {
-        stage<T>(B, p.B, p, b, item.group, chunk);
-        stage<T>(C, p.C, p, b, item.group, chunk);
+        stage<T>(B, p.B, p, item.group, chunk);
+        stage<T>(C, p.C, p, item.group, chunk);
         staged_group = item.group;
       }
-      clear<A>(dB, chunk.rows * p.dstate), clear<A>(dC, chunk.rows * p.dstate);
+      clear<A>(dB, chunk.rows() * p.dstate), clear<A>(dC, chunk.rows() * p.dstate);
       for_lanes<A>(item, [&](int64_t group, int64_t channel, int lanes) {
         const int64_t at = (i - begin) * kLaneGroups + group;
         const Carried<A> carried{.log2 = log2 + at * p.dstate,
@@ -207,12 +206,12 @@ class BackwardRow {
                                  .fastest = fastest + at,
                                  .dD = dD + at,
                                  .dbias = dbias + at};
-        backward_lanes<T>(q, b, chunk, channel, lanes, B, C, carried, entering, dB, dC);
+        backward_lanes<T>(q, chunk, channel, lanes, B, C, carried, entering, dB, dC);
       });
       const int64_t part = (item.group * p.blocks_per_group() + item.block) * p.batch + b;
       const int64_t at = (part * p.seqlen + chunk.begin) * p.dstate;
-      store_lane_sums<A>(static_cast<A*>(q.dB_parts) + at, dB, chunk.rows * p.dstate);
-      store_lane_sums<A>(static_cast<A*>(q.dC_parts) + at, dC, chunk.rows * p.dstate);
+      store_lane_sums<A>(static_cast<A*>(q.dB_parts) + at, dB, chunk.rows() * p.dstate);
+      store_lane_sums<A>(static_cast<A*>(q.dC_parts) + at, dC, chunk.rows() * p.dstate);
     }
   }
 

@@ -37,34 +37,34 @@ void scan_states(int rows, int64_t dstate, const Vec<A>* step, const Vec<A>* x, 
 }
 
 template <class T>
-void forward_lanes(const SelectiveScan& p, int64_t b, const Chunk& chunk, int64_t channel, int lanes, const Acc<T>* B,
-                   const Acc<T>* C, const Vec<Acc<T>>* log2, Vec<Acc<T>> fastest, Vec<Acc<T>>* h) {
+void forward_lanes(const SelectiveScan& p, const Chunk& chunk, int64_t channel, int lanes, const Acc<T>* B, const Acc<T>* C,
+                   const Vec<Acc<T>>* log2, Vec<Acc<T>> fastest, Vec<Acc<T>>* h) {
   using A = Acc<T>;
   if (p.checkpoints && chunk.slot != kNoSlot) {
     A* saved = static_cast<A*>(p.checkpoints) + chunk.slot * p.dstate * p.dim + channel;
     for (int64_t n = 0; n < p.dstate; n++) store(saved + n * p.dim, h[n], lanes);
   }
   ChunkTile<A> u, step, x, y;
-  load_rows<T>(u, p.u, b, chunk, channel, lanes);
-  load_raw_delta<T>(step, p, b, chunk, channel, lanes);
-  apply_softplus<A>(p, step, step, chunk.rows);
-  for (const Rows* rows : {&p.u, &p.delta, &p.z, &p.out}) prefetch_rows<T>(*rows, b, chunk, channel);
+  load_rows<T>(u, p.u, chunk, channel, lanes);
+  load_raw_delta<T>(step, p, chunk, channel, lanes);
+  apply_softplus<A>(p, step, step, chunk.rows());
+  for (const Rows* rows : {&p.u, &p.delta, &p.z, &p.out}) prefetch_rows<T>(*rows, chunk, channel);
   const Vec<A> skip = p.D ? per_channel<A>(p.D, channel, lanes) : Vec<A>{};
-  for (int t = 0; t < chunk.rows; t++) {
+  for (int t = 0; t < chunk.rows(); t++) {
     x[t] = step[t] * u[t];
     y[t] = p.D ? skip * u[t] : Vec<A>{};
   }
-  const bool in_range = exponents_in_range<A>(step, chunk.rows, fastest);
+  const bool in_range = exponents_in_range<A>(step, chunk.rows(), fastest);
   for_runs_of_states<kStates>(p.dstate, [&]<int kRun>(int64_t n) {
     const auto scan = in_range ? scan_states<A, kRun, true> : scan_states<A, kRun, false>;
-    scan(chunk.rows, p.dstate, step, x, B + n, C + n, log2 + n, h + n, y);
+    scan(chunk.rows(), p.dstate, step, x, B + n, C + n, log2 + n, h + n, y);
   });
   if (p.z) {
     ChunkTile<A>& z = u;
-    load_rows<T>(z, p.z, b, chunk, channel, lanes);
-    for (int t = 0; t < chunk.rows; t++) y[t] *= z[t] * sigmoid<A>(z[t]);
+    load_rows<T>(z, p.z, chunk, channel, lanes);
+    for (int t = 0; t < chunk.rows(); t++) y[t] *= z[t] * sigmoid<A>(z[t]);
   }
-  store_rows<T>(p.out, b, chunk, channel, y, lanes);
+  store_rows<T>(p.out, chunk, channel, y, lanes);
 }
 
 // The items of one batch row, one document after another.
@@ -88,28 +88,27 @@ void forward_row(const SelectiveScan& p, int64_t begin, int64_t end) {
     fastest[i] = load_decays<A>(log2 + i * p.dstate, p, channel, lanes);
   });
   for (int64_t doc = p.docs.first(b); doc < p.docs.last(b); doc++) {
-    const int64_t matrix = doc * p.dim * p.dstate;
     for_all_lanes([&](const Item&, int64_t i, int64_t channel, int lanes) {
       if (p.initial_state) {
-        load_states<A>(h + i * p.dstate, static_cast<const A*>(p.initial_state) + matrix, p.dstate, channel, lanes);
+        load_states<A>(h + i * p.dstate, p.states<A>(p.initial_state).at(doc, 0, 0), p.dstate, channel, lanes);
       } else {
         clear<A>(h + i * p.dstate, p.dstate);
       }
     });
-    for (int64_t first = 0; first < p.docs.end(doc) - p.docs.begin(doc); first += rows) {
+    for (int64_t first = 0; first < p.docs.span(doc).length(); first += rows) {
       const Chunk chunk = chunk_of(p, doc, first, rows);
       int64_t staged_group = -1;
       for_all_lanes([&](const Item& item, int64_t i, int64_t channel, int lanes) {
         if (item.group != staged_group) {
-          stage<T>(B, p.B, p, b, item.group, chunk);
-          stage<T>(C, p.C, p, b, item.group, chunk);
+          stage<T>(B, p.B, p, item.group, chunk);
+          stage<T>(C, p.C, p, item.group, chunk);
           staged_group = item.group;
         }
-        forward_lanes<T>(p, b, chunk, channel, lanes, B, C, log2 + i * p.dstate, fastest[i], h + i * p.dstate);
+        forward_lanes<T>(p, chunk, channel, lanes, B, C, log2 + i * p.dstate, fastest[i], h + i * p.dstate);
       });
     }
     for_all_lanes([&](const Item&, int64_t i, int64_t channel, int lanes) {
-      store_states<A>(static_cast<A*>(p.final_state) + matrix, h + i * p.dstate, p.dstate, channel, lanes);
+      store_states<A>(p.states<A>(p.final_state).at(doc, 0, 0), h + i * p.dstate, p.dstate, channel, lanes);
     });
   }
 }

@@ -91,7 +91,7 @@ __device__ Document walk_documents(float (&h)[kStates], const float (&log2)[kSta
                                    const Place& at, const Run& run, Document document, const Columns& columns,
                                    const float* B, const float* C, int t, int rows) {
   for (int i = 0; i < rows;) {
-    const int64_t matrix = static_cast<int64_t>(document.index) * p.dim + at.channel;
+    const int64_t matrix = static_cast<int64_t>(document.doc) * p.dim + at.channel;
     // Threads behind the last channel read none: where it is updated in place, another thread has it.
     if (t + i == document.begin) load_row(h, at.live ? p.initial_state : nullptr, matrix, p.dstate, run);
     const int stop = least(document.end - t, rows);
