@@ -39,17 +39,6 @@ void for_stretches(const CausalConv& p, int64_t b, int64_t begin, int64_t end, F
   }
 }
 
-template <class A>
-Vec<A> silu(Vec<A> x) {
-  return x * sigmoid<A>(x);
-}
-
-template <class A>
-Vec<A> silu_gradient(Vec<A> x) {
-  const Vec<A> gate = sigmoid<A>(x);
-  return gate * (A(1) + x * (A(1) - gate));
-}
-
 // Calls f(first, count) for vectors of up to kLanes elements that cover 0 .. n.
 template <class A, class F>
 inline void for_vectors(int64_t n, F&& f) {

@@ -135,7 +135,7 @@ inline Vec<A> largest_magnitude(const Vec<A>* v, int64_t count) {
 // log2[n] = A[channel + l, n] log2(e), of a group of lanes -> the largest magnitude among them.
 template <class A>
 inline Vec<A> load_decays(Vec<A>* log2, const SelectiveScan& p, int64_t channel, int lanes) {
-  load_states<A>(log2, static_cast<const A*>(p.A), p.dstate, channel, lanes, A(1.442695040888963407359924681L));
+  load_states<A>(log2, static_cast<const A*>(p.A), p.dstate, channel, lanes, kLog2e<A>);
   return largest_magnitude<A>(log2, p.dstate);
 }
 

@@ -4,13 +4,13 @@
 // its states in registers. Tiles in shared memory are [steps][kScanBlock]: a thread uses its own column, without barriers.
 #pragma once
 
+#include "common/constants.h"
 #include "common/steps.h"
 #include "selective_scan/selective_scan.h"
 
 namespace madkernels::device {
 
 constexpr int kScanThreads = static_cast<int>(kScanBlock);
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 inline int64_t scan_blocks(const SelectiveScan& p, const ScanSplit& split) {
   return p.batch * split.segments * p.groups * p.blocks_per_group();
@@ -103,7 +103,7 @@ template <int kStates>
 __device__ void load_decays(float (&log2)[kStates], const SelectiveScan& p, const Run& run, int channel) {
   load_row(log2, p.A, channel, p.dstate, run);
 #pragma unroll
-  for (int n = 0; n < kStates; n++) log2[n] *= kLog2e;
+  for (int n = 0; n < kStates; n++) log2[n] *= kLog2e<float>;
 }
 
 // staged[i * kStates + n] = projection[b, t + i, group, first + n], i < kRows; zero where there is none. By all threads,
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kScanThreads) chain_segments(SelectiveScan p, 
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kScanThreads + threadIdx.x;
   if (i >= p.batch * p.dstate * p.dim) return;
   const int64_t channel = i % p.dim, n = i / p.dim % p.dstate, b = i / p.dim / p.dstate;
-  const float log2 = static_cast<const float*>(p.A)[channel * p.dstate + n] * kLog2e;
+  const float log2 = static_cast<const float*>(p.A)[channel * p.dstate + n] * kLog2e<float>;
   const int segments = static_cast<int>(split.segments), rows = static_cast<int>(split.rows);
   float carried = 0;
   for (int k = 0; k < segments; k++) {

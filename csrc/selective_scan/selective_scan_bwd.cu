@@ -205,7 +205,7 @@ __device__ __forceinline__ StepSums step_back(Adjoint<kStates>& a, const float (
     a.dA[n] += dexponent * step[c];
   }
   sum_over_channels(part, dB, k);
-  return {sum_over_states(dx), sum_over_states(ddelta) * kLn2, 0};
+  return {sum_over_states(dx), sum_over_states(ddelta) * kLn2<float>, 0};
 }
 
 // The gradients of one step of the thread's own channel, once all runs of states have given their sums: they take the place
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(kScanThreads, 4) scan_back(SelectiveScanBackwa
       if (runs > 1 || t == last_chunk) {
         load_matrix(a.log2, p.A, 0, k, turn.run);
 #pragma unroll
-        for (int n = 0; n < kStates; n++) a.log2[n] *= kLog2e;
+        for (int n = 0; n < kStates; n++) a.log2[n] *= kLog2e<float>;
         clear(a.dh), clear(a.dA);
         if (split.segments > 1 || t < last_chunk) load_states(a.dh, split.states, slot, k, turn.run);
         if (t < last_chunk) load_matrix(a.dA, q.dA_parts, slot, k, turn.run);

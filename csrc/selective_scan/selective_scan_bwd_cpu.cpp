@@ -123,7 +123,7 @@ void backward_lanes(const SelectiveScanBackward& q, const Chunk& chunk, int64_t 
   });
   for (int t = 0; t < chunk.rows(); t++) {
     *carried.dD += dy[t] * u[t];
-    dstep[t] = dstep[t] * A(0.693147180559945309417232121L) + dx[t] * u[t];
+    dstep[t] = dstep[t] * kLn2<A> + dx[t] * u[t];
     if (p.delta_softplus) dstep[t] = raw[t] > A(20) ? dstep[t] : dstep[t] * sigmoid<A>(raw[t]);
     *carried.dbias += dstep[t];
     dx[t] = dx[t] * step[t] + dy[t] * skip;

@@ -62,7 +62,7 @@ void forward_lanes(const SelectiveScan& p, const Chunk& chunk, int64_t channel, 
   if (p.z) {
     ChunkTile<A>& z = u;
     load_rows<T>(z, p.z, chunk, channel, lanes);
-    for (int t = 0; t < chunk.rows(); t++) y[t] *= z[t] * sigmoid<A>(z[t]);
+    for (int t = 0; t < chunk.rows(); t++) y[t] *= silu<A>(z[t]);
   }
   store_rows<T>(p.out, chunk, channel, y, lanes);
 }
