@@ -37,7 +37,7 @@ constexpr int64_t kNoSlot = -1;
 inline Chunk chunk_of(const SelectiveScan& p, int64_t doc, int64_t first, int64_t rows) {
   const Span document = p.docs.span(doc);
   const int64_t begin = document.begin + first, end = least(begin + rows, document.end);
-  const int64_t slot = first % kScanChunk == 0 ? p.checkpoint_slot(doc, first / kScanChunk) : kNoSlot;
+  const int64_t slot = first % kScanChunk == 0 ? p.cpu_slot(doc, first / kScanChunk) : kNoSlot;
   return {{doc, document.batch, begin, end}, slot};
 }
 

@@ -86,9 +86,10 @@ struct Split : OnDevice, ScanSplit {
   }
 };
 
-// Kernels on a GPU save one checkpoint a chunk of the row, whatever the documents: fewer than there is room for.
+// The GPU checkpoints every 32nd step of the row and ignores document bounds, so it fills fewer slots than the CPU's layout
+// has.
 void clear_spare(Tensor& checkpoints, const SelectiveScan& p) {
-  const int64_t used = p.batch * ceil_div(p.seqlen, kScanChunk), room = checkpoints.size(0);
+  const int64_t used = p.gpu_slots(), room = checkpoints.size(0);
   if (used >= room) return;
   Tensor spare = torch::stable::narrow(checkpoints, 0, used, room - used);
   torch::stable::zero_(spare);

@@ -14,7 +14,7 @@
 
 namespace madkernels {
 
-// Time is cut into chunks of this many steps, per document. The forward saves the states that enter each chunk; the
+// Time is cut into chunks of this many steps. The forward saves the states that enter each chunk, its checkpoint; the
 // backward recomputes the states inside it.
 constexpr int64_t kScanChunk = 32;
 
@@ -41,15 +41,17 @@ struct SelectiveScan {
   MADKERNELS_ANYWHERE States<T> states(const void* data) const {
     return {data, dim, dstate};
   }
-  // Where the states that enter a document's chunk lie among the checkpoints.
-  int64_t checkpoint_slot(int64_t doc, int64_t chunk) const {
-    if (docs.cu_seqlens == nullptr) return doc * ceil_div(seqlen, kScanChunk) + chunk;
+
+  // Checkpoints: the CPU cuts chunks per document, the GPU per batch row, whatever the documents. Each has its slots from
+  // the first on; there is room for the CPU's, which are no fewer. The fake of ops/selective_scan.py computes the room too.
+  int64_t checkpoint_slots() const { return docs.cu_seqlens == nullptr ? gpu_slots() : seqlen / kScanChunk + docs.count; }
+  int64_t cpu_slot(int64_t doc, int64_t chunk) const {
+    if (docs.cu_seqlens == nullptr) return gpu_slot(doc, chunk);
     return docs.cu_seqlens[doc] / kScanChunk + doc + chunk;
   }
-  int64_t checkpoint_slots() const {
-    if (docs.cu_seqlens == nullptr) return batch * ceil_div(seqlen, kScanChunk);
-    return seqlen / kScanChunk + docs.count;
-  }
+  MADKERNELS_ANYWHERE int64_t gpu_slot(int64_t b, int64_t chunk) const { return b * ceil_div(seqlen, kScanChunk) + chunk; }
+  int64_t gpu_slots() const { return gpu_slot(batch, 0); }
+
   MADKERNELS_ANYWHERE int64_t channels_per_group() const { return dim / groups; }
   MADKERNELS_ANYWHERE int64_t blocks_per_group() const { return ceil_div(channels_per_group(), kScanBlock); }
 };

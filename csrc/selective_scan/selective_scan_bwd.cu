@@ -88,8 +88,7 @@ __device__ void advance_documents(float (&h)[kStates], const float (&log2)[kStat
 template <class T, int kStates>
 __device__ void enter_unit(float (&h)[kStates], const Thread<T, kStates>& k, const Run& run, int t, int unit) {
   if (unit == 0) {
-    const int64_t chunks = ceil_div(k.p.seqlen, kChunk);
-    load_states(h, k.p.checkpoints, k.at.b * chunks + t / kChunk, k, run);
+    load_states(h, k.p.checkpoints, k.p.gpu_slot(k.at.b, t / kChunk), k, run);
     return;
   }
 #pragma unroll

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kScanThreads, kBlocksEach) scan(SelectiveScan 
   const Columns columns{.step = tiles, .input = tiles + kUnit * kScanThreads, .sum = tiles + 2 * kUnit * kScanThreads};
   const Place at(p, split);
   const int runs = runs_of<kStates>(p.dstate);
-  const int64_t slot = at.slot(split), chunks = ceil_div(p.seqlen, kScanChunk);
+  const int64_t slot = at.slot(split);
   Document document = document_at(p.docs, at.b, at.begin);
   float h[kStates], log2[kStates], elapsed = 0;
   clear(h);
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kScanThreads, kBlocksEach) scan(SelectiveScan 
         }
       }
       if (kSums && p.checkpoints != nullptr && t % static_cast<int>(kScanChunk) == 0 && at.live) {
-        store_plane(p.checkpoints, at.b * chunks + t / static_cast<int>(kScanChunk), p, run, at.channel, h);
+        store_plane(p.checkpoints, p.gpu_slot(at.b, t / static_cast<int>(kScanChunk)), p, run, at.channel, h);
       }
       __syncthreads();
       next = walk_documents<kStates, kSums>(h, log2, p, at, run, document, columns, B, C, t, rows);
