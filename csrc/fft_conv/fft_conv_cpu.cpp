@@ -148,8 +148,6 @@ void one_step(const FftConv& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern void fft_conv_backward(const FftConvBackward& q, int64_t begin, int64_t end);
-
 const FftConvKernels fft_conv_kernels = {.vector_bytes = kVectorBytes,
                                          .forward = forward,
                                          .backward = fft_conv_backward,

@@ -11,6 +11,8 @@
 
 namespace madkernels::MADKERNELS_ISA {
 
+void fft_conv_backward(const FftConvBackward& q, int64_t begin, int64_t end);
+
 constexpr int kTileRows = 64;
 
 struct Sequence : Span {

@@ -16,8 +16,8 @@ inline int64_t scan_blocks(const SelectiveScan& p, const ScanSplit& split) {
   return p.batch * split.segments * p.groups * p.blocks_per_group();
 }
 
-// Where a block works, and the thread's channel in it. Threads behind the last channel of a group take it too, and store
-// nothing.
+// Where a block works, and the thread's channel in it. Threads past the last channel of a group compute that one again and
+// store nothing (`live` is false).
 struct Place {
   int b, segment, group, block, channel, begin, end;
   int block_of_all;  // of the blocks of all groups

@@ -86,8 +86,7 @@ struct Split : OnDevice, ScanSplit {
   }
 };
 
-// The GPU checkpoints every 32nd step of the row and ignores document bounds, so it fills fewer slots than the CPU's layout
-// has.
+// The GPU checkpoints each chunk of the row and ignores document bounds, so it fills fewer slots than the CPU's layout has.
 void clear_spare(Tensor& checkpoints, const SelectiveScan& p) {
   const int64_t used = p.gpu_slots(), room = checkpoints.size(0);
   if (used >= room) return;

@@ -81,7 +81,7 @@ MADKERNELS_DECLARE_CPU_KERNELS(SelectiveScanKernels, selective_scan)
 
 // ---- GPU ----
 
-// States a thread holds in registers; with more of them, they wait in `states` of the split.
+// States a thread holds in registers. Beyond that, runs of so many take turns there and are parked in `states` of the split.
 constexpr int64_t kScanRun = 16;
 
 // A GPU cuts every batch row into segments where batch x dim alone would not fill it. A first pass finds the state that each
