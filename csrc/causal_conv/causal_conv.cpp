@@ -134,12 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(Tensor dout, Opt
   const OptionalTensor dfinal = contiguous(dfinal_state);
 
   Tensor dx = empty_rows(a.x), dinitial = empty(a.states(), type, x);
-  // An empty document passes its final state's gradient on, which is no item's work.
-  if (dfinal) {
-    torch::stable::copy_(dinitial, *dfinal);
-  } else {
-    torch::stable::zero_(dinitial);
-  }
+  hand_on_states(p.docs, dfinal, dinitial);
   const Shape taps = a.by_tap() ? Shape{a.parts(), p.width, p.dim} : Shape{a.parts(), p.dim, p.width};
   Tensor dweight_parts = empty(taps, wide, x), dbias_parts = empty({a.parts(), p.dim}, wide, x);
   const CausalConvBackward q{.forward = p,

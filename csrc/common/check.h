@@ -236,6 +236,10 @@ inline Tensor empty(const Shape& shape, ScalarType dtype, const Tensor& like) {
 // Sums `parts` over `axis`, in order, whatever the threads.
 Tensor sum_parts(const Tensor& parts, int64_t axis);
 
+// Fills the states of documents without a step, as empty_documents.h says: `to` from `from`, both [docs, rows, dim] and
+// contiguous.
+void hand_on_states(const Documents& docs, const OptionalTensor& from, const Tensor& to);
+
 // Items a thread should take at least: about 100 microseconds of work where an item costs `operations`.
 inline int64_t grain(int64_t operations) { return operations >= 500000 ? 1 : 500000 / (operations + 1) + 1; }
 

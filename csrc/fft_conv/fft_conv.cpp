@@ -181,11 +181,6 @@ void run_backward(const char* op, Arguments& a, const Tensor& dout, const Option
   if (is_empty(p)) {
     to.dfilter = zeros({p.groups, p.taps});
     if (a.skip) to.dskip = zeros({p.dim});
-    if (to.dinitial_state && !dfinal_state) torch::stable::zero_(*to.dinitial_state);
-    if (to.dinitial_state && dfinal_state) {  // a sequence of nothing hands its state on
-      Tensor state = *dfinal_state;
-      torch::stable::copy_(*to.dinitial_state, torch::stable::narrow(state, 1, p.taps - 1 - p.history, p.history));
-    }
     return;
   }
   OnGpu call(op, a, true);
@@ -349,7 +344,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fft_conv_backward(
   if (pre_gate) to.dpre_gate = empty_rows(*a.pre_gate);
   if (post_gate) to.dpost_gate = empty_rows(*a.post_gate);
   if (initial_state) to.dinitial_state = empty({p.docs.count, p.history, p.dim}, wide, u);
-  run_backward(op, a, with_dense_axis(dout), contiguous(dfinal_state), to);
+  const OptionalTensor dfinal = contiguous(dfinal_state);
+  if (to.dinitial_state) hand_on_states(p.docs, dfinal, *to.dinitial_state);
+  run_backward(op, a, with_dense_axis(dout), dfinal, to);
 
   Tensor dfilter = torch::stable::to(*to.dfilter, filter.scalar_type());
   const bool by_lag = filter.stride(0) == 1 && filter.stride(1) != 1;

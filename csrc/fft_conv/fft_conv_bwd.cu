@@ -246,18 +246,6 @@ __global__ void __launch_bounds__(kFftThreads, 2)
 
 constexpr int kThreads = 128;
 
-// An empty sequence hands the gradient of its state on.
-__global__ void __launch_bounds__(kThreads) empty_state_gradients(FftConvBackwardOnGpu q) {
-  const FftConv& p = q.convolution.forward;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= p.docs.count * p.history * p.dim) return;
-  const int channel = static_cast<int>(i % p.dim), row = static_cast<int>(i / p.dim % p.history);
-  const Document at = p.docs.span(static_cast<int>(i / p.dim / p.history));
-  if (at.length() > 0) return;
-  *p.states_before<float>(q.gradients.dinitial_state).at(at.doc, row, channel) =
-      final_gradient(q, at, row - static_cast<int>(p.history), channel);
-}
-
 // dskip [batch, chunks, dim]: parts of kSkipRows rows.
 template <class T>
 __global__ void __launch_bounds__(kThreads) skip_gradients(FftConvBackwardOnGpu q) {
@@ -318,10 +306,6 @@ void filter_gradients(const FftConvBackwardOnGpu& q, Stream stream) {
 void fft_conv_backward(const FftConvBackwardOnGpu& q, Stream stream) {
   const FftConvOnGpu& g = q.convolution;
   const FftConv& p = g.forward;
-  if (q.gradients.dinitial_state != nullptr) {
-    launch("fft_conv_backward empty states", empty_state_gradients, ceil_div(p.docs.count * p.history * p.dim, kThreads),
-           kThreads, 0, stream, q);
-  }
   dispatch_gpu(p.dtype, [&]<class T>() {
     if (g.transforms.on_chip > 0) {
       launch("fft_conv_backward", back_convolve<T>, tiles(p.dim, g.transforms.channels_log2) * p.slices, kFftThreads,

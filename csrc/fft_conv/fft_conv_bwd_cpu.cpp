@@ -33,10 +33,7 @@ class Backward {
     Vec<A> dskip = {};
     for (int64_t k = item.first; k < item.last; k++) {
       const Sequence s = sequence_of(p_, p_.order[k]);
-      if (s.length() == 0) {
-        keep_final_state_gradient(s, item);
-        continue;
-      }
+      if (s.length() == 0) continue;
       if (!prepared || !prepared->same_filter(*s.plan)) {
         if (prepared) add_filter_gradient(*prepared, item, parts);
         prepare_filter<A>(filter_, p_, *s.plan, item);
@@ -166,12 +163,6 @@ class Backward {
       A* to = p_.states_before<A>(q_.dinitial_state).at(s.doc, p_.history + t + k, item.d);
       store(to, dv[k] + final_gradient(s, item, t + k), item.lanes);
     }
-  }
-
-  // A sequence of nothing hands its state on.
-  void keep_final_state_gradient(const Sequence& s, const Item& item) {
-    const Vec<A> none = {};
-    for (int64_t t = -p_.history; t < 0; t++) store_state_gradient(s, item, t, &none, 1);
   }
 
   void store_input_gradient(const Sequence& s, const Item& item, int64_t t, Vec<A>* dv, int count) {

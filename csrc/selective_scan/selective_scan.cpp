@@ -141,6 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor
 #if MADKERNELS_GPU
   if (save_checkpoints) clear_spare(checkpoints, p);
 #endif
+  hand_on_states(p.docs, a.initial_state, final_state);
   run_forward(a);
   return {out, final_state, checkpoints};
 }
@@ -185,6 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                                 .dA_parts = dA_parts.data_ptr(),
                                 .dD_parts = dD_parts.data_ptr(),
                                 .ddelta_bias_parts = dbias_parts.data_ptr()};
+  hand_on_states(p.docs, dfinal, dinitial);
   run_backward(a, q, split);
 
   const auto projection_gradient = [&](const Tensor& blocks, const Tensor& of) {  // in the shape of B or C

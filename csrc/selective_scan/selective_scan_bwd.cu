@@ -15,8 +15,6 @@
 
 namespace madkernels::gpu {
 
-void pass_states_of_empty_documents(const SelectiveScan& p, const void* from, void* to, Stream stream);
-
 namespace {
 
 using namespace device;
@@ -462,7 +460,6 @@ void run_scan_back(const SelectiveScanBackward& q, const ScanSplit& split, Strea
 
 void selective_scan_backward(const SelectiveScanBackward& q, const ScanSplit& split, Stream stream) {
   const SelectiveScan& p = q.forward;
-  pass_states_of_empty_documents(p, q.dfinal_state, q.dinitial_state, stream);
   dispatch_gpu(p.dtype, [&]<class T>() {
     p.dstate <= 4 ? run_scan_back<T, 4>(q, split, stream) : run_scan_back<T, kScanRun>(q, split, stream);
   });

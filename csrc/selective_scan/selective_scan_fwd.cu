@@ -152,14 +152,6 @@ __global__ void __launch_bounds__(kScanThreads, kBlocksEach) scan(SelectiveScan 
   if (!kSums && at.live) static_cast<float*>(split.elapsed)[slot * p.dim + at.channel] = elapsed;
 }
 
-// Documents without a step: what enters them leaves them. Also the sequences of an empty batch row.
-__global__ void __launch_bounds__(kScanThreads)
-    pass_empty_documents(Documents docs, int64_t states, const void* from, void* to) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kScanThreads + threadIdx.x;
-  if (i >= docs.count * states || docs.begin(i / states) < docs.end(i / states)) return;
-  static_cast<float*>(to)[i] = from != nullptr ? static_cast<const float*>(from)[i] : 0.f;
-}
-
 template <class T, int kStates>
 void run_scan(const SelectiveScan& p, const ScanSplit& split, Stream stream) {
   const int64_t blocks = scan_blocks(p, split);
@@ -173,15 +165,7 @@ void run_scan(const SelectiveScan& p, const ScanSplit& split, Stream stream) {
 
 }  // namespace
 
-void pass_states_of_empty_documents(const SelectiveScan& p, const void* from, void* to, Stream stream) {
-  if (p.docs.cu_seqlens == nullptr && p.seqlen > 0) return;
-  const int64_t states = p.dim * p.dstate;
-  launch("selective_scan empty documents", pass_empty_documents, ceil_div(p.docs.count * states, kScanThreads), kScanThreads,
-         0, stream, p.docs, states, from, to);
-}
-
 void selective_scan_forward(const SelectiveScan& p, const ScanSplit& split, Stream stream) {
-  pass_states_of_empty_documents(p, p.initial_state, p.final_state, stream);
   dispatch_gpu(p.dtype, [&]<class T>() {
     p.dstate <= 4 ? run_scan<T, 4>(p, split, stream) : run_scan<T, kScanRun>(p, split, stream);
   });
