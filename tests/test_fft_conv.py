@@ -421,6 +421,45 @@ def test_plans() -> None:
         assert plan["points"] == 0 or length <= plan["points"] <= max(1.34 * length, 64)
 
 
+@pytest.mark.backends("cpu")
+def test_plans_of_gpus() -> None:
+    """One class that fits, or with packed documents a class for every length; memory and blocks as the sizes ask."""
+    assert _C.fft_conv_plan_gpu(4096, 4096)["classes"] == [(4096, 4096, 4096)]
+    assert _C.fft_conv_plan_gpu(4097, 4097)["classes"] == [(8192, 4097, 4097)]
+    assert _C.fft_conv_plan_gpu(100, 5000)["classes"] == [(128, 100, 100)]
+    assert _C.fft_conv_plan_gpu(100, 5000, history=300)["classes"] == [(256, 100, 400)]
+    assert _C.fft_conv_plan_gpu(1000, 64, causal=False)["classes"] == [(1024, 1000, 64)]
+    packed = _C.fft_conv_plan_gpu(3000, 3000, packed=True, sequences=7)
+    assert [points for points, _, _ in packed["classes"]] == [32, 64, 128, 256, 512, 1024, 2048, 4096]
+    longest = [length for _, length, _ in packed["classes"]]
+    assert longest == sorted(longest)
+    assert longest[-1] == 3000
+    for seqlen in range(1, 5000, 7):
+        plan = _C.fft_conv_plan_gpu(seqlen, seqlen)
+        assert [seqlen <= points < max(2 * seqlen, 33) for points, _, _ in plan["classes"]] == [True]
+        assert plan["on_chip"] == 1
+        assert plan["work_points"] == plan["more_work_points"] == 0
+
+
+@pytest.mark.backends("cpu")
+def test_plans_of_gpus_that_differ() -> None:
+    """Shared memory decides where two levels begin, the multiprocessors into how many slices a backward is cut."""
+    small = 99 << 10
+    assert _C.fft_conv_plan_gpu(16384, 16384)["on_chip"] == 1
+    two_level = _C.fft_conv_plan_gpu(16384, 16384, shared_bytes=small, dim=3)
+    assert (two_level["on_chip"], two_level["chunk"], two_level["work_points"]) == (0, 3, 3 * 16384)
+    assert _C.fft_conv_plan_gpu(1 << 22, 1 << 22)["classes"] == [(1 << 22, 1 << 22, 1 << 22)]
+    assert _C.fft_conv_plan_gpu((1 << 22) + 1, (1 << 22) + 1)["classes"] == []
+    assert _C.fft_conv_plan_gpu(1 << 22, 1 << 22, shared_bytes=small)["classes"] == []
+    short = _C.fft_conv_plan_gpu(500, 500, dim=64, sequences=100, backward=True)
+    assert (short["channels"], short["slices"]) == (16, 66)
+    assert short["work_points"] == 64 * 66 * 512
+    assert _C.fft_conv_plan_gpu(500, 500, dim=64, sequences=100, multiprocessors=20, backward=True)["slices"] == 10
+    assert not short["copies_to_time"]
+    assert _C.fft_conv_plan_gpu(4096, 4096)["copies_to_time"]  # two channels of float32 are 8 bytes
+    assert not _C.fft_conv_plan_gpu(4096, 4096, time_contiguous=True)["copies_to_time"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -377,7 +377,20 @@ def test_inference_saves_no_checkpoints() -> None:
     arguments = (*(inputs[k] for k in order), True, inputs["initial_state"], None)
     assert torch.ops.madkernels.selective_scan(*arguments, False)[2].numel() == 0
     slots = torch.ops.madkernels.selective_scan(*arguments, True)[2]
-    assert slots.shape == ((40 + CHUNK - 1) // CHUNK, 3, 12)
+    assert slots.shape == (2, 3, 12)
+
+
+@pytest.mark.backends("cpu")
+def test_split_of_gpus() -> None:
+    """Time is cut where batch and channels do not fill the GPU, into segments of whole chunks."""
+    assert _C.selective_scan_split(8, 4096, 8192) == {"segments": 1, "rows": 4096}
+    assert _C.selective_scan_split(1, 700, 64) == {"segments": 1, "rows": 700}
+    assert _C.selective_scan_split(1, 0, 64) == {"segments": 0, "rows": 0}
+    for seqlen in (1000, 8192, 8193, 100_001):
+        split = _C.selective_scan_split(1, seqlen, 1024, multiprocessors=108)
+        assert split["segments"] >= 3
+        assert split["rows"] % CHUNK == 0
+        assert (split["segments"] - 1) * split["rows"] < seqlen <= split["segments"] * split["rows"]
 
 
 @pytest.mark.parametrize(

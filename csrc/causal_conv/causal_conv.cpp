@@ -61,12 +61,12 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const Opt
   const Tensor dense = with_dense_axis(x);
   const Tensor taps = torch::stable::to(weight, wide);
   const bool by_tap = MADKERNELS_GPU || dense.stride(2) == 1;
-  Arguments a{dense,
-              torch::stable::contiguous(by_tap ? torch::stable::transpose(taps, 0, 1) : taps),
-              bias ? OptionalTensor(torch::stable::contiguous(torch::stable::to(*bias, wide))) : std::nullopt,
-              contiguous(initial_state),
-              cu_seqlens,
-              p};
+  Arguments a{.x = dense,
+              .weight = torch::stable::contiguous(by_tap ? torch::stable::transpose(taps, 0, 1) : taps),
+              .bias = bias ? OptionalTensor(torch::stable::contiguous(torch::stable::to(*bias, wide))) : std::nullopt,
+              .initial_state = contiguous(initial_state),
+              .cu_seqlens = cu_seqlens,
+              .params = p};
   a.params.x = rows_of(a.x);
   a.params.weight = a.weight.data_ptr(), a.params.bias = data_or_null(a.bias);
   a.params.initial_state = data_or_null(a.initial_state);
@@ -134,21 +134,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(Tensor dout, Opt
   const OptionalTensor dfinal = contiguous(dfinal_state);
 
   Tensor dx = empty_rows(a.x), dinitial = empty(a.states(), type, x);
-  // An empty document passes its final state's gradient on, which is no item's work.
-  if (dfinal) {
-    torch::stable::copy_(dinitial, *dfinal);
-  } else {
-    torch::stable::zero_(dinitial);
-  }
+  hand_on_states(p.docs, dfinal, dinitial);
   const Shape taps = a.by_tap() ? Shape{a.parts(), p.width, p.dim} : Shape{a.parts(), p.dim, p.width};
   Tensor dweight_parts = empty(taps, wide, x), dbias_parts = empty({a.parts(), p.dim}, wide, x);
-  const CausalConvBackward q{p,
-                             rows_of(dout_rows),
-                             rows_of(dx),
-                             data_or_null(dfinal),
-                             dinitial.data_ptr(),
-                             dweight_parts.data_ptr(),
-                             dbias_parts.data_ptr()};
+  const CausalConvBackward q{.forward = p,
+                             .dout = rows_of(dout_rows),
+                             .dx = rows_of(dx),
+                             .dfinal_state = data_or_null(dfinal),
+                             .dinitial_state = dinitial.data_ptr(),
+                             .dweight_parts = dweight_parts.data_ptr(),
+                             .dbias_parts = dbias_parts.data_ptr()};
   run_backward(a, q);
 
   Tensor dweight = sum_parts(dweight_parts, 0);

@@ -9,6 +9,7 @@
 
 #include "common/cpu.h"
 #include "common/dtype.h"
+#include "common/integers.h"
 #include "common/strided.h"
 
 namespace madkernels {
@@ -28,8 +29,13 @@ struct CausalConv {
   const void* initial_state;  // [docs, width - 1, dim] or null
   void* final_state;          // [docs, width - 1, dim]; may be initial_state
 
-  MADKERNELS_ANYWHERE bool dense_channels() const { return x.lane == 1; }
-  MADKERNELS_ANYWHERE int64_t chunks() const { return (seqlen + kConvChunk - 1) / kConvChunk; }
+  // Of initial_state and its like.
+  template <class T>
+  MADKERNELS_ANYWHERE States<T> states(const void* data) const {
+    return {data, width - 1, dim};
+  }
+  MADKERNELS_ANYWHERE bool dense_channels() const { return x.channels_contiguous(); }
+  MADKERNELS_ANYWHERE int64_t chunks() const { return ceil_div(seqlen, kConvChunk); }
   // Items: (batch row, chunk of time) where channels are dense, (batch row, channel) where time is.
   int64_t items() const { return batch * (dense_channels() ? (dim > 0 ? chunks() : 0) : dim); }
 };
@@ -63,10 +69,10 @@ struct ConvSplit {
 // enough.
 inline ConvSplit split_conv(const CausalConv& p, int64_t multiprocessors) {
   constexpr int64_t kMost = 128, kLeast = 32, kThreadsEach = 1024;
-  const int64_t columns = p.batch * (p.dense_channels() ? (p.dim + 3) / 4 : p.dim);
+  const int64_t columns = p.batch * (p.dense_channels() ? ceil_div(p.dim, 4) : p.dim);
   int64_t rows = kMost;
   while (rows > kLeast && columns * p.seqlen < rows * multiprocessors * kThreadsEach) rows /= 2;
-  return {rows, (p.seqlen + rows - 1) / rows};
+  return {rows, ceil_div(p.seqlen, rows)};
 }
 
 namespace gpu {

@@ -56,7 +56,7 @@ template <class T>
 __device__ float kept_gradient(const CausalConvBackward& q, const Channel& at, const Document& document, int t) {
   const int row = t - (document.end - (width_of(q.forward) - 1));
   if (q.dfinal_state == nullptr || row < 0) return 0;
-  return to_float(*state_at<T>(q.forward, q.dfinal_state, document.index, row, at.channel));
+  return to_float(*q.forward.states<T>(q.dfinal_state).at(document.doc, row, at.channel));
 }
 
 // The group of steps that begins at t: its dx, and what it adds to the sums.
@@ -122,7 +122,7 @@ __device__ void initial_state_gradient(const CausalConvBackward& q, const Channe
       for (int j = 0; j <= r; j++) {
         if (j >= filter.lacking) sum += filter.taps[l][j] * sums.behind[l][r - j];
       }
-      *state_at<T>(q.forward, q.dinitial_state, document.index, r - filter.lacking, at.channel + l) = from_float<T>(sum);
+      *q.forward.states<T>(q.dinitial_state).at(document.doc, r - filter.lacking, at.channel + l) = from_float<T>(sum);
     }
   }
 }
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 4) convolve_backward(CausalConvBackw
   for (int stop = at.end; stop > at.begin;) {
     const Document document = document_at(p.docs, at.b, stop - 1);
     const int begin = most(document.begin, at.begin), first = group_from<kLanes>(document, begin);
-    const int groups = (stop - first + kCount - 1) / kCount;  // none below 1
+    const int groups = ceil_div(stop - first, kCount);  // none below 1
     if (groups > 0) load_behind<T>(sums, q, at, document, filter, first + groups * kCount);
     for (int i = groups - 1; i >= 0; i--) back_group<T>(sums, q, at, document, filter, first + i * kCount);
     if (begin == document.begin) initial_state_gradient<T>(q, at, document, filter, sums);
@@ -183,7 +183,7 @@ __device__ void initial_state_gradient_wide(const CausalConvBackward& q, const C
   const CausalConv& p = q.forward;
   for (int r = 0; r < width_of(p) - 1; r++) {
     const float value = input_gradient<T>(q, at, document, document.begin - (width_of(p) - 1) + r);
-    *state_at<T>(p, q.dinitial_state, document.index, r, at.channel) = from_float<T>(value);
+    *p.states<T>(q.dinitial_state).at(document.doc, r, at.channel) = from_float<T>(value);
   }
 }
 
@@ -217,12 +217,12 @@ void causal_conv_backward(const CausalConvBackward& q, const ConvSplit& split, S
   dispatch_gpu(p.dtype, [&]<class T>() {
     const int64_t threads = p.batch * split.chunks * p.dim;
     if (p.width > kWide) {
-      launch("causal_conv_backward", convolve_backward_wide<T>, conv_blocks(threads), kThreads, 0, stream, q, split);
+      launch("causal_conv_backward", convolve_backward_wide<T>, ceil_div(threads, kThreads), kThreads, 0, stream, q, split);
     } else if (are_aligned<T, kPair>({p.x, q.dout, q.dx}, p.dim)) {
-      launch("causal_conv_backward", convolve_backward<T, kPair>, conv_blocks(threads / kPair), kThreads, 0, stream, q,
-             split);
+      launch("causal_conv_backward", convolve_backward<T, kPair>, ceil_div(threads / kPair, kThreads), kThreads, 0, stream,
+             q, split);
     } else {
-      launch("causal_conv_backward", convolve_backward<T, 1>, conv_blocks(threads), kThreads, 0, stream, q, split);
+      launch("causal_conv_backward", convolve_backward<T, 1>, ceil_div(threads, kThreads), kThreads, 0, stream, q, split);
     }
   });
 }

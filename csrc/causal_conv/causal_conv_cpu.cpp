@@ -13,9 +13,9 @@
 namespace madkernels::MADKERNELS_ISA {
 namespace {
 
-// A stretch of one document inside one batch row, and the document's bounds.
-struct Stretch {
-  int64_t doc, doc_begin, doc_end, begin, end;
+// The part of a document that is worked on, and the whole of it.
+struct Stretch : Span {
+  Span document;
 };
 
 // The first document of batch row b that ends behind time t.
@@ -33,27 +33,10 @@ template <class F>
 void for_stretches(const CausalConv& p, int64_t b, int64_t begin, int64_t end, F&& f) {
   const int64_t last = p.docs.last(b);
   for (int64_t doc = first_ending_behind(p, b, begin); doc < last && p.docs.begin(doc) < end; doc++) {
-    const int64_t doc_begin = p.docs.begin(doc), doc_end = p.docs.end(doc);
-    const int64_t from = doc_begin > begin ? doc_begin : begin, to = doc_end < end ? doc_end : end;
-    if (from < to) f(Stretch{doc, doc_begin, doc_end, from, to});
+    const Span document = p.docs.span(doc);
+    const Span part{doc, b, most(document.begin, begin), least(document.end, end)};
+    if (part.length() > 0) f(Stretch{part, document});
   }
-}
-
-// state [docs, width - 1, dim]: row r of a document's state.
-template <class T>
-T* state_row(const CausalConv& p, const void* state, int64_t doc, int64_t r) {
-  return static_cast<T*>(const_cast<void*>(state)) + (doc * (p.width - 1) + r) * p.dim;
-}
-
-template <class A>
-Vec<A> silu(Vec<A> x) {
-  return x * sigmoid<A>(x);
-}
-
-template <class A>
-Vec<A> silu_gradient(Vec<A> x) {
-  const Vec<A> gate = sigmoid<A>(x);
-  return gate * (A(1) + x * (A(1) - gate));
 }
 
 // Calls f(first, count) for vectors of up to kLanes elements that cover 0 .. n.
@@ -69,11 +52,12 @@ template <class T>
 void copy_final_state(const CausalConv& p) {
   for (int64_t b = 0; b < p.batch; b++) {
     for (int64_t doc = p.docs.first(b); doc < p.docs.last(b); doc++) {
+      const Span document = p.docs.span(doc);
       for (int64_t r = 0; r < p.width - 1; r++) {
-        const int64_t t = p.docs.end(doc) - (p.width - 1) + r, before = t - p.docs.begin(doc) + (p.width - 1);
-        T* to = state_row<T>(p, p.final_state, doc, r);
-        const T* kept = p.initial_state && t < p.docs.begin(doc) ? state_row<T>(p, p.initial_state, doc, before) : nullptr;
-        for (int64_t d = 0; d < p.dim; d++) to[d] = t >= p.docs.begin(doc) ? *p.x.at<T>(b, t, d) : kept ? kept[d] : T{};
+        const int64_t t = document.end - (p.width - 1) + r, before = t - document.begin + (p.width - 1);
+        T* to = p.states<T>(p.final_state).at(doc, r, 0);
+        const T* kept = p.initial_state && t < document.begin ? p.states<T>(p.initial_state).at(doc, before, 0) : nullptr;
+        for (int64_t d = 0; d < p.dim; d++) to[d] = t >= document.begin ? *p.x.at<T>(b, t, d) : kept ? kept[d] : T{};
       }
     }
   }
@@ -83,13 +67,13 @@ void copy_final_state(const CausalConv& p) {
 
 // rows[j] = what tap j of the output at time t sees.
 template <class T>
-void taps_of(const T** rows, const CausalConv& p, int64_t b, const Stretch& s, int64_t t, const T* zeros) {
+void taps_of(const T** rows, const CausalConv& p, const Stretch& s, int64_t t, const T* zeros) {
   for (int64_t j = 0; j < p.width; j++) {
     const int64_t source = t - (p.width - 1) + j;
-    if (source >= s.doc_begin) {
-      rows[j] = p.x.at<T>(b, source, 0);
+    if (source >= s.document.begin) {
+      rows[j] = p.x.at<T>(s.batch, source, 0);
     } else if (p.initial_state) {
-      rows[j] = state_row<T>(p, p.initial_state, s.doc, source - s.doc_begin + (p.width - 1));
+      rows[j] = p.states<T>(p.initial_state).at(s.doc, source - s.document.begin + (p.width - 1), 0);
     } else {
       rows[j] = zeros;
     }
@@ -119,13 +103,13 @@ void forward_row(const CausalConv& p, const T* const* rows, T* out) {
 template <class T>
 void forward_channels(const CausalConv& p, int64_t item) {
   const int64_t b = item / p.chunks(), begin = item % p.chunks() * kConvChunk;
-  const int64_t end = begin + kConvChunk < p.seqlen ? begin + kConvChunk : p.seqlen;
+  const int64_t end = least(begin + kConvChunk, p.seqlen);
   Scratch<const T*> rows(p.width);
   Scratch<T> zeros(p.dim);
   std::memset(zeros, 0, static_cast<size_t>(p.dim) * sizeof(T));
   for_stretches(p, b, begin, end, [&](const Stretch& s) {
     for (int64_t t = s.begin; t < s.end; t++) {
-      taps_of<T>(rows, p, b, s, t, zeros);
+      taps_of<T>(rows, p, s, t, zeros);
       const auto row = p.width == 4 ? forward_row<T, 4> : p.width == 3 ? forward_row<T, 3> : forward_row<T, 0>;
       row(p, rows, p.out.at<T>(b, t, 0));
     }
@@ -134,18 +118,18 @@ void forward_channels(const CausalConv& p, int64_t item) {
 
 // p[t] for the rows of a stretch and the width - 1 rows after it, as far as the document goes: before[t - s.begin][d].
 template <class T>
-void gradient_before_activation(const CausalConvBackward& q, int64_t b, const Stretch& s, const T* zeros, const T** rows,
+void gradient_before_activation(const CausalConvBackward& q, const Stretch& s, const T* zeros, const T** rows,
                                 Acc<T>* before) {
   using A = Acc<T>;
   const CausalConv& p = q.forward;
   for (int64_t t = s.begin; t < s.end + p.width - 1; t++) {
     A* row = before + (t - s.begin) * p.dim;
-    if (t >= s.doc_end) {
+    if (t >= s.document.end) {
       std::memset(row, 0, static_cast<size_t>(p.dim) * sizeof(A));
       continue;
     }
-    taps_of<T>(rows, p, b, s, t, zeros);
-    const T* dout = q.dout.at<T>(b, t, 0);
+    taps_of<T>(rows, p, s, t, zeros);
+    const T* dout = q.dout.at<T>(s.batch, t, 0);
     for_vectors<A>(p.dim, [&](int64_t d, int count) {
       Vec<A> gradient = load(dout + d, count);
       if (p.silu) gradient *= silu_gradient<A>(convolve<T, 0>(p, rows, d, count));
@@ -160,8 +144,8 @@ void input_gradient_row(const CausalConvBackward& q, const Stretch& s, int64_t t
   using A = Acc<T>;
   const CausalConv& p = q.forward;
   const A* weight = static_cast<const A*>(p.weight);
-  const int64_t kept = t - (s.doc_end - (p.width - 1));  // its row in the final state
-  const T* dfinal = q.dfinal_state && kept >= 0 ? state_row<T>(p, q.dfinal_state, s.doc, kept) : nullptr;
+  const int64_t kept = t - (s.document.end - (p.width - 1));  // its row in the final state
+  const T* dfinal = q.dfinal_state && kept >= 0 ? p.states<T>(q.dfinal_state).at(s.doc, kept, 0) : nullptr;
   for_vectors<A>(p.dim, [&](int64_t d, int count) {
     Vec<A> sum = dfinal ? load(dfinal + d, count) : Vec<A>{};
     for (int64_t j = 0; j < p.width; j++) {
@@ -192,7 +176,7 @@ void backward_channels(const CausalConvBackward& q, int64_t item) {
   using A = Acc<T>;
   const CausalConv& p = q.forward;
   const int64_t b = item / p.chunks(), begin = item % p.chunks() * kConvChunk;
-  const int64_t end = begin + kConvChunk < p.seqlen ? begin + kConvChunk : p.seqlen;
+  const int64_t end = least(begin + kConvChunk, p.seqlen);
   A* dweight = static_cast<A*>(q.dweight_parts) + item * p.width * p.dim;
   A* dbias = static_cast<A*>(q.dbias_parts) + item * p.dim;
   std::memset(dweight, 0, static_cast<size_t>(p.width * p.dim) * sizeof(A));
@@ -202,16 +186,16 @@ void backward_channels(const CausalConvBackward& q, int64_t item) {
   Scratch<A> before((kConvChunk + p.width - 1) * p.dim);
   std::memset(zeros, 0, static_cast<size_t>(p.dim) * sizeof(T));
   for_stretches(p, b, begin, end, [&](const Stretch& s) {
-    gradient_before_activation<T>(q, b, s, zeros, rows, before);
-    if (s.begin == s.doc_begin) {
+    gradient_before_activation<T>(q, s, zeros, rows, before);
+    if (s.begin == s.document.begin) {
       for (int64_t r = 0; r < p.width - 1; r++) {
-        T* dinitial = state_row<T>(p, q.dinitial_state, s.doc, r);
-        input_gradient_row<T>(q, s, s.doc_begin - (p.width - 1) + r, before, dinitial);
+        T* dinitial = p.states<T>(q.dinitial_state).at(s.doc, r, 0);
+        input_gradient_row<T>(q, s, s.document.begin - (p.width - 1) + r, before, dinitial);
       }
     }
     for (int64_t t = s.begin; t < s.end; t++) {
       input_gradient_row<T>(q, s, t, before, q.dx.at<T>(b, t, 0));
-      taps_of<T>(rows, p, b, s, t, zeros);
+      taps_of<T>(rows, p, s, t, zeros);
       add_parameter_gradients<T>(p, rows, before + (t - s.begin) * p.dim, dweight, dbias);
     }
   });
@@ -221,18 +205,18 @@ void backward_channels(const CausalConvBackward& q, int64_t item) {
 
 // staged[i] = the input at time s.begin - (width - 1) + i of one channel, i < width - 1 + length; zeros behind it.
 template <class T>
-void stage_time(Acc<T>* staged, const CausalConv& p, int64_t b, const Stretch& s, int64_t d) {
+void stage_time(Acc<T>* staged, const CausalConv& p, const Stretch& s, int64_t d) {
   using A = Acc<T>;
   const int64_t halo = p.width - 1;
   for (int64_t i = 0; i < halo; i++) {
     const int64_t t = s.begin - halo + i;
-    if (t >= s.doc_begin) {
-      staged[i] = load_one(p.x.at<T>(b, t, d));
+    if (t >= s.document.begin) {
+      staged[i] = load_one(p.x.at<T>(s.batch, t, d));
     } else {
-      staged[i] = p.initial_state ? load_one(state_row<T>(p, p.initial_state, s.doc, t - s.doc_begin + halo) + d) : A(0);
+      staged[i] = p.initial_state ? load_one(p.states<T>(p.initial_state).at(s.doc, t - s.document.begin + halo, d)) : A(0);
     }
   }
-  const T* x = p.x.at<T>(b, s.begin, d);
+  const T* x = p.x.at<T>(s.batch, s.begin, d);
   for_vectors<A>(s.end - s.begin, [&](int64_t i, int count) { narrow(staged + halo + i, load(x + i, count)); });
 }
 
@@ -254,7 +238,7 @@ void forward_time(const CausalConv& p, int64_t item) {
   Scratch<A> staged(kTimeStretch + p.width - 1 + kLanes<A>);
   for (int64_t begin = 0; begin < p.seqlen; begin += kTimeStretch) {
     for_stretches(p, b, begin, begin + kTimeStretch, [&](const Stretch& s) {
-      stage_time<T>(staged, p, b, s, d);
+      stage_time<T>(staged, p, s, d);
       T* out = p.out.at<T>(b, s.begin, d);
       for_vectors<A>(s.end - s.begin, [&](int64_t i, int count) {
         const Vec<A> y = convolve_time<A>(p, weight, d, staged + i);
@@ -266,17 +250,17 @@ void forward_time(const CausalConv& p, int64_t item) {
 
 // One channel of one document: its time lies in cache, so it is taken whole.
 template <class T>
-void backward_time_document(const CausalConvBackward& q, int64_t b, int64_t d, const Stretch& s, Acc<T>* staged,
-                            Acc<T>* before, Vec<Acc<T>>* dweight, Vec<Acc<T>>* dbias) {
+void backward_time_document(const CausalConvBackward& q, int64_t d, const Stretch& s, Acc<T>* staged, Acc<T>* before,
+                            Vec<Acc<T>>* dweight, Vec<Acc<T>>* dbias) {
   using A = Acc<T>;
   const CausalConv& p = q.forward;
   const A* weight = static_cast<const A*>(p.weight) + d * p.width;
   const int64_t length = s.end - s.begin, halo = p.width - 1;
-  stage_time<T>(staged, p, b, s, d);
+  stage_time<T>(staged, p, s, d);
   for (int64_t i = 0; i < kLanes<A>; i++) staged[halo + length + i] = 0;
   // before[halo + i] = the gradient before the activation at output i; zeros on both sides of the document
   for (int64_t i = 0; i < halo; i++) before[i] = 0;
-  const T* dout = q.dout.at<T>(b, s.begin, d);
+  const T* dout = q.dout.at<T>(s.batch, s.begin, d);
   for_vectors<A>(length, [&](int64_t i, int count) {
     Vec<A> gradient = load(dout + i, count);
     if (p.silu) gradient *= silu_gradient<A>(convolve_time<A>(p, weight, d, staged + i));
@@ -294,12 +278,12 @@ void backward_time_document(const CausalConvBackward& q, int64_t b, int64_t d, c
     return sum;
   };
   const auto kept_gradient = [&](int64_t i) {  // through the final state: the last `halo` inputs, in their order
-    return q.dfinal_state && i >= length ? load_one(state_row<T>(p, q.dfinal_state, s.doc, i - length) + d) : A(0);
+    return q.dfinal_state && i >= length ? load_one(p.states<T>(q.dfinal_state).at(s.doc, i - length, d)) : A(0);
   };
   for (int64_t i = 0; i < halo; i++) {
-    store_one(state_row<T>(p, q.dinitial_state, s.doc, i) + d, input_gradient(i)[0] + kept_gradient(i));
+    store_one(p.states<T>(q.dinitial_state).at(s.doc, i, d), input_gradient(i)[0] + kept_gradient(i));
   }
-  T* dx = q.dx.at<T>(b, s.begin, d);
+  T* dx = q.dx.at<T>(s.batch, s.begin, d);
   for_vectors<A>(length, [&](int64_t i, int count) {
     Vec<A> gradient = input_gradient(halo + i);
     if (q.dfinal_state && halo + i + count > length) {
@@ -319,7 +303,7 @@ void backward_time(const CausalConvBackward& q, int64_t item) {
   for (int64_t j = 0; j < p.width; j++) dweight[j] = Vec<A>{};
   Vec<A> dbias = {};
   for_stretches(p, b, 0, p.seqlen,
-                [&](const Stretch& s) { backward_time_document<T>(q, b, d, s, staged, before, dweight, &dbias); });
+                [&](const Stretch& s) { backward_time_document<T>(q, d, s, staged, before, dweight, &dbias); });
   A* dweight_part = static_cast<A*>(q.dweight_parts) + (b * p.dim + d) * p.width;
   for (int64_t j = 0; j < p.width; j++) dweight_part[j] = sum_lanes<A>(dweight[j]);
   static_cast<A*>(q.dbias_parts)[b * p.dim + d] = sum_lanes<A>(dbias);
@@ -345,6 +329,6 @@ void backward(const CausalConvBackward& q, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const CausalConvKernels causal_conv_kernels = {forward, final_state, backward};
+const CausalConvKernels causal_conv_kernels = {.forward = forward, .final_state = final_state, .backward = backward};
 
 }  // namespace madkernels::MADKERNELS_ISA

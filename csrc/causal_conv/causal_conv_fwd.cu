@@ -61,12 +61,11 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) copy_final_state(CausalConv p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.docs.count * p.dim) return;
-  const int index = static_cast<int>(i / p.dim);
-  const Channel at{p.docs.cu_seqlens != nullptr ? 0 : index, static_cast<int>(i % p.dim)};
-  const Document document{index, static_cast<int>(p.docs.begin(index)), static_cast<int>(p.docs.end(index))};
+  const Document document = p.docs.span(static_cast<int>(i / p.dim));
+  const Channel at{document.batch, static_cast<int>(i % p.dim)};
   for (int r = 0; r < width_of(p) - 1; r++) {
     const float value = input_at<T>(p, at, document, document.end - (width_of(p) - 1) + r);
-    *state_at<T>(p, p.final_state, index, r, at.channel) = from_float<T>(value);
+    *p.states<T>(p.final_state).at(document.doc, r, at.channel) = from_float<T>(value);
   }
 }
 
@@ -76,18 +75,18 @@ void causal_conv_forward(const CausalConv& p, const ConvSplit& split, Stream str
   dispatch_gpu(p.dtype, [&]<class T>() {
     const int64_t threads = p.batch * split.chunks * p.dim;
     if (p.width > kWide) {
-      launch("causal_conv", convolve_forward_wide<T>, conv_blocks(threads), kThreads, 0, stream, p, split);
+      launch("causal_conv", convolve_forward_wide<T>, ceil_div(threads, kThreads), kThreads, 0, stream, p, split);
     } else if (are_aligned<T, kPair>({p.x, p.out}, p.dim)) {
-      launch("causal_conv", convolve_forward<T, kPair>, conv_blocks(threads / kPair), kThreads, 0, stream, p, split);
+      launch("causal_conv", convolve_forward<T, kPair>, ceil_div(threads / kPair, kThreads), kThreads, 0, stream, p, split);
     } else {
-      launch("causal_conv", convolve_forward<T, 1>, conv_blocks(threads), kThreads, 0, stream, p, split);
+      launch("causal_conv", convolve_forward<T, 1>, ceil_div(threads, kThreads), kThreads, 0, stream, p, split);
     }
   });
 }
 
 void causal_conv_final_state(const CausalConv& p, Stream stream) {
   dispatch_gpu(p.dtype, [&]<class T>() {
-    launch("causal_conv final state", copy_final_state<T>, conv_blocks(p.docs.count * p.dim), kThreads, 0, stream, p);
+    launch("causal_conv final state", copy_final_state<T>, ceil_div(p.docs.count * p.dim, kThreads), kThreads, 0, stream, p);
   });
 }
 

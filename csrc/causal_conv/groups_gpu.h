@@ -50,12 +50,6 @@ struct Place : Channel {
 
 __device__ inline int width_of(const CausalConv& p) { return static_cast<int>(p.width); }
 
-// Row r of a document's state, [docs, width - 1, dim].
-template <class T>
-__device__ T* state_at(const CausalConv& p, const void* state, int document, int r, int channel) {
-  return static_cast<T*>(const_cast<void*>(state)) + (static_cast<int64_t>(document) * (p.width - 1) + r) * p.dim + channel;
-}
-
 __device__ inline float tap(const CausalConv& p, int j, int channel) {
   return static_cast<const float*>(p.weight)[static_cast<int64_t>(j) * p.dim + channel];
 }
@@ -69,7 +63,7 @@ template <class T>
 __device__ float input_at(const CausalConv& p, const Channel& at, const Document& document, int t) {
   if (t >= document.begin) return to_float(*p.x.at<T>(at.b, t, at.channel));
   const int r = t - document.begin + width_of(p) - 1;
-  return p.initial_state != nullptr && r >= 0 ? to_float(*state_at<T>(p, p.initial_state, document.index, r, at.channel))
+  return p.initial_state != nullptr && r >= 0 ? to_float(*p.states<T>(p.initial_state).at(document.doc, r, at.channel))
                                               : 0.f;
 }
 
@@ -117,7 +111,7 @@ struct Filter {
 template <int kLanes>
 __device__ int group_from(const Document& document, int t) {
   constexpr int kCount = kSteps<kLanes>;
-  return document.begin + (t - document.begin + kCount - 1) / kCount * kCount;
+  return document.begin + ceil_div(t - document.begin, kCount) * kCount;
 }
 
 // v[l][i] = rows[b, t + i, channel + l], i < count, else zero.
@@ -126,7 +120,7 @@ __device__ void load_lanes(float (&v)[kLanes][kCount], const Rows& rows, const C
   if constexpr (kLanes == 1) return load_steps<T>(v[0], rows, at.b, t, at.channel, count);
   const T* p = rows.at<T>(at.b, t, at.channel);
   const auto load = [&](int i) {
-    const Vector<T, kLanes> wide = load_vector<kLanes>(p + i * rows.row);
+    const Vector<T, kLanes> wide = load_vector<kLanes>(p + i * rows.time_stride);
 #pragma unroll
     for (int l = 0; l < kLanes; l++) v[l][i] = to_float(wide[l]);
   };
@@ -151,7 +145,7 @@ __device__ void store_lanes(const Rows& rows, const Channel& at, int t, const fl
     Vector<T, kLanes> wide;
 #pragma unroll
     for (int l = 0; l < kLanes; l++) wide[l] = from_float<T>(v[l][i]);
-    store_vector<kLanes>(p + i * rows.row, wide);
+    store_vector<kLanes>(p + i * rows.time_stride, wide);
   };
   if (count >= kCount) {
 #pragma unroll
@@ -190,13 +184,12 @@ __device__ void load_inputs(float (&x)[kLanes][kCount + kHalo], const CausalConv
 
 // ---- launches ----
 
-inline int64_t conv_blocks(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
-
 // Whether kLanes channels of every row lie in one aligned access.
 template <class T, int kLanes>
 bool are_aligned(std::initializer_list<Rows> all, int64_t dim) {
   for (const Rows& rows : all) {
-    if (rows.lane != 1 || dim % kLanes != 0 || rows.row % kLanes != 0 || rows.batch % kLanes != 0) return false;
+    if (!rows.channels_contiguous() || dim % kLanes != 0) return false;
+    if (rows.time_stride % kLanes != 0 || rows.batch_stride % kLanes != 0) return false;
     if (!is_aligned<kLanes>(static_cast<const T*>(rows.data))) return false;
   }
   return true;

@@ -1,5 +1,7 @@
 // Copies from global to shared memory that arrive later (cp.async): start some, commit them as a group, wait until at most
 // so many groups are under way. Other threads see what has arrived after a barrier.
+//
+// Not used yet but by its tests: it waits for the attention and mixture-of-experts kernels.
 #pragma once
 
 #include "common/device.h"

@@ -174,7 +174,7 @@ class Checks {
   // The documents of `cu_seqlens`; without it, one sequence a batch row. Its values are looked at on the CPU only, where
   // that costs no synchronisation; kernels on a GPU stay inside the row whatever they are.
   Documents documents(const OptionalTensor& cu_seqlens, int64_t batch, int64_t seqlen) const {
-    if (!cu_seqlens) return {nullptr, batch, seqlen};
+    if (!cu_seqlens) return {.cu_seqlens = nullptr, .count = batch, .seqlen = seqlen};
     const Tensor& offsets = *cu_seqlens;
     MK_CHECK(batch == 1, op_, ": cu_seqlens packs documents along one row; expected batch 1, got ", batch);
     MK_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1, op_, ": cu_seqlens has shape ", to_string(shape_of(offsets)),
@@ -193,7 +193,7 @@ class Checks {
       }
       MK_CHECK(values[count] == seqlen, op_, ": cu_seqlens ends with ", values[count], "; expected the seqlen, ", seqlen);
     }
-    return {values, count, seqlen};
+    return {.cu_seqlens = values, .count = count, .seqlen = seqlen};
   }
 
  private:
@@ -214,9 +214,15 @@ inline Tensor empty_rows(const Tensor& t) {
   if (t.stride(2) == 1) return torch::stable::new_empty(t, shape);
   return torch::stable::transpose(torch::stable::new_empty(t, Shape{shape[0], shape[2], shape[1]}), 1, 2);
 }
-inline Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+inline Rows rows_of(const Tensor& t) {
+  return {.data = t.data_ptr(), .batch_stride = t.stride(0), .time_stride = t.stride(1), .channel_stride = t.stride(2)};
+}
 inline Projection projection_of(const Tensor& t) {
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+  return {.data = t.data_ptr(),
+          .batch_stride = t.stride(0),
+          .time_stride = t.stride(1),
+          .group_stride = t.stride(2),
+          .state_stride = t.stride(3)};
 }
 
 inline const void* data_or_null(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
@@ -229,6 +235,10 @@ inline Tensor empty(const Shape& shape, ScalarType dtype, const Tensor& like) {
 
 // Sums `parts` over `axis`, in order, whatever the threads.
 Tensor sum_parts(const Tensor& parts, int64_t axis);
+
+// Fills the states of documents without a step, as empty_documents.h says: `to` from `from`, both [docs, rows, dim] and
+// contiguous.
+void hand_on_states(const Documents& docs, const OptionalTensor& from, const Tensor& to);
 
 // Items a thread should take at least: about 100 microseconds of work where an item costs `operations`.
 inline int64_t grain(int64_t operations) { return operations >= 500000 ? 1 : 500000 / (operations + 1) + 1; }

@@ -7,6 +7,8 @@
 //
 // and of tf32, one number a register: A [16, 8] a[0] (g, q), a[1] (g + 8, q), a[2] (g, q + 4), a[3] (g + 8, q + 4); B [8, 8]
 // b[0] (q, g), b[1] (q + 4, g).
+//
+// Not used yet but by its tests: it waits for the attention and mixture-of-experts kernels.
 #pragma once
 
 #include "common/warp.h"

@@ -9,7 +9,9 @@
 #include <cstring>
 #include <utility>
 
+#include "common/constants.h"
 #include "common/dtype.h"
+#include "common/integers.h"
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -263,13 +265,12 @@ inline Vec<A> exp2(Vec<A> x) {
 // e^x. The product with log2(e) is taken in two parts, or large x would lose digits.
 template <class A>
 inline Vec<A> exp(Vec<A> x) {
-  constexpr A kLog2e = static_cast<A>(1.442695040888963407359924681L);
-  constexpr A kLog2eRest = static_cast<A>(1.442695040888963407359924681L - static_cast<long double>(kLog2e));
-  const Vec<A> scaled = x * kLog2e;
+  constexpr A kRest = static_cast<A>(kLog2e<long double> - static_cast<long double>(kLog2e<A>));
+  const Vec<A> scaled = x * kLog2e<A>;
   const Vec<A> clamped = at_most<A>(at_least<A>(scaled, Exp2<A>::kLow), Exp2<A>::kHigh);
   const Vec<A> rounded = clamped + Exp2<A>::kRound;
   const Vec<A> whole = rounded - Exp2<A>::kRound;
-  const Vec<A> r = x * kLog2e - whole + x * kLog2eRest;
+  const Vec<A> r = x * kLog2e<A> - whole + x * kRest;
   const Vec<A> inside = exp2_from<A>(rounded, r);
   const Vec<A> outside = exp2_from<A>(rounded, clamped - whole);  // 0 or infinity
   return x == x ? (scaled == clamped ? inside : outside) : x;
@@ -291,6 +292,17 @@ inline Vec<A> sigmoid(Vec<A> x) {
   return A(1) / (A(1) + exp<A>(-x));
 }
 
+template <class A>
+inline Vec<A> silu(Vec<A> x) {
+  return x * sigmoid<A>(x);
+}
+
+template <class A>
+inline Vec<A> silu_gradient(Vec<A> x) {
+  const Vec<A> gate = sigmoid<A>(x);
+  return gate * (A(1) + x * (A(1) - gate));
+}
+
 // log(1 + e^x), and x itself above 20, as torch defines it.
 template <class A>
 inline Vec<A> softplus(Vec<A> x) {
@@ -306,7 +318,7 @@ template <class A>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<A*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(A) + 127) / 64 * 64))) {}
+      : data_(static_cast<A*>(std::aligned_alloc(64, (ceil_div(static_cast<size_t>(count) * sizeof(A), 64) + 1) * 64))) {}
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -6,25 +6,20 @@
 #pragma once
 
 #include "common/device.h"
+#include "common/integers.h"
 #include "common/strided.h"
 
 namespace madkernels::device {
 
-template <class I>
-__device__ I least(I a, I b) {
-  return a < b ? a : b;
-}
-template <class I>
-__device__ I most(I a, I b) {
-  return a > b ? a : b;
-}
+using Document = SpanOf<int>;
 
-// v[i] = rows[b, t + i, channel], i < count; zero from there on. Whole stretches have no condition at each step.
+// v[i] = rows[b, t + i, channel], i < count; zero from there on. The whole length is a case of its own, whose loop has no
+// checks of bounds.
 template <class T, int kSteps>
 __device__ void load_steps(float (&v)[kSteps], const Rows& rows, int b, int t, int channel, int count) {
   constexpr int kWide = 16 / static_cast<int>(sizeof(T));
   const T* p = rows.at<T>(b, t, channel);
-  if (kSteps % kWide == 0 && count == kSteps && rows.row == 1 && is_aligned<kWide>(p)) {
+  if (kSteps % kWide == 0 && count == kSteps && rows.time_contiguous() && is_aligned<kWide>(p)) {
 #pragma unroll
     for (int i = 0; i < kSteps; i += kWide) {
       const Vector<T, kWide> wide = load_vector<kWide>(p + i);
@@ -33,10 +28,10 @@ __device__ void load_steps(float (&v)[kSteps], const Rows& rows, int b, int t, i
     }
   } else if (count == kSteps) {
 #pragma unroll
-    for (int i = 0; i < kSteps; i++) v[i] = to_float(p[i * rows.row]);
+    for (int i = 0; i < kSteps; i++) v[i] = to_float(p[i * rows.time_stride]);
   } else {
 #pragma unroll
-    for (int i = 0; i < kSteps; i++) v[i] = i < count ? to_float(p[i * rows.row]) : 0.f;
+    for (int i = 0; i < kSteps; i++) v[i] = i < count ? to_float(p[i * rows.time_stride]) : 0.f;
   }
 }
 
@@ -44,7 +39,7 @@ template <class T, int kSteps>
 __device__ void store_steps(const Rows& rows, int b, int t, int channel, const float (&v)[kSteps], int count) {
   constexpr int kWide = 16 / static_cast<int>(sizeof(T));
   T* p = rows.at<T>(b, t, channel);
-  if (kSteps % kWide == 0 && count == kSteps && rows.row == 1 && is_aligned<kWide>(p)) {
+  if (kSteps % kWide == 0 && count == kSteps && rows.time_contiguous() && is_aligned<kWide>(p)) {
 #pragma unroll
     for (int i = 0; i < kSteps; i += kWide) {
       Vector<T, kWide> wide;
@@ -54,29 +49,25 @@ __device__ void store_steps(const Rows& rows, int b, int t, int channel, const f
     }
   } else if (count == kSteps) {
 #pragma unroll
-    for (int i = 0; i < kSteps; i++) p[i * rows.row] = from_float<T>(v[i]);
+    for (int i = 0; i < kSteps; i++) p[i * rows.time_stride] = from_float<T>(v[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < kSteps; i++) {
-      if (i < count) p[i * rows.row] = from_float<T>(v[i]);
+      if (i < count) p[i * rows.time_stride] = from_float<T>(v[i]);
     }
   }
 }
 
 // The document that step t of batch row b lies in; never an empty one. It holds t whatever the offsets, so that walks from
 // document to document end.
-struct Document {
-  int index, begin, end;
-};
-
 __device__ inline Document document_at(const Documents& docs, int b, int t) {
-  if (docs.cu_seqlens == nullptr) return {b, 0, static_cast<int>(docs.seqlen)};
+  if (docs.cu_seqlens == nullptr) return {b, b, 0, static_cast<int>(docs.seqlen)};
   int low = 0, high = static_cast<int>(docs.count);  // begin(low) <= t < begin(high), but for high = count
   while (high - low > 1) {
     const int middle = low + (high - low) / 2;
     (docs.cu_seqlens[middle] <= t ? low : high) = middle;
   }
-  return {low, least(static_cast<int>(docs.begin(low)), t), most(static_cast<int>(docs.end(low)), t + 1)};
+  return {low, b, least(static_cast<int>(docs.begin(low)), t), most(static_cast<int>(docs.end(low)), t + 1)};
 }
 
 }  // namespace madkernels::device

@@ -1,5 +1,6 @@
 // Deterministic reduction of a workspace: parts are added in order, so the sum does not depend on the number of threads.
 #include "common/check.h"
+#include "common/integers.h"
 
 #if MADKERNELS_GPU
 #include "common/stream.h"
@@ -32,13 +33,13 @@ void add_parts(const A* parts, int64_t count, int64_t inner, A* sums, int64_t be
 template <class A>
 void sum_stretches(const Tensor& parts, int64_t outer, int64_t count, int64_t inner, Tensor& sums) {
   constexpr int64_t kStretch = 2048;
-  const int64_t stretches = (inner + kStretch - 1) / kStretch;
+  const int64_t stretches = ceil_div(inner, kStretch);
   const auto* from = static_cast<const A*>(parts.data_ptr());
   auto* to = static_cast<A*>(sums.data_ptr());
   torch::stable::parallel_for(0, outer * stretches, grain(count * kStretch), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t o = i / stretches, first = i % stretches * kStretch;
-      const int64_t last = first + kStretch < inner ? first + kStretch : inner;
+      const int64_t last = least(first + kStretch, inner);
       add_parts(from + o * count * inner, count, inner, to + o * inner, first, last);
     }
   });

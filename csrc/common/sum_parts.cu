@@ -2,6 +2,7 @@
 #include "common/sum_parts.h"
 
 #include "common/device.h"
+#include "common/integers.h"
 
 namespace madkernels {
 namespace {
@@ -23,8 +24,8 @@ __global__ void __launch_bounds__(kThreads)
 
 void sum_parts(const float* parts, int64_t outer, int64_t count, int64_t inner, float* sums, Stream stream) {
   const int64_t outputs = outer * inner;
-  launch("sum_parts", sum_parts_kernel, (outputs + kThreads - 1) / kThreads, kThreads, 0, stream, parts, outputs, count,
-         inner, sums);
+  launch("sum_parts", sum_parts_kernel, ceil_div(outputs, kThreads), kThreads, 0, stream, parts, outputs, count, inner,
+         sums);
 }
 
 }  // namespace madkernels

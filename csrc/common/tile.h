@@ -5,19 +5,19 @@
 
 namespace madkernels::MADKERNELS_ISA {
 
-// tile[t] = src[t * row + l * lane], l < lanes; the other lanes are zero. Either stride is 1; where time is the dense axis,
-// squares are read along it and transposed in registers.
+// tile[t] = src[t * time_stride + l * channel_stride], l < lanes; the other lanes are zero. Either stride is 1; where time
+// is the dense axis, squares are read along it and transposed in registers.
 template <class T>
-inline void load_tile(Vec<Acc<T>>* tile, const T* src, int64_t row, int64_t lane, int rows, int lanes) {
+inline void load_tile(Vec<Acc<T>>* tile, const T* src, int64_t time_stride, int64_t channel_stride, int rows, int lanes) {
   constexpr int n = kLanes<Acc<T>>;
-  if (lane == 1) {
-    for (int t = 0; t < rows; t++) tile[t] = load(src + t * row, lanes);
+  if (channel_stride == 1) {
+    for (int t = 0; t < rows; t++) tile[t] = load(src + t * time_stride, lanes);
     return;
   }
   for (int t = 0; t < rows; t += n) {
     const int count = rows - t < n ? rows - t : n;
     Vec<Acc<T>> square[n];
-    for (int l = 0; l < n; l++) square[l] = l < lanes ? load(src + l * lane + t, count) : Vec<Acc<T>>{};
+    for (int l = 0; l < n; l++) square[l] = l < lanes ? load(src + l * channel_stride + t, count) : Vec<Acc<T>>{};
     transpose<Acc<T>>(square);
     for (int i = 0; i < count; i++) tile[t + i] = square[i];
   }
@@ -25,22 +25,22 @@ inline void load_tile(Vec<Acc<T>>* tile, const T* src, int64_t row, int64_t lane
 
 // Asks for a tile ahead of its use: its rows (or lanes) lie in as many pages, more than hardware prefetchers follow.
 template <bool kForWriting = false, class T>
-inline void prefetch_tile(const T* src, int64_t row, int64_t lane, int rows, int lanes) {
+inline void prefetch_tile(const T* src, int64_t time_stride, int64_t channel_stride, int rows, int lanes) {
   constexpr int kPerLine = 64 / sizeof(T);
-  if (lane == 1) {
-    for (int t = 0; t < rows; t++) __builtin_prefetch(src + t * row, kForWriting, 2);
+  if (channel_stride == 1) {
+    for (int t = 0; t < rows; t++) __builtin_prefetch(src + t * time_stride, kForWriting, 2);
     return;
   }
   for (int l = 0; l < lanes; l++) {
-    for (int t = 0; t < rows; t += kPerLine) __builtin_prefetch(src + l * lane + t, kForWriting, 2);
+    for (int t = 0; t < rows; t += kPerLine) __builtin_prefetch(src + l * channel_stride + t, kForWriting, 2);
   }
 }
 
 template <class T>
-inline void store_tile(T* dst, int64_t row, int64_t lane, const Vec<Acc<T>>* tile, int rows, int lanes) {
+inline void store_tile(T* dst, int64_t time_stride, int64_t channel_stride, const Vec<Acc<T>>* tile, int rows, int lanes) {
   constexpr int n = kLanes<Acc<T>>;
-  if (lane == 1) {
-    for (int t = 0; t < rows; t++) store(dst + t * row, tile[t], lanes);
+  if (channel_stride == 1) {
+    for (int t = 0; t < rows; t++) store(dst + t * time_stride, tile[t], lanes);
     return;
   }
   for (int t = 0; t < rows; t += n) {
@@ -48,7 +48,7 @@ inline void store_tile(T* dst, int64_t row, int64_t lane, const Vec<Acc<T>>* til
     Vec<Acc<T>> square[n];
     for (int i = 0; i < n; i++) square[i] = i < count ? tile[t + i] : Vec<Acc<T>>{};
     transpose<Acc<T>>(square);
-    for (int l = 0; l < lanes; l++) store(dst + l * lane + t, square[l], count);
+    for (int l = 0; l < lanes; l++) store(dst + l * channel_stride + t, square[l], count);
   }
 }
 

@@ -61,17 +61,17 @@ Arguments check(const char* op, const Tensor& u, const Tensor& filter, const Opt
   }
 
   const Tensor taps = torch::stable::to(filter, wide);
-  Arguments a{with_dense_axis(u),
-              taps.stride(0) == 1 || taps.stride(1) == 1 ? taps : torch::stable::contiguous(taps),
-              skip ? OptionalTensor(torch::stable::contiguous(torch::stable::to(*skip, wide))) : std::nullopt,
-              rows_with_dense_axis(pre_gate),
-              rows_with_dense_axis(post_gate),
-              contiguous(initial_state),
-              cu_seqlens,
-              p};
+  Arguments a{.u = with_dense_axis(u),
+              .filter = taps.stride(0) == 1 || taps.stride(1) == 1 ? taps : torch::stable::contiguous(taps),
+              .skip = skip ? OptionalTensor(torch::stable::contiguous(torch::stable::to(*skip, wide))) : std::nullopt,
+              .pre_gate = rows_with_dense_axis(pre_gate),
+              .post_gate = rows_with_dense_axis(post_gate),
+              .initial_state = contiguous(initial_state),
+              .cu_seqlens = cu_seqlens,
+              .params = p};
   FftConv& q = a.params;
   q.u = rows_of(a.u), q.pre_gate = rows_or_none(a.pre_gate), q.post_gate = rows_or_none(a.post_gate);
-  q.filter = a.filter.data_ptr(), q.filter_group = a.filter.stride(0), q.filter_lag = a.filter.stride(1);
+  q.filter = a.filter.data_ptr(), q.filter_group_stride = a.filter.stride(0), q.filter_lag_stride = a.filter.stride(1);
   q.skip = data_or_null(a.skip), q.initial_state = data_or_null(a.initial_state);
   return a;
 }
@@ -88,9 +88,6 @@ struct Gradients {
 
 using gpu::ComplexFloat;
 
-constexpr int64_t kPointsOfBlock = 8192;            // of several channels, where the sequences are short
-constexpr int64_t kWorkBytes = int64_t{256} << 20;  // of two-level transforms, at least those of one channel
-
 // The layout [batch, time, channel] with time dense, by a copy if need be.
 Tensor time_dense(const Tensor& t) {
   if (t.stride(1) == 1) return t;
@@ -98,77 +95,63 @@ Tensor time_dense(const Tensor& t) {
 }
 OptionalTensor time_dense(const OptionalTensor& t) { return t ? OptionalTensor(time_dense(*t)) : std::nullopt; }
 
+gpu::FftPlan plan_of(const char* op, const Arguments& a, const OnDevice& on, bool backward) {
+  const FftConv& p = a.params;
+  const gpu::FftShape shape{.sequences = p.docs.count,
+                            .seqlen = p.seqlen,
+                            .dim = p.dim,
+                            .taps = p.taps,
+                            .history = p.history,
+                            .ahead = p.ahead,
+                            .packed = p.docs.cu_seqlens != nullptr,
+                            .time_contiguous = p.u.time_contiguous(),
+                            .backward = backward,
+                            .element_bytes = p.dtype == DType::kFloat32 ? 4 : 2};
+  const gpu::FftPlan plan =
+      plan_fft(shape, {.multiprocessors = on.multiprocessors(), .shared_bytes = on.most_shared_bytes()});
+  MK_CHECK(plan.transforms.count > 0, op, ": this GPU takes sequences and filters of up to 2^", plan.most_log2 + 1,
+           " samples together; got ", p.seqlen + p.history, " and ", p.taps);
+  return plan;
+}
+
 // One convolution on a GPU: its plan, and the memory that holds it together.
 struct OnGpu {
   OnDevice on;
-  gpu::FftConvOnGpu g{};
-  bool copies;  // the channels of a block are too few to read them side by side: everything goes through time-dense copies
+  gpu::FftPlan plan;
   Tensor roots, spectra, work, more_work;
+  gpu::FftConvOnGpu params;
 
-  OnGpu(const char* op, Arguments& a, bool backward) : on(a.u) {
+  OnGpu(const char* op, Arguments& a, bool backward)
+      : on(a.u),
+        plan(plan_of(op, a, on, backward)),
+        roots(points(int64_t{1} << plan.largest_log2(), a)),
+        spectra(points(a.params.groups * plan.transforms.points, a)),
+        work(points(plan.work_points, a)),
+        more_work(points(plan.more_work_points, a)) {
     FftConv& p = a.params;
-    const int most_on_chip = gpu::most_on_chip(on.most_shared_bytes());
-    choose_classes(op, p, most_on_chip);
-    const int log2 = g.classes[g.count - 1].log2;
-    g.channels_log2 = 0;
-    const int chip_log2 = g.on_chip > 0 ? g.classes[g.on_chip - 1].log2 : most_on_chip;
-    while (g.channels_log2 < 4 && (kPointsOfBlock >> (chip_log2 + g.channels_log2)) > 1) g.channels_log2++;
-    const int64_t bytes = (p.dtype == DType::kFloat32 ? 4 : 2) << (g.on_chip < g.count ? 0 : g.channels_log2);
-    copies = a.u.stride(1) != 1 && bytes < 16;
-    if (copies) {
+    p.slices = plan.slices;
+    if (plan.copies_to_time) {
       a.u = time_dense(a.u), a.pre_gate = time_dense(a.pre_gate), a.post_gate = time_dense(a.post_gate);
       p.u = rows_of(a.u), p.pre_gate = rows_or_none(a.pre_gate), p.post_gate = rows_or_none(a.post_gate);
     }
-    const int64_t tiles = (p.dim + (1 << g.channels_log2) - 1) >> g.channels_log2;
-    // The backward's blocks: two a multiprocessor, slices of the sequences making up for few channels.
-    p.slices =
-        std::clamp<int64_t>(2 * on.multiprocessors() / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(p.docs.count, 1));
-
-    roots = points(int64_t{1} << log2, a), spectra = points(p.groups * g.points, a);
-    int64_t most = backward && g.on_chip > 0 ? (tiles * p.slices << g.channels_log2) << chip_log2 : 0;
-    if (g.on_chip < g.count) {
-      const int64_t of_channel = p.docs.count << log2;
-      g.chunk = static_cast<int>(std::clamp<int64_t>(kWorkBytes / 8 / of_channel, 1, p.dim));
-      most = std::max(most, g.chunk * of_channel);
-    }
-    work = points(most, a), more_work = points(backward && g.on_chip < g.count ? most : 0, a);
-    g.forward = p;
-    g.roots = static_cast<const fft::Root<float>*>(roots.data_ptr());
-    g.spectra = static_cast<ComplexFloat*>(spectra.data_ptr());
-    g.work = static_cast<ComplexFloat*>(work.data_ptr()), g.more_work = static_cast<ComplexFloat*>(more_work.data_ptr());
+    params = {.forward = p,
+              .transforms = plan.transforms,
+              .roots = static_cast<const fft::Root<float>*>(roots.data_ptr()),
+              .spectra = static_cast<ComplexFloat*>(spectra.data_ptr()),
+              .work = static_cast<ComplexFloat*>(work.data_ptr()),
+              .more_work = static_cast<ComplexFloat*>(more_work.data_ptr()),
+              .chunk = plan.chunk};
   }
 
   static Tensor points(int64_t count, const Arguments& a) { return empty({count, 2}, ScalarType::Float, a.u); }
 
   // A tensor that kernels write for `like`, and its copy to where the caller sees it.
   Tensor target(const Tensor& like) const {
-    if (!copies) return like;
+    if (!plan.copies_to_time) return like;
     return torch::stable::transpose(empty({like.size(0), like.size(2), like.size(1)}, like.scalar_type(), like), 1, 2);
   }
   void deliver(const Tensor& written, Tensor& to) const {
-    if (copies) torch::stable::copy_(to, written);
-  }
-
- private:
-  void choose_classes(const char* op, const FftConv& p, int most_on_chip) {
-    const int most = most_on_chip + gpu::kMostColumns;
-    const int64_t first_tap = std::max<int64_t>(0, p.ahead - (p.seqlen - 1));
-    const int64_t ahead = p.ahead - first_tap, taps = std::min(p.taps, p.seqlen + p.ahead + p.history) - first_tap;
-    g.first_tap = static_cast<int>(first_tap), g.shift = static_cast<int>(p.history + ahead);
-    int64_t longest = 0;
-    for (int log2 = gpu::kLeastLog2; longest < p.seqlen; log2++) {
-      MK_CHECK(log2 <= most, op, ": this GPU takes sequences and filters of up to 2^", most + 1, " samples together; got ",
-               p.seqlen + p.history, " and ", p.taps);
-      const int64_t samples = int64_t{2} << log2;
-      // With all taps, or with no more than a sequence has inputs.
-      longest = std::max(samples - taps + 1, p.ahead > 0 ? 0 : (samples + 1 - p.history) / 2) + ahead;
-      longest = std::min({longest, samples - g.shift, p.seqlen});
-      if (longest < (p.docs.cu_seqlens ? 1 : p.seqlen)) continue;
-      const int64_t seen = std::min(taps, samples - longest + ahead + 1);
-      g.classes[g.count++] = {log2, static_cast<int>(longest), static_cast<int>(seen), g.points};
-      g.points += int64_t{1} << log2;
-      if (log2 <= most_on_chip) g.on_chip = g.count;
-    }
+    if (plan.copies_to_time) torch::stable::copy_(to, written);
   }
 };
 
@@ -176,12 +159,12 @@ bool is_empty(const FftConv& p) { return p.docs.count == 0 || p.seqlen == 0 || p
 
 void run_forward(const char* op, Arguments& a, Tensor& out) {
   if (is_empty(a.params)) return;
-  OnGpu gpu(op, a, false);
-  const Tensor to = gpu.target(out);
-  gpu.g.forward.out = rows_of(to);
-  gpu::fft_conv_spectra(gpu.g, gpu.on.stream());
-  gpu::fft_conv_forward(gpu.g, gpu.on.stream());
-  gpu.deliver(to, out);
+  OnGpu call(op, a, false);
+  const Tensor to = call.target(out);
+  call.params.forward.out = rows_of(to);
+  gpu::fft_conv_spectra(call.params, call.on.stream());
+  gpu::fft_conv_forward(call.params, call.on.stream());
+  call.deliver(to, out);
 }
 
 void run_final_state(const Arguments& a) { gpu::fft_conv_final_state(a.params, OnDevice(a.u).stream()); }
@@ -198,34 +181,31 @@ void run_backward(const char* op, Arguments& a, const Tensor& dout, const Option
   if (is_empty(p)) {
     to.dfilter = zeros({p.groups, p.taps});
     if (a.skip) to.dskip = zeros({p.dim});
-    if (to.dinitial_state && !dfinal_state) torch::stable::zero_(*to.dinitial_state);
-    if (to.dinitial_state && dfinal_state) {  // a sequence of nothing hands its state on
-      Tensor state = *dfinal_state;
-      torch::stable::copy_(*to.dinitial_state, torch::stable::narrow(state, 1, p.taps - 1 - p.history, p.history));
-    }
     return;
   }
-  OnGpu gpu(op, a, true);
-  const Tensor dspectra = zeros({p.slices, p.dim, gpu.g.points, 2});
-  const int64_t chunks = (p.seqlen + gpu::kSkipRows - 1) / gpu::kSkipRows;
+  OnGpu call(op, a, true);
+  const Tensor dspectra = zeros({p.slices, p.dim, call.plan.transforms.points, 2});
+  const int64_t chunks = ceil_div(p.seqlen, gpu::kSkipRows);
   const Tensor dskip_parts = empty({p.batch * chunks, a.skip ? p.dim : 0}, ScalarType::Float, a.u);
-  const auto target = [&](const OptionalTensor& t) { return t ? OptionalTensor(gpu.target(*t)) : std::nullopt; };
-  const Tensor gradient = gpu.copies ? time_dense(dout) : dout, du = gpu.target(to.du);
+  const auto target = [&](const OptionalTensor& t) { return t ? OptionalTensor(call.target(*t)) : std::nullopt; };
+  const Tensor gradient = call.plan.copies_to_time ? time_dense(dout) : dout, du = call.target(to.du);
   const OptionalTensor dpre_gate = target(to.dpre_gate), dpost_gate = target(to.dpost_gate);
-  const FftConvBackward q{p,
-                          rows_of(gradient),
-                          rows_of(du),
-                          rows_or_none(dpre_gate),
-                          rows_or_none(dpost_gate),
-                          data_or_null(dfinal_state),
-                          to.dinitial_state ? to.dinitial_state->data_ptr() : nullptr,
-                          dfilter.data_ptr(),
-                          a.skip ? dskip_parts.data_ptr() : nullptr};
-  gpu::fft_conv_spectra(gpu.g, gpu.on.stream());
-  gpu::fft_conv_backward({gpu.g, q, static_cast<ComplexFloat*>(dspectra.data_ptr())}, gpu.on.stream());
-  gpu.deliver(du, to.du);
-  if (dpre_gate) gpu.deliver(*dpre_gate, *to.dpre_gate);
-  if (dpost_gate) gpu.deliver(*dpost_gate, *to.dpost_gate);
+  const FftConvBackward q{.forward = p,
+                          .dout = rows_of(gradient),
+                          .du = rows_of(du),
+                          .dpre_gate = rows_or_none(dpre_gate),
+                          .dpost_gate = rows_or_none(dpost_gate),
+                          .dfinal_state = data_or_null(dfinal_state),
+                          .dinitial_state = to.dinitial_state ? to.dinitial_state->data_ptr() : nullptr,
+                          .dfilter_parts = dfilter.data_ptr(),
+                          .dskip_parts = a.skip ? dskip_parts.data_ptr() : nullptr};
+  gpu::fft_conv_spectra(call.params, call.on.stream());
+  const gpu::FftConvBackwardOnGpu params{
+      .convolution = call.params, .gradients = q, .dspectra = static_cast<ComplexFloat*>(dspectra.data_ptr())};
+  gpu::fft_conv_backward(params, call.on.stream());
+  call.deliver(du, to.du);
+  if (dpre_gate) call.deliver(*dpre_gate, *to.dpre_gate);
+  if (dpost_gate) call.deliver(*dpost_gate, *to.dpost_gate);
   if (p.groups != p.dim) dfilter = sum_parts(torch::stable::view(dfilter, {p.groups, p.channels_a_group(), p.taps}), 1);
   to.dfilter = dfilter;
   if (a.skip) to.dskip = sum_parts(dskip_parts, 0);
@@ -238,14 +218,14 @@ constexpr int64_t kItems = 32;
 
 int64_t tiles_of(const FftConv& p) {
   const int64_t lanes = fft_conv_cpu().vector_bytes / (p.dtype == DType::kFloat64 ? 8 : 4);
-  return (p.dim + lanes - 1) / lanes;
+  return ceil_div(p.dim, lanes);
 }
 
 // Documents are planned for lengths a quarter of a power of two apart, so that those of a size share the filter's spectrum.
 int64_t planned_length(int64_t length) {
   int64_t step = 1;
   while (step * 8 <= length) step *= 2;
-  return (length + step - 1) / step * step;
+  return ceil_div(length, step) * step;
 }
 
 // The plans of all sequences, the order in which those of one plan lie together, and the slices of that order.
@@ -259,7 +239,7 @@ Plans make_plans(FftConv& p) {
   p.slices = std::clamp<int64_t>(kItems / std::max<int64_t>(tiles_of(p), 1), 1, std::max<int64_t>(p.docs.count, 1));
   std::map<int64_t, ConvPlan> by_length;
   for (int64_t doc = 0; doc < p.docs.count; doc++) {
-    const int64_t exact = p.docs.end(doc) - p.docs.begin(doc);
+    const int64_t exact = p.docs.span(doc).length();
     const int64_t length = p.docs.cu_seqlens ? planned_length(exact) : exact;
     ConvPlan plan;
     if (length > 0) {
@@ -312,15 +292,15 @@ void run_backward(const char*, Arguments& a, const Tensor& dout, const OptionalT
   const ScalarType wide = a.filter.scalar_type();
   const Tensor dfilter_parts = empty({p.slices, p.taps, p.dim}, wide, a.u);
   const Tensor dskip_parts = empty({p.slices, a.skip ? p.dim : 0}, wide, a.u);
-  const FftConvBackward q{p,
-                          rows_of(dout),
-                          rows_of(to.du),
-                          rows_or_none(to.dpre_gate),
-                          rows_or_none(to.dpost_gate),
-                          data_or_null(dfinal_state),
-                          to.dinitial_state ? to.dinitial_state->data_ptr() : nullptr,
-                          dfilter_parts.data_ptr(),
-                          a.skip ? dskip_parts.data_ptr() : nullptr};
+  const FftConvBackward q{.forward = p,
+                          .dout = rows_of(dout),
+                          .du = rows_of(to.du),
+                          .dpre_gate = rows_or_none(to.dpre_gate),
+                          .dpost_gate = rows_or_none(to.dpost_gate),
+                          .dfinal_state = data_or_null(dfinal_state),
+                          .dinitial_state = to.dinitial_state ? to.dinitial_state->data_ptr() : nullptr,
+                          .dfilter_parts = dfilter_parts.data_ptr(),
+                          .dskip_parts = a.skip ? dskip_parts.data_ptr() : nullptr};
   for_items(p, p.slices, 200 * p.docs.count / p.slices * p.seqlen,
             [&](int64_t begin, int64_t end) { fft_conv_cpu().backward(q, begin, end); });
   Tensor dfilter = p.slices == 1 ? torch::stable::view(dfilter_parts, {p.taps, p.dim}) : sum_parts(dfilter_parts, 0);
@@ -360,11 +340,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fft_conv_backward(
   checks.activation("dout", dout, shape_of(u));
   checks.tensor("dfinal_state", dfinal_state, a.states(), wide);
 
-  Gradients to{empty_rows(a.u)};
+  Gradients to{.du = empty_rows(a.u)};
   if (pre_gate) to.dpre_gate = empty_rows(*a.pre_gate);
   if (post_gate) to.dpost_gate = empty_rows(*a.post_gate);
   if (initial_state) to.dinitial_state = empty({p.docs.count, p.history, p.dim}, wide, u);
-  run_backward(op, a, with_dense_axis(dout), contiguous(dfinal_state), to);
+  const OptionalTensor dfinal = contiguous(dfinal_state);
+  if (to.dinitial_state) hand_on_states(p.docs, dfinal, *to.dinitial_state);
+  run_backward(op, a, with_dense_axis(dout), dfinal, to);
 
   Tensor dfilter = torch::stable::to(*to.dfilter, filter.scalar_type());
   const bool by_lag = filter.stride(0) == 1 && filter.stride(1) != 1;

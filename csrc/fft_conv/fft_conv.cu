@@ -28,15 +28,17 @@ __global__ void __launch_bounds__(kFftThreads, 2) fill_roots(Root<float>* roots,
 // The spectra of a class, [groups, points] from its offset on.
 __global__ void __launch_bounds__(kFftThreads, 2) split_filters(FftConvOnGpu g, int klass) {
   const FftConv& p = g.forward;
-  const FftClass c = g.classes[klass];
-  const Shared s = shared_points(g.channels_log2, c.log2, 1);
-  const int first = static_cast<int>(blockIdx.x) << g.channels_log2;
+  const FftClass c = g.transforms.classes[klass];
+  const Shared s = shared_points(g.transforms.channels_log2, c.log2, 1);
+  const int first = static_cast<int>(blockIdx.x) << g.transforms.channels_log2;
   split_all(
-      s, c.log2, g.roots, p.filter_group == 1,
-      [&](int channel, int i) { return load_rows<Taps>(g, klass, Place{}, first + channel, first + channel < p.groups, i); },
+      s, c.log2, g.roots, p.filter_group_stride == 1,
+      [&](int channel, int i) {
+        return load_rows<Taps>(g, klass, Document{}, first + channel, first + channel < p.groups, i);
+      },
       [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
         if (first + b.channel >= p.groups) return;
-        ComplexFloat* to = g.spectra + (first + b.channel) * g.points + c.offset;
+        ComplexFloat* to = g.spectra + (first + b.channel) * g.transforms.points + c.offset;
 #pragma unroll
         for (int k = 0; k < 1 << kLevels; k++) to[b.spectral(k)] = z[k];
       });
@@ -44,11 +46,11 @@ __global__ void __launch_bounds__(kFftThreads, 2) split_filters(FftConvOnGpu g, 
 
 // The rows of two-level spectra, in place.
 __global__ void __launch_bounds__(kFftThreads, 2) split_filter_rows(FftConvOnGpu g, int klass) {
-  const FftClass c = g.classes[klass];
+  const FftClass c = g.transforms.classes[klass];
   const int levels = column_levels(c.log2), row_log2 = c.log2 - levels;
   const int group = static_cast<int>(blockIdx.x >> levels), row = static_cast<int>(blockIdx.x) & ((1 << levels) - 1);
   const Shared s = shared_points(0, row_log2, (1 << levels) + row);
-  ComplexFloat* points = g.spectra + group * g.points + c.offset + (static_cast<int64_t>(row) << row_log2);
+  ComplexFloat* points = g.spectra + group * g.transforms.points + c.offset + (static_cast<int64_t>(row) << row_log2);
   split_all(
       s, row_log2, g.roots, false, [&](int, int i) { return points[i]; },
       [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
@@ -72,21 +74,21 @@ template <class T>
 __global__ void __launch_bounds__(kFftThreads, 2) convolve(FftConvOnGpu g) {
   const FftConv& p = g.forward;
   const int docs = static_cast<int>(p.docs.count);
-  const Place at = place_of(p, static_cast<int>(blockIdx.x % docs));
-  const int klass = class_of(g, at.length);
-  if (klass < 0 || klass >= g.on_chip) return;
-  const FftClass c = g.classes[klass];
-  const int first = static_cast<int>(blockIdx.x / docs) << g.channels_log2, dim = static_cast<int>(p.dim);
+  const Document at = p.docs.span(static_cast<int>(blockIdx.x % docs));
+  const int klass = class_of(g, at.length());
+  if (klass < 0 || klass >= g.transforms.on_chip) return;
+  const FftClass c = g.transforms.classes[klass];
+  const int first = static_cast<int>(blockIdx.x / docs) << g.transforms.channels_log2, dim = static_cast<int>(p.dim);
   const int shared = static_cast<int>(p.channels_a_group());
-  const Shared s = shared_points(g.channels_log2, c.log2, 1);
+  const Shared s = shared_points(g.transforms.channels_log2, c.log2, 1);
   split_all(
-      s, c.log2, g.roots, p.u.lane == 1,
+      s, c.log2, g.roots, p.u.channels_contiguous(),
       [&](int channel, int i) { return load_rows<Inputs<T>>(g, klass, at, first + channel, first + channel < dim, i); },
       [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
         const int group = least(first + b.channel, dim - 1) / shared;
-        multiply<kLevels>(s, z, b, g.spectra + group * g.points + c.offset, g.roots);
+        multiply<kLevels>(s, z, b, g.spectra + group * g.transforms.points + c.offset, g.roots);
       });
-  join_rest(s, c.log2, g.roots, p.u.lane == 1, [&](int channel, int i, const ComplexFloat& z) {
+  join_rest(s, c.log2, g.roots, p.u.channels_contiguous(), [&](int channel, int i, const ComplexFloat& z) {
     store_rows<Outputs<T>>(g, klass, at, first + channel, first + channel < dim, i, z);
   });
 }
@@ -94,15 +96,15 @@ __global__ void __launch_bounds__(kFftThreads, 2) convolve(FftConvOnGpu g) {
 // Rows of two-level transforms, in place: split, multiplied, joined.
 __global__ void __launch_bounds__(kFftThreads, 2) multiply_rows(FftConvOnGpu g, int klass, int first_channel) {
   const FftConv& p = g.forward;
-  const FftClass c = g.classes[klass];
+  const FftClass c = g.transforms.classes[klass];
   const int levels = column_levels(c.log2), row_log2 = c.log2 - levels;
   const TwoLevelBlock block = two_level_block(p.docs.count, levels);
-  if (class_of(g, place_of(p, block.doc).length) != klass) return;
+  if (class_of(g, p.docs.span(block.doc).length()) != klass) return;
   const Shared s = shared_points(0, row_log2, (1 << levels) + block.part);
   const int64_t row = static_cast<int64_t>(block.part) << row_log2;
   ComplexFloat* points = g.work + ((block.channel * p.docs.count + block.doc) << c.log2) + row;
   const int64_t group = (first_channel + block.channel) / p.channels_a_group();
-  const ComplexFloat* spectrum = g.spectra + group * g.points + c.offset + row;
+  const ComplexFloat* spectrum = g.spectra + group * g.transforms.points + c.offset + row;
   split_all(
       s, row_log2, g.roots, false, [&](int, int i) { return points[i]; },
       [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
@@ -119,9 +121,9 @@ __global__ void __launch_bounds__(kThreads) copy_final_state(FftConv p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, rows = p.taps - 1;
   if (i >= p.docs.count * rows * p.dim) return;
   const int channel = static_cast<int>(i % p.dim), r = static_cast<int>(i / p.dim % rows);
-  const Place at = place_of(p, static_cast<int>(i / p.dim / rows));
-  const int t = at.length - static_cast<int>(rows) + r;
-  *state_at(p, p.final_state, rows, at.doc, r, channel) = t >= -p.history ? input_at<T>(p, at, t, channel) : 0.f;
+  const Document at = p.docs.span(static_cast<int>(i / p.dim / rows));
+  const int t = at.length() - static_cast<int>(rows) + r;
+  *p.states_after<float>(p.final_state).at(at.doc, r, channel) = t >= -p.history ? input_at<T>(p, at, t, channel) : 0.f;
 }
 
 // One output of a channel of a sequence, and its state shifted by a row.
@@ -130,13 +132,13 @@ __global__ void __launch_bounds__(kThreads) step(FftConv p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, rows = p.taps - 1;
   if (i >= p.docs.count * p.dim) return;
   const int channel = static_cast<int>(i % p.dim), sequence = static_cast<int>(i / p.dim);
-  const Place at{sequence, sequence, 0, 1};
+  const Document at{sequence, sequence, 0, 1};
   const float v = input_at<T>(p, at, 0, channel);
-  const float* filter = static_cast<const float*>(p.filter) + channel / p.channels_a_group() * p.filter_group;
+  const float* filter = static_cast<const float*>(p.filter) + channel / p.channels_a_group() * p.filter_group_stride;
   float sum = filter[0] * v;
   for (int64_t r = 0; r < rows; r++) {
-    float* place = state_at(p, p.final_state, rows, sequence, r, channel);
-    sum += filter[(rows - r) * p.filter_lag] * *place;
+    float* place = p.states_after<float>(p.final_state).at(sequence, r, channel);
+    sum += filter[(rows - r) * p.filter_lag_stride] * *place;
     *place = r + 1 < rows ? place[p.dim] : v;
   }
   if (p.skip != nullptr) sum += static_cast<const float*>(p.skip)[channel] * v;
@@ -144,23 +146,22 @@ __global__ void __launch_bounds__(kThreads) step(FftConv p) {
   *p.out.at<T>(sequence, 0, channel) = from_float<T>(sum);
 }
 
-int64_t blocks_for(int64_t threads, int of_a_block) { return (threads + of_a_block - 1) / of_a_block; }
-
 }  // namespace
 
 void fft_conv_spectra(const FftConvOnGpu& g, Stream stream) {
-  const int log2 = g.classes[g.count - 1].log2;
+  const int log2 = g.transforms.classes[g.transforms.count - 1].log2;
   auto* roots = const_cast<Root<float>*>(g.roots);
-  launch("fft_conv roots", fill_roots, blocks_for(int64_t{1} << log2, kFftThreads), kFftThreads, 0, stream, roots, log2);
-  for (int k = 0; k < g.on_chip; k++) {
-    const int bytes = shared_bytes(g.channels_log2, g.classes[k].log2);
-    launch("fft_conv spectra", split_filters, tiles(g.forward.groups, g.channels_log2), kFftThreads, bytes, stream, g, k);
+  launch("fft_conv roots", fill_roots, ceil_div(int64_t{1} << log2, kFftThreads), kFftThreads, 0, stream, roots, log2);
+  for (int k = 0; k < g.transforms.on_chip; k++) {
+    const int bytes = shared_bytes(g.transforms.channels_log2, g.transforms.classes[k].log2);
+    launch("fft_conv spectra", split_filters, tiles(g.forward.groups, g.transforms.channels_log2), kFftThreads, bytes,
+           stream, g, k);
   }
-  for (int k = g.on_chip; k < g.count; k++) {
-    const FftClass& c = g.classes[k];
+  for (int k = g.transforms.on_chip; k < g.transforms.count; k++) {
+    const FftClass& c = g.transforms.classes[k];
     const int levels = column_levels(c.log2);
     launch("fft_conv spectra, columns", split_columns<Taps>, g.forward.groups * column_blocks(c.log2), kFftThreads,
-           column_bytes(c.log2), stream, g, k, 0, g.spectra + c.offset, g.points);
+           column_bytes(c.log2), stream, g, k, 0, g.spectra + c.offset, g.transforms.points);
     launch("fft_conv spectra, rows", split_filter_rows, g.forward.groups << levels, kFftThreads,
            shared_bytes(0, c.log2 - levels), stream, g, k);
   }
@@ -169,12 +170,13 @@ void fft_conv_spectra(const FftConvOnGpu& g, Stream stream) {
 void fft_conv_forward(const FftConvOnGpu& g, Stream stream) {
   const FftConv& p = g.forward;
   dispatch_gpu(p.dtype, [&]<class T>() {
-    if (g.on_chip > 0) {
-      const int bytes = shared_bytes(g.channels_log2, chip_log2(g));
-      launch("fft_conv", convolve<T>, tiles(p.dim, g.channels_log2) * p.docs.count, kFftThreads, bytes, stream, g);
+    if (g.transforms.on_chip > 0) {
+      const int bytes = shared_bytes(g.transforms.channels_log2, chip_log2(g));
+      launch("fft_conv", convolve<T>, tiles(p.dim, g.transforms.channels_log2) * p.docs.count, kFftThreads, bytes, stream,
+             g);
     }
     for_two_level_chunks(g, p.dim, [&](int k, int first, int64_t channels) {
-      const int log2 = g.classes[k].log2, levels = column_levels(log2);
+      const int log2 = g.transforms.classes[k].log2, levels = column_levels(log2);
       const int64_t sequences = channels * p.docs.count;
       launch("fft_conv columns", split_columns<Inputs<T>>, sequences * column_blocks(log2), kFftThreads, column_bytes(log2),
              stream, g, k, first, g.work, int64_t{1} << log2);
@@ -188,14 +190,14 @@ void fft_conv_forward(const FftConvOnGpu& g, Stream stream) {
 
 void fft_conv_final_state(const FftConv& p, Stream stream) {
   dispatch_gpu(p.dtype, [&]<class T>() {
-    launch("fft_conv final state", copy_final_state<T>, blocks_for(p.docs.count * (p.taps - 1) * p.dim, kThreads), kThreads,
-           0, stream, p);
+    launch("fft_conv final state", copy_final_state<T>, ceil_div(p.docs.count * (p.taps - 1) * p.dim, kThreads), kThreads, 0,
+           stream, p);
   });
 }
 
 void fft_conv_step(const FftConv& p, Stream stream) {
   dispatch_gpu(p.dtype, [&]<class T>() {
-    launch("fft_conv_step", step<T>, blocks_for(p.docs.count * p.dim, kThreads), kThreads, 0, stream, p);
+    launch("fft_conv_step", step<T>, ceil_div(p.docs.count * p.dim, kThreads), kThreads, 0, stream, p);
   });
 }
 

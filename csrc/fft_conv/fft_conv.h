@@ -10,9 +10,11 @@
 
 #include "common/cpu.h"
 #include "common/dtype.h"
+#include "common/integers.h"
 #include "common/strided.h"
 #include "fft_conv/butterflies.h"
 #include "fft_conv/plan.h"
+#include "fft_conv/plan_gpu.h"
 
 namespace madkernels {
 
@@ -22,17 +24,26 @@ struct FftConv {
   int64_t ahead;
   Documents docs;
 
-  Rows u, pre_gate, post_gate, out;  // [batch, seqlen, dim]; one dense axis each; gates may be null
-  const void* filter;                // [groups, taps]; accumulation type; one dense axis
-  int64_t filter_group, filter_lag;  // its strides
-  const void* skip;                  // [dim] or null; accumulation type
-  const void* initial_state;         // [docs, history, dim] or null; accumulation type
-  void* final_state;                 // [docs, taps - 1, dim] or null; accumulation type
+  Rows u, pre_gate, post_gate, out;                // [batch, seqlen, dim]; one dense axis each; gates may be null
+  const void* filter;                              // [groups, taps]; accumulation type; one dense axis
+  int64_t filter_group_stride, filter_lag_stride;  // its strides
+  const void* skip;                                // [dim] or null; accumulation type
+  const void* initial_state;                       // [docs, history, dim] or null; accumulation type
+  void* final_state;                               // [docs, taps - 1, dim] or null; accumulation type
 
   const ConvPlan* plans;  // [docs], on the CPU
   const int64_t* order;   // [docs] sequences, those of one plan together
   int64_t slices;         // the sequences are worked on in as many parts
 
+  // Of initial_state, and of final_state, and their like.
+  template <class T>
+  MADKERNELS_ANYWHERE States<T> states_before(const void* data) const {
+    return {data, history, dim};
+  }
+  template <class T>
+  MADKERNELS_ANYWHERE States<T> states_after(const void* data) const {
+    return {data, taps - 1, dim};
+  }
   MADKERNELS_ANYWHERE int64_t channels_a_group() const { return dim / groups; }
 };
 
@@ -57,42 +68,13 @@ struct FftConvKernels {
 
 MADKERNELS_DECLARE_CPU_KERNELS(FftConvKernels, fft_conv)
 
-// Kernels on a GPU, for float32, bfloat16 and float16. Transforms have a power of two of points: in shared memory up to
-// 2^kMostOnChip of them; above, a pass over up to 2^kMostColumns columns in global memory comes before and after.
+// ---- GPU: float32, bfloat16 and float16 ----
+
 namespace gpu {
-
-using ComplexFloat = fft::Point<float>;
-
-constexpr int kLeastLog2 = 5, kMostOnChip = 14, kMostColumns = 8, kMostClasses = kMostOnChip + kMostColumns - kLeastLog2 + 1;
-
-// Of the points of 2^channels channels: every 17th place is left out, and one at each channel's end.
-constexpr int shared_bytes(int channels, int log2) {
-  return (((1 << log2) + (1 << (log2 - 4)) + 1) << channels) * static_cast<int>(sizeof(ComplexFloat));
-}
-
-// What fits into so many bytes of shared memory a block: one level less on GPUs with 99 KB (compute
-// capability 8.6, 8.9, 12.0).
-constexpr int most_on_chip(int shared) {
-  int log2 = kMostOnChip;
-  while (log2 > kLeastLog2 && shared_bytes(0, log2) > shared) log2--;
-  return log2;
-}
-
-// Sequences of up to `longest` outputs are transformed with 2^log2 points and see the first `taps` taps. Without packed
-// documents there is one class; with them a block chooses by the length of its document, which the host need not know.
-struct FftClass {
-  int log2, longest, taps;
-  int64_t offset;  // of its spectrum in a group's, in points
-};
 
 struct FftConvOnGpu {
   FftConv forward;
-  FftClass classes[kMostClasses];
-  int count, on_chip;  // in all, and that fit shared memory: the first ones
-  int first_tap;
-  int shift;          // the row of the convolution that output 0 is; row 0 is the first input, of the initial state if any
-  int channels_log2;  // channels of a block, where transforms fit shared memory
-  int64_t points;     // of all classes
+  FftTransforms transforms;
   const fft::Root<float>* roots;  // [2^log2 of the largest class]
   ComplexFloat* spectra;          // [groups, points]
   ComplexFloat* work;  // two-level: [chunk, docs, 2^log2]; backward on chip: [blocks, channels, 2^log2 of the largest there]
@@ -106,7 +88,7 @@ struct FftConvBackwardOnGpu {
   ComplexFloat* dspectra;     // [slices, dim, points], zero
 };
 
-// Rows of one batch row that one thread of dskip sums.
+// Time steps that one thread sums for dskip.
 constexpr int kSkipRows = 256;
 
 void fft_conv_spectra(const FftConvOnGpu& g, void* stream);  // roots and spectra

@@ -10,7 +10,7 @@ namespace madkernels::gpu {
 namespace {
 
 template <class T>
-__device__ float output_gradient(const FftConvBackwardOnGpu& q, const Place& at, int t, int channel) {
+__device__ float output_gradient(const FftConvBackwardOnGpu& q, const Document& at, int t, int channel) {
   const FftConv& p = q.convolution.forward;
   const float dout = element<T>(q.gradients.dout, at, t, channel);
   return p.post_gate ? dout * element<T>(p.post_gate, at, t, channel) : dout;
@@ -21,18 +21,18 @@ template <class T>
 struct OutputGradients {
   using Params = FftConvBackwardOnGpu;
   static constexpr bool kSequences = true;
-  static __device__ float get(const Params& q, int, const Place& at, int channel, int row) {
-    const int t = row - q.convolution.shift;
-    return t >= 0 && t < at.length ? output_gradient<T>(q, at, t, channel) : 0.f;
+  static __device__ float get(const Params& q, int, const Document& at, int channel, int row) {
+    const int t = row - q.convolution.transforms.shift;
+    return t >= 0 && t < at.length() ? output_gradient<T>(q, at, t, channel) : 0.f;
   }
 };
 
 // The gradient of the final state at the row that holds time t, or zero.
-__device__ inline float final_gradient(const FftConvBackwardOnGpu& q, const Place& at, int t, int channel) {
+__device__ inline float final_gradient(const FftConvBackwardOnGpu& q, const Document& at, int t, int channel) {
   const FftConv& p = q.convolution.forward;
-  const int64_t row = t - (at.length - (p.taps - 1));
+  const int64_t row = t - (at.length() - (p.taps - 1));
   if (q.gradients.dfinal_state == nullptr || row < 0) return 0.f;
-  return *state_at(p, q.gradients.dfinal_state, p.taps - 1, at.doc, row, channel);
+  return *p.states_after<float>(q.gradients.dfinal_state).at(at.doc, row, channel);
 }
 
 // Sink: takes dv, gives du and dpre_gate, or the gradient of the initial state.
@@ -40,13 +40,13 @@ template <class T>
 struct InputGradients {
   using Params = FftConvBackwardOnGpu;
   static constexpr bool kSequences = true;
-  static __device__ void put(const Params& q, int, const Place& at, int channel, int row, float dv) {
+  static __device__ void put(const Params& q, int, const Document& at, int channel, int row, float dv) {
     const FftConv& p = q.convolution.forward;
     const int t = row - static_cast<int>(p.history);
-    if (t >= at.length) return;
+    if (t >= at.length()) return;
     dv += final_gradient(q, at, t, channel);
     if (t < 0) {
-      *state_at(p, q.gradients.dinitial_state, p.history, at.doc, row, channel) = dv;
+      *p.states_before<float>(q.gradients.dinitial_state).at(at.doc, row, channel) = dv;
       return;
     }
     if (p.skip != nullptr) dv += static_cast<const float*>(p.skip)[channel] * output_gradient<T>(q, at, t, channel);
@@ -54,9 +54,9 @@ struct InputGradients {
     if (p.pre_gate) {
       du *= element<T>(p.pre_gate, at, t, channel);
       const float dgate = dv * element<T>(p.u, at, t, channel);
-      *q.gradients.dpre_gate.at<T>(at.b, at.begin + t, channel) = from_float<T>(dgate);
+      *q.gradients.dpre_gate.at<T>(at.batch, at.begin + t, channel) = from_float<T>(dgate);
     }
-    *q.gradients.du.at<T>(at.b, at.begin + t, channel) = from_float<T>(du);
+    *q.gradients.du.at<T>(at.batch, at.begin + t, channel) = from_float<T>(du);
   }
 };
 
@@ -65,13 +65,13 @@ template <class T>
 struct GateGradients {
   using Params = FftConvBackwardOnGpu;
   static constexpr bool kSequences = true;
-  static __device__ void put(const Params& q, int, const Place& at, int channel, int row, float y) {
+  static __device__ void put(const Params& q, int, const Document& at, int channel, int row, float y) {
     const FftConv& p = q.convolution.forward;
-    const int t = row - q.convolution.shift;
-    if (t < 0 || t >= at.length) return;
+    const int t = row - q.convolution.transforms.shift;
+    if (t < 0 || t >= at.length()) return;
     if (p.skip != nullptr) y += static_cast<const float*>(p.skip)[channel] * input_at<T>(p, at, t, channel);
     const float dgate = y * element<T>(q.gradients.dout, at, t, channel);
-    *q.gradients.dpost_gate.at<T>(at.b, at.begin + t, channel) = from_float<T>(dgate);
+    *q.gradients.dpost_gate.at<T>(at.batch, at.begin + t, channel) = from_float<T>(dgate);
   }
 };
 
@@ -79,11 +79,11 @@ struct GateGradients {
 struct TapGradients {
   using Params = FftConvBackwardOnGpu;
   static constexpr bool kSequences = false;
-  static __device__ void put(const Params& q, int klass, const Place&, int channel, int row, float value) {
+  static __device__ void put(const Params& q, int klass, const Document&, int channel, int row, float value) {
     const FftConvOnGpu& g = q.convolution;
-    if (row >= g.classes[klass].taps) return;
-    float* taps = static_cast<float*>(q.gradients.dfilter_parts) + channel * g.forward.taps + g.first_tap;
-    taps[row] += value / static_cast<float>(1 << g.classes[klass].log2);
+    if (row >= g.transforms.classes[klass].taps) return;
+    float* taps = static_cast<float*>(q.gradients.dfilter_parts) + channel * g.forward.taps + g.transforms.first_tap;
+    taps[row] += value / static_cast<float>(1 << g.transforms.classes[klass].log2);
   }
 };
 
@@ -106,19 +106,19 @@ __global__ void __launch_bounds__(kFftThreads, 2) back_convolve(FftConvBackwardO
   const FftConvOnGpu& g = q.convolution;
   const FftConv& p = g.forward;
   const int slices = static_cast<int>(p.slices), slice = static_cast<int>(blockIdx.x) % slices;
-  const int first = (static_cast<int>(blockIdx.x) / slices) << g.channels_log2, dim = static_cast<int>(p.dim);
+  const int first = (static_cast<int>(blockIdx.x) / slices) << g.transforms.channels_log2, dim = static_cast<int>(p.dim);
   const int shared = static_cast<int>(p.channels_a_group());
-  const bool channels_fastest = p.u.lane == 1;
+  const bool channels_fastest = p.u.channels_contiguous();
   const int64_t last = (slice + 1) * p.docs.count / slices;
   for (int64_t doc = slice * p.docs.count / slices; doc < last; doc++) {
-    const Place at = place_of(p, static_cast<int>(doc));
-    const int klass = class_of(g, at.length);
-    if (klass < 0 || klass >= g.on_chip) continue;
-    const FftClass c = g.classes[klass];
-    const Shared s = shared_points(g.channels_log2, c.log2, 1);
+    const Document at = p.docs.span(static_cast<int>(doc));
+    const int klass = class_of(g, at.length());
+    if (klass < 0 || klass >= g.transforms.on_chip) continue;
+    const FftClass c = g.transforms.classes[klass];
+    const Shared s = shared_points(g.transforms.channels_log2, c.log2, 1);
     const auto live = [&](int channel) { return first + channel < dim; };
     const auto of_channel = [&](int channel) {  // of the spectra of v
-      return g.work + (((static_cast<int64_t>(blockIdx.x) << g.channels_log2) + channel) << chip_log2(g));
+      return g.work + (((static_cast<int64_t>(blockIdx.x) << g.transforms.channels_log2) + channel) << chip_log2(g));
     };
     __syncthreads();  // where the document before was of another class, other threads read what is now stored to
     split_all(
@@ -134,8 +134,9 @@ __global__ void __launch_bounds__(kFftThreads, 2) back_convolve(FftConvBackwardO
         [&](int channel, int i) { return load_rows<OutputGradients<T>>(q, klass, at, first + channel, live(channel), i); },
         [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
           const int channel = least(first + b.channel, dim - 1);
-          const ComplexFloat* spectrum = g.spectra + channel / shared * g.points + c.offset;
-          ComplexFloat* dspectrum = q.dspectra + (static_cast<int64_t>(slice) * dim + channel) * g.points + c.offset;
+          const ComplexFloat* spectrum = g.spectra + channel / shared * g.transforms.points + c.offset;
+          ComplexFloat* dspectrum =
+              q.dspectra + (static_cast<int64_t>(slice) * dim + channel) * g.transforms.points + c.offset;
           if (live(b.channel)) {
             correlate<kLevels>(z, b, spectrum, of_channel(b.channel), dspectrum, static_cast<bool>(p.post_gate));
           }
@@ -161,16 +162,16 @@ __global__ void __launch_bounds__(kFftThreads, 2) back_convolve(FftConvBackwardO
 __global__ void __launch_bounds__(kFftThreads, 2) correlate_rows(FftConvBackwardOnGpu q, int klass, int first_channel) {
   const FftConvOnGpu& g = q.convolution;
   const FftConv& p = g.forward;
-  const FftClass c = g.classes[klass];
+  const FftClass c = g.transforms.classes[klass];
   const int levels = column_levels(c.log2), row_log2 = c.log2 - levels, slices = static_cast<int>(p.slices);
   const TwoLevelBlock block = two_level_block(slices, levels);  // its `doc` is a slice
   const Shared s = shared_points(0, row_log2, (1 << levels) + block.part);
   const int64_t row = static_cast<int64_t>(block.part) << row_log2, channel = first_channel + block.channel;
-  const ComplexFloat* spectrum = g.spectra + channel / p.channels_a_group() * g.points + c.offset + row;
-  ComplexFloat* dspectrum = q.dspectra + (block.doc * p.dim + channel) * g.points + c.offset + row;
+  const ComplexFloat* spectrum = g.spectra + channel / p.channels_a_group() * g.transforms.points + c.offset + row;
+  ComplexFloat* dspectrum = q.dspectra + (block.doc * p.dim + channel) * g.transforms.points + c.offset + row;
   const int64_t last = (block.doc + 1) * p.docs.count / slices;
   for (int64_t doc = block.doc * p.docs.count / slices; doc < last; doc++) {
-    if (class_of(g, place_of(p, static_cast<int>(doc)).length) != klass) continue;
+    if (class_of(g, p.docs.span(static_cast<int>(doc)).length()) != klass) continue;
     const int64_t place = ((block.channel * p.docs.count + doc) << c.log2) + row;
     ComplexFloat *inputs = g.work + place, *gradients = g.more_work + place;
     // No barrier: the first pass stores to where the same thread has just read, in the last pass of the sequence before.
@@ -204,7 +205,7 @@ __device__ inline ComplexFloat sum_slices(const FftConvBackwardOnGpu& q, int64_t
   const FftConvOnGpu& g = q.convolution;
   ComplexFloat sum{0.f, 0.f};
   for (int64_t slice = 0; slice < g.forward.slices; slice++) {
-    const ComplexFloat part = q.dspectra[(slice * g.forward.dim + channel) * g.points + i];
+    const ComplexFloat part = q.dspectra[(slice * g.forward.dim + channel) * g.transforms.points + i];
     sum = {sum.re + part.re, sum.im + part.im};
   }
   return sum;
@@ -212,9 +213,9 @@ __device__ inline ComplexFloat sum_slices(const FftConvBackwardOnGpu& q, int64_t
 
 __global__ void __launch_bounds__(kFftThreads, 2) join_filter_gradients(FftConvBackwardOnGpu q, int klass) {
   const FftConvOnGpu& g = q.convolution;
-  const FftClass c = g.classes[klass];
-  const Shared s = shared_points(g.channels_log2, c.log2, 1);
-  const int first = static_cast<int>(blockIdx.x) << g.channels_log2, dim = static_cast<int>(g.forward.dim);
+  const FftClass c = g.transforms.classes[klass];
+  const Shared s = shared_points(g.transforms.channels_log2, c.log2, 1);
+  const int first = static_cast<int>(blockIdx.x) << g.transforms.channels_log2, dim = static_cast<int>(g.forward.dim);
   join_first(s, c.log2, g.roots, [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
 #pragma unroll
     for (int k = 0; k < 1 << kLevels; k++) {
@@ -222,14 +223,14 @@ __global__ void __launch_bounds__(kFftThreads, 2) join_filter_gradients(FftConvB
     }
   });
   join_rest(s, c.log2, g.roots, false, [&](int channel, int i, const ComplexFloat& z) {
-    store_rows<TapGradients>(q, klass, Place{}, first + channel, first + channel < dim, i, z);
+    store_rows<TapGradients>(q, klass, Document{}, first + channel, first + channel < dim, i, z);
   });
 }
 
 __global__ void __launch_bounds__(kFftThreads, 2)
     join_filter_gradient_rows(FftConvBackwardOnGpu q, int klass, int first_channel) {
   const FftConvOnGpu& g = q.convolution;
-  const FftClass c = g.classes[klass];
+  const FftClass c = g.transforms.classes[klass];
   const int levels = column_levels(c.log2), row_log2 = c.log2 - levels;
   const TwoLevelBlock block = two_level_block(1, levels);
   const Shared s = shared_points(0, row_log2, (1 << levels) + block.part);
@@ -245,27 +246,14 @@ __global__ void __launch_bounds__(kFftThreads, 2)
 
 constexpr int kThreads = 128;
 
-// An empty sequence hands the gradient of its state on.
-__global__ void __launch_bounds__(kThreads) empty_state_gradients(FftConvBackwardOnGpu q) {
-  const FftConv& p = q.convolution.forward;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= p.docs.count * p.history * p.dim) return;
-  const int channel = static_cast<int>(i % p.dim), row = static_cast<int>(i / p.dim % p.history);
-  const Place at = place_of(p, static_cast<int>(i / p.dim / p.history));
-  if (at.length > 0) return;
-  *state_at(p, q.gradients.dinitial_state, p.history, at.doc, row, channel) =
-      final_gradient(q, at, row - static_cast<int>(p.history), channel);
-}
-
 // dskip [batch, chunks, dim]: parts of kSkipRows rows.
 template <class T>
 __global__ void __launch_bounds__(kThreads) skip_gradients(FftConvBackwardOnGpu q) {
   const FftConv& p = q.convolution.forward;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
-                chunks = (p.seqlen + kSkipRows - 1) / kSkipRows;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, chunks = ceil_div(p.seqlen, kSkipRows);
   if (i >= p.batch * chunks * p.dim) return;
   const int channel = static_cast<int>(i % p.dim), seqlen = static_cast<int>(p.seqlen);
-  const Place at{0, static_cast<int>(i / p.dim / chunks), 0, seqlen};
+  const Document at{0, static_cast<int>(i / p.dim / chunks), 0, seqlen};
   const int first = static_cast<int>(i / p.dim % chunks) * kSkipRows;
   float sum = 0;
   for (int t = first; t < least(first + kSkipRows, seqlen); t++) {
@@ -274,15 +262,13 @@ __global__ void __launch_bounds__(kThreads) skip_gradients(FftConvBackwardOnGpu 
   static_cast<float*>(q.gradients.dskip_parts)[i] = sum;
 }
 
-int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
-
 // dv and dpost_gate of the classes above shared memory, and the spectrum of dfilter.
 template <class T>
 void back_two_levels(const FftConvBackwardOnGpu& q, Stream stream) {
   const FftConvOnGpu& g = q.convolution;
   const FftConv& p = g.forward;
   for_two_level_chunks(g, p.dim, [&](int k, int first, int64_t channels) {
-    const int log2 = g.classes[k].log2, levels = column_levels(log2), bytes = column_bytes(log2);
+    const int log2 = g.transforms.classes[k].log2, levels = column_levels(log2), bytes = column_bytes(log2);
     const int64_t blocks = channels * p.docs.count * column_blocks(log2), stride = int64_t{1} << log2;
     launch("fft_conv_backward inputs", split_columns<Inputs<T>>, blocks, kFftThreads, bytes, stream, g, k, first, g.work,
            stride);
@@ -301,12 +287,12 @@ void back_two_levels(const FftConvBackwardOnGpu& q, Stream stream) {
 
 void filter_gradients(const FftConvBackwardOnGpu& q, Stream stream) {
   const FftConvOnGpu& g = q.convolution;
-  for (int k = 0; k < g.on_chip; k++) {
-    launch("fft_conv_backward filter", join_filter_gradients, tiles(g.forward.dim, g.channels_log2), kFftThreads,
-           shared_bytes(g.channels_log2, g.classes[k].log2), stream, q, k);
+  for (int k = 0; k < g.transforms.on_chip; k++) {
+    launch("fft_conv_backward filter", join_filter_gradients, tiles(g.forward.dim, g.transforms.channels_log2), kFftThreads,
+           shared_bytes(g.transforms.channels_log2, g.transforms.classes[k].log2), stream, q, k);
   }
   for_two_level_chunks(g, g.forward.dim, [&](int k, int first, int64_t channels) {
-    const FftClass& c = g.classes[k];
+    const FftClass& c = g.transforms.classes[k];
     const int levels = column_levels(c.log2);
     launch("fft_conv_backward filter rows", join_filter_gradient_rows, channels << levels, kFftThreads,
            shared_bytes(0, c.log2 - levels), stream, q, k, first);
@@ -320,19 +306,16 @@ void filter_gradients(const FftConvBackwardOnGpu& q, Stream stream) {
 void fft_conv_backward(const FftConvBackwardOnGpu& q, Stream stream) {
   const FftConvOnGpu& g = q.convolution;
   const FftConv& p = g.forward;
-  if (q.gradients.dinitial_state != nullptr) {
-    launch("fft_conv_backward empty states", empty_state_gradients, blocks_for(p.docs.count * p.history * p.dim), kThreads,
-           0, stream, q);
-  }
   dispatch_gpu(p.dtype, [&]<class T>() {
-    if (g.on_chip > 0) {
-      launch("fft_conv_backward", back_convolve<T>, tiles(p.dim, g.channels_log2) * p.slices, kFftThreads,
-             shared_bytes(g.channels_log2, chip_log2(g)), stream, q);
+    if (g.transforms.on_chip > 0) {
+      launch("fft_conv_backward", back_convolve<T>, tiles(p.dim, g.transforms.channels_log2) * p.slices, kFftThreads,
+             shared_bytes(g.transforms.channels_log2, chip_log2(g)), stream, q);
     }
     back_two_levels<T>(q, stream);
     if (q.gradients.dskip_parts != nullptr) {
-      const int64_t chunks = (p.seqlen + kSkipRows - 1) / kSkipRows;
-      launch("fft_conv_backward skip", skip_gradients<T>, blocks_for(p.batch * chunks * p.dim), kThreads, 0, stream, q);
+      const int64_t chunks = ceil_div(p.seqlen, kSkipRows);
+      launch("fft_conv_backward skip", skip_gradients<T>, ceil_div(p.batch * chunks * p.dim, kThreads), kThreads, 0, stream,
+             q);
     }
   });
   filter_gradients(q, stream);

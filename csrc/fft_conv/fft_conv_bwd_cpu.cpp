@@ -33,10 +33,7 @@ class Backward {
     Vec<A> dskip = {};
     for (int64_t k = item.first; k < item.last; k++) {
       const Sequence s = sequence_of(p_, p_.order[k]);
-      if (s.length == 0) {
-        keep_final_state_gradient(s, item);
-        continue;
-      }
+      if (s.length() == 0) continue;
       if (!prepared || !prepared->same_filter(*s.plan)) {
         if (prepared) add_filter_gradient(*prepared, item, parts);
         prepare_filter<A>(filter_, p_, *s.plan, item);
@@ -45,7 +42,7 @@ class Backward {
         prepared = s.plan;
       }
       carried_ = 0;
-      for (int64_t output = (s.length - 1) / s.plan->outputs * s.plan->outputs; output >= 0; output -= s.plan->outputs) {
+      for (int64_t output = (s.length() - 1) / s.plan->outputs * s.plan->outputs; output >= 0; output -= s.plan->outputs) {
         block(s, item, Window(p_, s, output), dskip);
       }
     }
@@ -156,22 +153,16 @@ class Backward {
 
   // dfinal_state [docs, taps - 1, dim] at the row that holds time t; zero if none does.
   Vec<A> final_gradient(const Sequence& s, const Item& item, int64_t t) const {
-    const int64_t row = t - (s.length - (p_.taps - 1));
+    const int64_t row = t - (s.length() - (p_.taps - 1));
     if (!q_.dfinal_state || row < 0) return Vec<A>{};
-    return load(state_row<A>(p_, q_.dfinal_state, p_.taps - 1, s.doc, row) + item.d, item.lanes);
+    return load(p_.states_after<A>(q_.dfinal_state).at(s.doc, row, item.d), item.lanes);
   }
 
   void store_state_gradient(const Sequence& s, const Item& item, int64_t t, const Vec<A>* dv, int count) {
     for (int k = 0; k < count; k++) {
-      A* to = state_row<A>(p_, q_.dinitial_state, p_.history, s.doc, p_.history + t + k) + item.d;
+      A* to = p_.states_before<A>(q_.dinitial_state).at(s.doc, p_.history + t + k, item.d);
       store(to, dv[k] + final_gradient(s, item, t + k), item.lanes);
     }
-  }
-
-  // A sequence of nothing hands its state on.
-  void keep_final_state_gradient(const Sequence& s, const Item& item) {
-    const Vec<A> none = {};
-    for (int64_t t = -p_.history; t < 0; t++) store_state_gradient(s, item, t, &none, 1);
   }
 
   void store_input_gradient(const Sequence& s, const Item& item, int64_t t, Vec<A>* dv, int count) {

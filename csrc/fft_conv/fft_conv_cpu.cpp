@@ -20,10 +20,10 @@ class Forward {
     const ConvPlan* prepared = nullptr;
     for (int64_t k = item.first; k < item.last; k++) {
       const Sequence s = sequence_of(p_, p_.order[k]);
-      if (s.length == 0) continue;
+      if (s.length() == 0) continue;
       if (!prepared || !prepared->same_filter(*s.plan)) prepare_filter<A>(filter_, p_, *s.plan, item);
       prepared = s.plan;
-      for (int64_t output = 0; output < s.length; output += s.plan->outputs) convolve(s, item, Window(p_, s, output));
+      for (int64_t output = 0; output < s.length(); output += s.plan->outputs) convolve(s, item, Window(p_, s, output));
     }
   }
 
@@ -75,11 +75,11 @@ class Forward {
 template <class T>
 void copy_final_state(const FftConv& p, int64_t i) {
   using A = Acc<T>;
-  const int64_t tiles = (p.dim + kLanes<A> - 1) / kLanes<A>;
+  const int64_t tiles = ceil_div(p.dim, kLanes<A>);
   const Sequence s = sequence_of(p, i / tiles);
   const Item item = {i % tiles * kLanes<A>, static_cast<int>(least<int64_t>(kLanes<A>, p.dim - i % tiles * kLanes<A>)), 0, 0,
                      0};
-  const int64_t rows = p.taps - 1, first = s.length - rows;
+  const int64_t rows = p.taps - 1, first = s.length() - rows;
   Vec<A> tile[kTileRows];
   for (int64_t r = 0; r < rows;) {
     const int64_t t = first + r;
@@ -90,7 +90,7 @@ void copy_final_state(const FftConv& p, int64_t i) {
     } else {
       count = load_inputs<T>(tile, p, s, item, t, count);
     }
-    for (int k = 0; k < count; k++) store(state_row<A>(p, p.final_state, rows, s.doc, r + k) + item.d, tile[k], item.lanes);
+    for (int k = 0; k < count; k++) store(p.states_after<A>(p.final_state).at(s.doc, r + k, item.d), tile[k], item.lanes);
     r += count;
   }
 }
@@ -99,8 +99,8 @@ void copy_final_state(const FftConv& p, int64_t i) {
 template <class T>
 void step(const FftConv& p, int64_t i) {
   using A = Acc<T>;
-  const int64_t tiles = (p.dim + kLanes<A> - 1) / kLanes<A>;
-  const Sequence s = {i / tiles, i / tiles, 0, 1, nullptr};
+  const int64_t tiles = ceil_div(p.dim, kLanes<A>);
+  const Sequence s{p.docs.span(i / tiles), nullptr};
   const Item item = {i % tiles * kLanes<A>, static_cast<int>(least<int64_t>(kLanes<A>, p.dim - i % tiles * kLanes<A>)), 0, 0,
                      0};
   Vec<A> v, taps[kTileRows], sum = {};
@@ -112,18 +112,17 @@ void step(const FftConv& p, int64_t i) {
     stage_filter<A>(taps, p, some, item, A(1));
     for (int k = 0; k < count; k++) {
       const int64_t row = p.taps - 1 - (lag + k);  // of what lag + k sees; the input itself behind the last
-      sum +=
-          taps[k] * (lag + k == 0 ? v : load(state_row<A>(p, p.final_state, p.taps - 1, s.doc, row) + item.d, item.lanes));
+      sum += taps[k] * (lag + k == 0 ? v : load(p.states_after<A>(p.final_state).at(s.doc, row, item.d), item.lanes));
     }
     lag += count;
   }
   for (int64_t r = 0; r < p.taps - 1; r++) {
-    A* to = state_row<A>(p, p.final_state, p.taps - 1, s.doc, r) + item.d;
+    A* to = p.states_after<A>(p.final_state).at(s.doc, r, item.d);
     store(to, r + 1 < p.taps - 1 ? load(to + p.dim, item.lanes) : v, item.lanes);
   }
   if (p.skip) sum += load(static_cast<const A*>(p.skip) + item.d, item.lanes) * v;
-  if (p.post_gate) sum *= load(p.post_gate.at<T>(s.b, 0, item.d), item.lanes);
-  store(p.out.at<T>(s.b, 0, item.d), sum, item.lanes);
+  if (p.post_gate) sum *= load(p.post_gate.at<T>(s.batch, 0, item.d), item.lanes);
+  store(p.out.at<T>(s.batch, 0, item.d), sum, item.lanes);
 }
 
 // ---- entries ----
@@ -149,8 +148,10 @@ void one_step(const FftConv& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern void fft_conv_backward(const FftConvBackward& q, int64_t begin, int64_t end);
-
-const FftConvKernels fft_conv_kernels = {kVectorBytes, forward, fft_conv_backward, final_state, one_step};
+const FftConvKernels fft_conv_kernels = {.vector_bytes = kVectorBytes,
+                                         .forward = forward,
+                                         .backward = fft_conv_backward,
+                                         .final_state = final_state,
+                                         .step = one_step};
 
 }  // namespace madkernels::MADKERNELS_ISA

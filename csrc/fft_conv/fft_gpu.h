@@ -156,40 +156,28 @@ __device__ void join_rest(const Shared& s, int levels, const Root<float>* roots,
 
 // ---- what is transformed: rows of a sequence, real; rows i and i + 2^log2 are point i ----
 
-struct Place {
-  int doc, b, begin, length;
-};
-
-__device__ inline Place place_of(const FftConv& p, int doc) {
-  const int begin = static_cast<int>(p.docs.begin(doc));
-  return {doc, p.docs.cu_seqlens != nullptr ? 0 : doc, begin, static_cast<int>(p.docs.end(doc)) - begin};
-}
-
 // The class of a length, or -1 for none.
 __device__ inline int class_of(const FftConvOnGpu& g, int length) {
-  for (int k = 0; length > 0 && k < g.count; k++) {
-    if (length <= g.classes[k].longest) return k;
+  for (int k = 0; length > 0 && k < g.transforms.count; k++) {
+    if (length <= g.transforms.classes[k].longest) return k;
   }
   return -1;
 }
 
 // Of the largest transform that shared memory holds, for which all blocks have memory.
-inline __host__ __device__ int chip_log2(const FftConvOnGpu& g) { return g.classes[g.on_chip - 1].log2; }
-
-// Row r of a document's state, [docs, rows, dim].
-__device__ inline float* state_at(const FftConv& p, const void* state, int64_t rows, int doc, int64_t r, int channel) {
-  return static_cast<float*>(const_cast<void*>(state)) + (doc * rows + r) * p.dim + channel;
+inline __host__ __device__ int chip_log2(const FftConvOnGpu& g) {
+  return g.transforms.classes[g.transforms.on_chip - 1].log2;
 }
 
 template <class T>
-__device__ float element(const Rows& rows, const Place& at, int t, int channel) {
-  return to_float(*rows.at<T>(at.b, at.begin + t, channel));
+__device__ float element(const Rows& rows, const Document& at, int t, int channel) {
+  return to_float(*rows.at<T>(at.batch, at.begin + t, channel));
 }
 
 // v at time t of a sequence, or from its initial state.
 template <class T>
-__device__ float input_at(const FftConv& p, const Place& at, int t, int channel) {
-  if (t < 0) return *state_at(p, p.initial_state, p.history, at.doc, p.history + t, channel);
+__device__ float input_at(const FftConv& p, const Document& at, int t, int channel) {
+  if (t < 0) return *p.states_before<float>(p.initial_state).at(at.doc, p.history + t, channel);
   const float u = element<T>(p.u, at, t, channel);
   return p.pre_gate ? u * element<T>(p.pre_gate, at, t, channel) : u;
 }
@@ -203,9 +191,9 @@ template <class T>
 struct Inputs {
   using Params = FftConvOnGpu;
   static constexpr bool kSequences = true;
-  static __device__ float get(const Params& g, int, const Place& at, int channel, int row) {
+  static __device__ float get(const Params& g, int, const Document& at, int channel, int row) {
     const int t = row - static_cast<int>(g.forward.history);
-    return t < at.length ? input_at<T>(g.forward, at, t, channel) : 0.f;
+    return t < at.length() ? input_at<T>(g.forward, at, t, channel) : 0.f;
   }
 };
 
@@ -213,11 +201,12 @@ struct Inputs {
 struct Taps {
   using Params = FftConvOnGpu;
   static constexpr bool kSequences = false;
-  static __device__ float get(const Params& g, int klass, const Place&, int group, int row) {
+  static __device__ float get(const Params& g, int klass, const Document&, int group, int row) {
     const FftConv& p = g.forward;
-    if (row >= g.classes[klass].taps) return 0.f;
-    const float tap = static_cast<const float*>(p.filter)[group * p.filter_group + (g.first_tap + row) * p.filter_lag];
-    return tap / static_cast<float>(1 << g.classes[klass].log2);
+    if (row >= g.transforms.classes[klass].taps) return 0.f;
+    const float tap = static_cast<const float*>(
+        p.filter)[group * p.filter_group_stride + (g.transforms.first_tap + row) * p.filter_lag_stride];
+    return tap / static_cast<float>(1 << g.transforms.classes[klass].log2);
   }
 };
 
@@ -225,30 +214,30 @@ template <class T>
 struct Outputs {
   using Params = FftConvOnGpu;
   static constexpr bool kSequences = true;
-  static __device__ void put(const Params& g, int, const Place& at, int channel, int row, float y) {
+  static __device__ void put(const Params& g, int, const Document& at, int channel, int row, float y) {
     const FftConv& p = g.forward;
-    const int t = row - g.shift;
-    if (t < 0 || t >= at.length) return;
+    const int t = row - g.transforms.shift;
+    if (t < 0 || t >= at.length()) return;
     if (p.skip != nullptr) y += static_cast<const float*>(p.skip)[channel] * input_at<T>(p, at, t, channel);
     if (p.post_gate) y *= element<T>(p.post_gate, at, t, channel);
-    *p.out.at<T>(at.b, at.begin + t, channel) = from_float<T>(y);
+    *p.out.at<T>(at.batch, at.begin + t, channel) = from_float<T>(y);
   }
 };
 
 // Point i of a source; `live`: whether there is such a channel.
 template <class Source>
-__device__ ComplexFloat load_rows(const typename Source::Params& params, int klass, const Place& at, int channel, bool live,
-                                  int i) {
+__device__ ComplexFloat load_rows(const typename Source::Params& params, int klass, const Document& at, int channel,
+                                  bool live, int i) {
   if (!live) return {0.f, 0.f};
-  const int half = 1 << convolution_of(params).classes[klass].log2;
+  const int half = 1 << convolution_of(params).transforms.classes[klass].log2;
   return {Source::get(params, klass, at, channel, i), Source::get(params, klass, at, channel, i + half)};
 }
 template <class Sink>
-__device__ void store_rows(const typename Sink::Params& params, int klass, const Place& at, int channel, bool live, int i,
+__device__ void store_rows(const typename Sink::Params& params, int klass, const Document& at, int channel, bool live, int i,
                            const ComplexFloat& z) {
   if (!live) return;
   Sink::put(params, klass, at, channel, i, z.re);
-  Sink::put(params, klass, at, channel, i + (1 << convolution_of(params).classes[klass].log2), z.im);
+  Sink::put(params, klass, at, channel, i + (1 << convolution_of(params).transforms.classes[klass].log2), z.im);
 }
 
 // ---- two levels: 2^log2 points as columns of 2^columns_log2 points, a block of threads takes 2^kColumnsLog2 of them ----
@@ -281,11 +270,11 @@ template <class Source>
 __global__ void __launch_bounds__(kFftThreads, 2)
     split_columns(typename Source::Params params, int klass, int first_channel, ComplexFloat* to, int64_t stride) {
   const FftConvOnGpu& g = convolution_of(params);
-  const int log2 = g.classes[klass].log2, levels = column_levels(log2), row_log2 = log2 - levels;
+  const int log2 = g.transforms.classes[klass].log2, levels = column_levels(log2), row_log2 = log2 - levels;
   const int64_t docs = Source::kSequences ? g.forward.docs.count : 1;
   const TwoLevelBlock block = two_level_block(docs, row_log2 - kColumnsLog2);
-  const Place at = Source::kSequences ? place_of(g.forward, block.doc) : Place{};
-  if (Source::kSequences && class_of(g, at.length) != klass) return;
+  const Document at = Source::kSequences ? g.forward.docs.span(block.doc) : Document{};
+  if (Source::kSequences && class_of(g, at.length()) != klass) return;
   ComplexFloat* points = to + (block.channel * docs + block.doc) * stride;
   split_all(
       shared_points(0, levels + kColumnsLog2, 1), levels, g.roots, false,
@@ -303,11 +292,11 @@ template <class Sink>
 __global__ void __launch_bounds__(kFftThreads, 2)
     join_columns(typename Sink::Params params, int klass, int first_channel, const ComplexFloat* from, int64_t stride) {
   const FftConvOnGpu& g = convolution_of(params);
-  const int log2 = g.classes[klass].log2, levels = column_levels(log2), row_log2 = log2 - levels;
+  const int log2 = g.transforms.classes[klass].log2, levels = column_levels(log2), row_log2 = log2 - levels;
   const int64_t docs = Sink::kSequences ? g.forward.docs.count : 1;
   const TwoLevelBlock block = two_level_block(docs, row_log2 - kColumnsLog2);
-  const Place at = Sink::kSequences ? place_of(g.forward, block.doc) : Place{};
-  if (Sink::kSequences && class_of(g, at.length) != klass) return;
+  const Document at = Sink::kSequences ? g.forward.docs.span(block.doc) : Document{};
+  if (Sink::kSequences && class_of(g, at.length()) != klass) return;
   const Shared s = shared_points(0, levels + kColumnsLog2, 1);
   const ComplexFloat* points = from + (block.channel * docs + block.doc) * stride;
   join_first(s, levels, g.roots, [&]<int kLevels>(ComplexFloat(&z)[1 << kLevels], const Butterfly& b) {
@@ -322,12 +311,12 @@ __global__ void __launch_bounds__(kFftThreads, 2)
 
 // ---- launches ----
 
-inline int64_t tiles(int64_t channels, int channels_log2) { return (channels + (1 << channels_log2) - 1) >> channels_log2; }
+inline int64_t tiles(int64_t channels, int channels_log2) { return ceil_div(channels, 1 << channels_log2); }
 
 // Calls f(class, first channel, channels) for each class above shared memory and each chunk of channels.
 template <class F>
 void for_two_level_chunks(const FftConvOnGpu& g, int64_t channels, F&& f) {
-  for (int k = g.on_chip; k < g.count; k++) {
+  for (int k = g.transforms.on_chip; k < g.transforms.count; k++) {
     for (int64_t first = 0; first < channels; first += g.chunk) {
       f(k, static_cast<int>(first), channels - first < g.chunk ? channels - first : g.chunk);
     }

@@ -11,26 +11,15 @@
 
 namespace madkernels::MADKERNELS_ISA {
 
+void fft_conv_backward(const FftConvBackward& q, int64_t begin, int64_t end);
+
 constexpr int kTileRows = 64;
 
-template <class I>
-inline I least(I a, I b) {
-  return a < b ? a : b;
-}
-template <class I>
-inline I most(I a, I b) {
-  return a > b ? a : b;
-}
-
-struct Sequence {
-  int64_t b, doc, begin, length;
+struct Sequence : Span {
   const ConvPlan* plan;
 };
 
-inline Sequence sequence_of(const FftConv& p, int64_t doc) {
-  const int64_t begin = p.docs.begin(doc);
-  return {p.docs.cu_seqlens ? 0 : doc, doc, begin, p.docs.end(doc) - begin, &p.plans[doc]};
-}
+inline Sequence sequence_of(const FftConv& p, int64_t doc) { return {p.docs.span(doc), &p.plans[doc]}; }
 
 // The channels of one item, and its slice of the sequences in their order.
 struct Item {
@@ -67,8 +56,8 @@ struct Window {
   Window(const FftConv& p, const Sequence& s, int64_t output) : output(output) {
     const ConvPlan& plan = *s.plan;
     const int64_t ahead = p.ahead - plan.first_tap, before = plan.taps - 1;
-    outputs = least(plan.outputs, s.length - output);
-    begin = most(output + ahead - before, -p.history), end = least(output + outputs + ahead, s.length);
+    outputs = least(plan.outputs, s.length() - output);
+    begin = most(output + ahead - before, -p.history), end = least(output + outputs + ahead, s.length());
     first = plan.direct ? output + ahead - before : begin;
     rows = plan.direct ? outputs + before : 2 * plan.fft.points();
     offset = output + ahead - first;
@@ -78,8 +67,10 @@ struct Window {
 // Asks for the rows that follow t + count: they lie in as many pages, more than hardware prefetchers follow.
 template <bool kForWriting, class T>
 inline void prefetch_rows(const Rows& a, const Sequence& s, const Item& item, int64_t t, int count) {
-  const int ahead = static_cast<int>(least<int64_t>(count, s.length - t - count));
-  if (ahead > 0) prefetch_tile<kForWriting>(a.at<T>(s.b, s.begin + t + count, item.d), a.row, a.lane, ahead, item.lanes);
+  const int ahead = static_cast<int>(least<int64_t>(count, s.length() - t - count));
+  if (ahead > 0)
+    prefetch_tile<kForWriting>(a.at<T>(s.batch, s.begin + t + count, item.d), a.time_stride, a.channel_stride, ahead,
+                               item.lanes);
 }
 
 // rows[i] = a[t + i] b[t + i], where b may be absent.
@@ -87,24 +78,18 @@ template <class T>
 inline void load_product(Vec<Acc<T>>* rows, const Rows& a, const Rows& b, const Sequence& s, const Item& item, int64_t t,
                          int count) {
   prefetch_rows<false, T>(a, s, item, t, count);
-  load_tile(rows, a.at<T>(s.b, s.begin + t, item.d), a.row, a.lane, count, item.lanes);
+  load_tile(rows, a.at<T>(s.batch, s.begin + t, item.d), a.time_stride, a.channel_stride, count, item.lanes);
   if (!b) return;
   Vec<Acc<T>> gate[kTileRows];
   prefetch_rows<false, T>(b, s, item, t, count);
-  load_tile(gate, b.at<T>(s.b, s.begin + t, item.d), b.row, b.lane, count, item.lanes);
+  load_tile(gate, b.at<T>(s.batch, s.begin + t, item.d), b.time_stride, b.channel_stride, count, item.lanes);
   for (int i = 0; i < count; i++) rows[i] *= gate[i];
 }
 
 template <class T>
 inline void store_rows(const Rows& to, const Vec<Acc<T>>* rows, const Sequence& s, const Item& item, int64_t t, int count) {
   prefetch_rows<true, T>(to, s, item, t, count);
-  store_tile(to.at<T>(s.b, s.begin + t, item.d), to.row, to.lane, rows, count, item.lanes);
-}
-
-// Row r of a document's state, [docs, rows, dim].
-template <class A>
-inline A* state_row(const FftConv& p, const void* state, int64_t rows, int64_t doc, int64_t r) {
-  return static_cast<A*>(const_cast<void*>(state)) + (doc * rows + r) * p.dim;
+  store_tile(to.at<T>(s.batch, s.begin + t, item.d), to.time_stride, to.channel_stride, rows, count, item.lanes);
 }
 
 // rows[i] = v at time t + i, before the sequence from its initial state; returns how many of `count` it loaded.
@@ -117,7 +102,7 @@ inline int load_inputs(Vec<Acc<T>>* rows, const FftConv& p, const Sequence& s, c
   }
   const int before = static_cast<int>(least<int64_t>(count, -t));
   for (int i = 0; i < before; i++) {
-    rows[i] = load(state_row<A>(p, p.initial_state, p.history, s.doc, p.history + t + i) + item.d, item.lanes);
+    rows[i] = load(p.states_before<A>(p.initial_state).at(s.doc, p.history + t + i, item.d), item.lanes);
   }
   return before;
 }
@@ -157,13 +142,14 @@ inline void stage_filter(Vec<A>* buffer, const FftConv& p, const ConvPlan& plan,
   const auto* filter = static_cast<const A*>(p.filter);
   const int64_t rows = plan.direct ? plan.taps : 2 * plan.fft.points(), shared = p.channels_a_group();
   stage<A>(buffer, Fold(plan), 0, rows, 0, plan.taps, [&](Vec<A>* tile, int64_t j, int count) {
-    const A* from = filter + (plan.first_tap + j) * p.filter_lag;
+    const A* from = filter + (plan.first_tap + j) * p.filter_lag_stride;
     if (shared == 1) {
-      load_tile(tile, from + item.d * p.filter_group, p.filter_lag, p.filter_group, count, item.lanes);
+      load_tile(tile, from + item.d * p.filter_group_stride, p.filter_lag_stride, p.filter_group_stride, count, item.lanes);
     } else {
       for (int i = 0; i < count; i++) {
         tile[i] = Vec<A>{};
-        for (int l = 0; l < item.lanes; l++) tile[i][l] = from[(item.d + l) / shared * p.filter_group + i * p.filter_lag];
+        for (int l = 0; l < item.lanes; l++)
+          tile[i][l] = from[(item.d + l) / shared * p.filter_group_stride + i * p.filter_lag_stride];
       }
     }
     for (int i = 0; i < count; i++) tile[i] *= scale;

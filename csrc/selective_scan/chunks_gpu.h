@@ -4,20 +4,20 @@
 // its states in registers. Tiles in shared memory are [steps][kScanBlock]: a thread uses its own column, without barriers.
 #pragma once
 
+#include "common/constants.h"
 #include "common/steps.h"
 #include "selective_scan/selective_scan.h"
 
 namespace madkernels::device {
 
 constexpr int kScanThreads = static_cast<int>(kScanBlock);
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 inline int64_t scan_blocks(const SelectiveScan& p, const ScanSplit& split) {
   return p.batch * split.segments * p.groups * p.blocks_per_group();
 }
 
-// Where a block works, and the thread's channel in it. Threads behind the last channel of a group take it too, and store
-// nothing.
+// Where a block works, and the thread's channel in it. Threads past the last channel of a group compute that one again and
+// store nothing (`live` is false).
 struct Place {
   int b, segment, group, block, channel, begin, end;
   int block_of_all;  // of the blocks of all groups
@@ -53,7 +53,7 @@ struct Run {
 
 template <int kStates>
 __device__ int runs_of(int64_t dstate) {
-  return static_cast<int>((dstate + kStates - 1) / kStates);
+  return static_cast<int>(ceil_div(dstate, kStates));
 }
 
 // v[n] = matrix[row, first + n]; matrix [rows, dstate], absent: zeros.
@@ -103,7 +103,7 @@ template <int kStates>
 __device__ void load_decays(float (&log2)[kStates], const SelectiveScan& p, const Run& run, int channel) {
   load_row(log2, p.A, channel, p.dstate, run);
 #pragma unroll
-  for (int n = 0; n < kStates; n++) log2[n] *= kLog2e;
+  for (int n = 0; n < kStates; n++) log2[n] *= kLog2e<float>;
 }
 
 // staged[i * kStates + n] = projection[b, t + i, group, first + n], i < kRows; zero where there is none. By all threads,
@@ -113,9 +113,9 @@ __device__ void stage(float* staged, const Projection& from, const Place& at, in
   constexpr int kRowsAtOnce = kScanThreads / kStates;
   static_assert(kScanThreads % kStates == 0);
   const int n = static_cast<int>(threadIdx.x) % kStates, first = static_cast<int>(threadIdx.x) / kStates;
-  const T* p = from.at<T>(at.b, t + first, at.group) + (run.first + n) * from.state;
+  const T* p = from.at<T>(at.b, t + first, at.group) + (run.first + n) * from.state_stride;
 #pragma unroll
-  for (int i = first; i < kRows; i += kRowsAtOnce, p += kRowsAtOnce * from.row) {
+  for (int i = first; i < kRows; i += kRowsAtOnce, p += kRowsAtOnce * from.time_stride) {
     staged[i * kStates + n] = i < rows && n < run.count ? to_float(*p) : 0.f;
   }
 }
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kScanThreads) chain_segments(SelectiveScan p, 
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kScanThreads + threadIdx.x;
   if (i >= p.batch * p.dstate * p.dim) return;
   const int64_t channel = i % p.dim, n = i / p.dim % p.dstate, b = i / p.dim / p.dstate;
-  const float log2 = static_cast<const float*>(p.A)[channel * p.dstate + n] * kLog2e;
+  const float log2 = static_cast<const float*>(p.A)[channel * p.dstate + n] * kLog2e<float>;
   const int segments = static_cast<int>(split.segments), rows = static_cast<int>(split.rows);
   float carried = 0;
   for (int k = 0; k < segments; k++) {

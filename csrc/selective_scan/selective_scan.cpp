@@ -49,17 +49,17 @@ Arguments check(const char* op, const Tensor& u, const Tensor& delta, const Tens
   checks.tensor(spelling.state(), initial_state, {p.docs.count, p.dim, p.dstate}, wide);
   p.delta_softplus = delta_softplus;
 
-  Arguments a{with_dense_axis(u),
-              with_dense_axis(delta),
-              torch::stable::contiguous(A),
-              with_groups(B),
-              with_groups(C),
-              contiguous(D),
-              z ? OptionalTensor(with_dense_axis(*z)) : std::nullopt,
-              contiguous(delta_bias),
-              contiguous(initial_state),
-              cu_seqlens,
-              p};
+  Arguments a{.u = with_dense_axis(u),
+              .delta = with_dense_axis(delta),
+              .A = torch::stable::contiguous(A),
+              .B = with_groups(B),
+              .C = with_groups(C),
+              .D = contiguous(D),
+              .z = z ? OptionalTensor(with_dense_axis(*z)) : std::nullopt,
+              .delta_bias = contiguous(delta_bias),
+              .initial_state = contiguous(initial_state),
+              .cu_seqlens = cu_seqlens,
+              .params = p};
   a.params.u = rows_of(a.u), a.params.delta = rows_of(a.delta);
   if (a.z) a.params.z = rows_of(*a.z);
   a.params.B = projection_of(a.B), a.params.C = projection_of(a.C);
@@ -86,9 +86,9 @@ struct Split : OnDevice, ScanSplit {
   }
 };
 
-// Kernels on a GPU save one checkpoint a chunk of the row, whatever the documents: fewer than there is room for.
+// The GPU checkpoints each chunk of the row and ignores document bounds, so it fills fewer slots than the CPU's layout has.
 void clear_spare(Tensor& checkpoints, const SelectiveScan& p) {
-  const int64_t used = p.batch * ((p.seqlen + kScanChunk - 1) / kScanChunk), room = checkpoints.size(0);
+  const int64_t used = p.gpu_slots(), room = checkpoints.size(0);
   if (used >= room) return;
   Tensor spare = torch::stable::narrow(checkpoints, 0, used, room - used);
   torch::stable::zero_(spare);
@@ -141,6 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor
 #if MADKERNELS_GPU
   if (save_checkpoints) clear_spare(checkpoints, p);
 #endif
+  hand_on_states(p.docs, a.initial_state, final_state);
   run_forward(a);
   return {out, final_state, checkpoints};
 }
@@ -173,18 +174,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor dD_parts = empty({rows, p.dim}, wide, u), dbias_parts = empty({rows, p.dim}, wide, u);
 
   p.checkpoints = checkpoints.data_ptr();
-  SelectiveScanBackward q{p,
-                          rows_of(dout_rows),
-                          data_or_null(dfinal),
-                          rows_of(du),
-                          rows_of(ddelta),
-                          a.z ? rows_of(dz) : Rows{},
-                          dinitial.data_ptr(),
-                          dB_parts.data_ptr(),
-                          dC_parts.data_ptr(),
-                          dA_parts.data_ptr(),
-                          dD_parts.data_ptr(),
-                          dbias_parts.data_ptr()};
+  const SelectiveScanBackward q{.forward = p,
+                                .dout = rows_of(dout_rows),
+                                .dfinal_state = data_or_null(dfinal),
+                                .du = rows_of(du),
+                                .ddelta = rows_of(ddelta),
+                                .dz = a.z ? rows_of(dz) : Rows{},
+                                .dinitial_state = dinitial.data_ptr(),
+                                .dB_parts = dB_parts.data_ptr(),
+                                .dC_parts = dC_parts.data_ptr(),
+                                .dA_parts = dA_parts.data_ptr(),
+                                .dD_parts = dD_parts.data_ptr(),
+                                .ddelta_bias_parts = dbias_parts.data_ptr()};
+  hand_on_states(p.docs, dfinal, dinitial);
   run_backward(a, q, split);
 
   const auto projection_gradient = [&](const Tensor& blocks, const Tensor& of) {  // in the shape of B or C

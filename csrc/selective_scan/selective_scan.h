@@ -9,11 +9,12 @@
 
 #include "common/cpu.h"
 #include "common/dtype.h"
+#include "common/integers.h"
 #include "common/strided.h"
 
 namespace madkernels {
 
-// Time is cut into chunks of this many steps, per document. The forward saves the states that enter each chunk; the
+// Time is cut into chunks of this many steps. The forward saves the states that enter each chunk, its checkpoint; the
 // backward recomputes the states inside it.
 constexpr int64_t kScanChunk = 32;
 
@@ -35,17 +36,24 @@ struct SelectiveScan {
   void* final_state;          // [docs, dim, dstate]
   void* checkpoints;          // [slots, dstate, dim] or null: the states that enter each chunk
 
-  // Where the states that enter a document's chunk lie among the checkpoints.
-  int64_t checkpoint_slot(int64_t doc, int64_t chunk) const {
-    if (docs.cu_seqlens == nullptr) return doc * ((seqlen + kScanChunk - 1) / kScanChunk) + chunk;
+  // Of initial_state and its like; a row is a channel.
+  template <class T>
+  MADKERNELS_ANYWHERE States<T> states(const void* data) const {
+    return {data, dim, dstate};
+  }
+
+  // Checkpoints: the CPU cuts chunks per document, the GPU per batch row, whatever the documents. Each has its slots from
+  // the first on; there is room for the CPU's, which are no fewer. The fake of ops/selective_scan.py computes the room too.
+  int64_t checkpoint_slots() const { return docs.cu_seqlens == nullptr ? gpu_slots() : seqlen / kScanChunk + docs.count; }
+  int64_t cpu_slot(int64_t doc, int64_t chunk) const {
+    if (docs.cu_seqlens == nullptr) return gpu_slot(doc, chunk);
     return docs.cu_seqlens[doc] / kScanChunk + doc + chunk;
   }
-  int64_t checkpoint_slots() const {
-    if (docs.cu_seqlens == nullptr) return batch * ((seqlen + kScanChunk - 1) / kScanChunk);
-    return seqlen / kScanChunk + docs.count;
-  }
+  MADKERNELS_ANYWHERE int64_t gpu_slot(int64_t b, int64_t chunk) const { return b * ceil_div(seqlen, kScanChunk) + chunk; }
+  int64_t gpu_slots() const { return gpu_slot(batch, 0); }
+
   MADKERNELS_ANYWHERE int64_t channels_per_group() const { return dim / groups; }
-  MADKERNELS_ANYWHERE int64_t blocks_per_group() const { return (channels_per_group() + kScanBlock - 1) / kScanBlock; }
+  MADKERNELS_ANYWHERE int64_t blocks_per_group() const { return ceil_div(channels_per_group(), kScanBlock); }
 };
 
 struct SelectiveScanBackward {
@@ -73,7 +81,7 @@ MADKERNELS_DECLARE_CPU_KERNELS(SelectiveScanKernels, selective_scan)
 
 // ---- GPU ----
 
-// States a thread holds in registers; with more of them, they wait in `states` of the split.
+// States a thread holds in registers. Beyond that, runs of so many take turns there and are parked in `states` of the split.
 constexpr int64_t kScanRun = 16;
 
 // A GPU cuts every batch row into segments where batch x dim alone would not fill it. A first pass finds the state that each
@@ -90,13 +98,12 @@ struct ScanSplit {
 // Splits time where that gives each multiprocessor blocks to choose from; below 3 segments the two passes more do not pay.
 inline ScanSplit split_scan(const SelectiveScan& p, int64_t multiprocessors) {
   constexpr int64_t kBlocksEach = 8, kLeastRows = 256;
-  if (p.seqlen == 0) return {0, 0, nullptr, nullptr};
+  if (p.seqlen == 0) return {.segments = 0, .rows = 0, .states = nullptr, .elapsed = nullptr};
   const int64_t blocks = p.batch * p.groups * p.blocks_per_group(), wanted = multiprocessors * kBlocksEach;
-  int64_t segments = blocks > 0 ? wanted / blocks : 1;
-  if (segments > p.seqlen / kLeastRows) segments = p.seqlen / kLeastRows;
-  if (segments < 3) return {1, p.seqlen, nullptr, nullptr};
-  const int64_t rows = ((p.seqlen + segments - 1) / segments + kScanChunk - 1) / kScanChunk * kScanChunk;
-  return {(p.seqlen + rows - 1) / rows, rows, nullptr, nullptr};
+  const int64_t segments = least(blocks > 0 ? wanted / blocks : 1, p.seqlen / kLeastRows);
+  if (segments < 3) return {.segments = 1, .rows = p.seqlen, .states = nullptr, .elapsed = nullptr};
+  const int64_t rows = ceil_div(ceil_div(p.seqlen, segments), kScanChunk) * kScanChunk;
+  return {.segments = ceil_div(p.seqlen, rows), .rows = rows, .states = nullptr, .elapsed = nullptr};
 }
 
 namespace gpu {

@@ -15,8 +15,6 @@
 
 namespace madkernels::gpu {
 
-void pass_states_of_empty_documents(const SelectiveScan& p, const void* from, void* to, Stream stream);
-
 namespace {
 
 using namespace device;
@@ -76,7 +74,7 @@ __device__ void advance_documents(float (&h)[kStates], const float (&log2)[kStat
                                   const Run& run, int t, int first, int stop) {
   for (int i = first; i < stop; i++) {
     const Document document = document_at(k.p.docs, k.at.b, t + i);
-    if (t + i == document.begin) load_matrix(h, k.p.initial_state, document.index, k, run);
+    if (t + i == document.begin) load_matrix(h, k.p.initial_state, document.doc, k, run);
     float decay[kStates];
     find_decays(decay, log2, k, i);
     advance(h, h, decay, k, i);
@@ -88,8 +86,7 @@ __device__ void advance_documents(float (&h)[kStates], const float (&log2)[kStat
 template <class T, int kStates>
 __device__ void enter_unit(float (&h)[kStates], const Thread<T, kStates>& k, const Run& run, int t, int unit) {
   if (unit == 0) {
-    const int64_t chunks = (k.p.seqlen + kChunk - 1) / kChunk;
-    load_states(h, k.p.checkpoints, k.at.b * chunks + t / kChunk, k, run);
+    load_states(h, k.p.checkpoints, k.p.gpu_slot(k.at.b, t / kChunk), k, run);
     return;
   }
 #pragma unroll
@@ -205,7 +202,7 @@ __device__ __forceinline__ StepSums step_back(Adjoint<kStates>& a, const float (
     a.dA[n] += dexponent * step[c];
   }
   sum_over_channels(part, dB, k);
-  return {sum_over_states(dx), sum_over_states(ddelta) * kLn2, 0};
+  return {sum_over_states(dx), sum_over_states(ddelta) * kLn2<float>, 0};
 }
 
 // The gradients of one step of the thread's own channel, once all runs of states have given their sums: they take the place
@@ -266,19 +263,19 @@ __device__ float unit_back(Adjoint<kStates>& a, const Thread<T, kStates>& k, con
     const Document document = document_at(k.p.docs, k.at.b, t + i);
     const auto enter = [&](float (&h)[kStates]) {
       if (t + i == document.begin) {
-        load_matrix(h, k.p.initial_state, document.index, k, turn.run);
+        load_matrix(h, k.p.initial_state, document.doc, k, turn.run);
       } else {
         enter_unit(h, k, turn.run, t, unit);
         if (!whole) advance_documents(h, a.log2, k, turn.run, t, begin, i);
       }
     };
-    if (t + last + 1 == document.end) load_matrix(a.dh, k.q.dfinal_state, document.index, k, turn.run);
+    if (t + last + 1 == document.end) load_matrix(a.dh, k.q.dfinal_state, document.doc, k, turn.run);
     if (whole) {
       dD += steps_back<kUnit>(a, k, turn, i, skip, partial, enter);
     } else {
       dD += steps_back<1>(a, k, turn, i, skip, partial + (i - begin) * 2 * kWarps * kStates, enter);
     }
-    if (t + i == document.begin) store_matrix(k.q.dinitial_state, document.index, k, turn.run, a.dh);
+    if (t + i == document.begin) store_matrix(k.q.dinitial_state, document.doc, k, turn.run, a.dh);
   }
   return dD;
 }
@@ -370,7 +367,7 @@ __global__ void __launch_bounds__(kScanThreads, 4) scan_back(SelectiveScanBackwa
       if (runs > 1 || t == last_chunk) {
         load_matrix(a.log2, p.A, 0, k, turn.run);
 #pragma unroll
-        for (int n = 0; n < kStates; n++) a.log2[n] *= kLog2e;
+        for (int n = 0; n < kStates; n++) a.log2[n] *= kLog2e<float>;
         clear(a.dh), clear(a.dA);
         if (split.segments > 1 || t < last_chunk) load_states(a.dh, split.states, slot, k, turn.run);
         if (t < last_chunk) load_matrix(a.dA, q.dA_parts, slot, k, turn.run);
@@ -433,7 +430,7 @@ __global__ void __launch_bounds__(kScanThreads, 6) scan_back_segment(SelectiveSc
       for (int i = kRows - 1; i >= 0; i--) {
         if (i >= rows) continue;
         if (t + i + 1 == document.end) {
-          load_row(dh, q.dfinal_state, static_cast<int64_t>(document.index) * p.dim + at.channel, p.dstate, run);
+          load_row(dh, q.dfinal_state, static_cast<int64_t>(document.doc) * p.dim + at.channel, p.dstate, run);
         }
 #pragma unroll
         for (int n = 0; n < kStates; n++) dh[n] = (dh[n] + dy[i] * C[i * kStates + n]) * exp2_mufu(step[i] * log2[n]);
@@ -452,7 +449,7 @@ void run_scan_back(const SelectiveScanBackward& q, const ScanSplit& split, Strea
   const int64_t blocks = scan_blocks(p, split);
   if (split.segments > 1) {
     launch("selective_scan_backward segments", scan_back_segment<T, kStates>, blocks, kScanThreads, 0, stream, q, split);
-    const int64_t chains = (p.batch * p.dstate * p.dim + kScanThreads - 1) / kScanThreads;
+    const int64_t chains = ceil_div(p.batch * p.dstate * p.dim, kScanThreads);
     launch("selective_scan_backward chain", chain_segments<true>, chains, kScanThreads, 0, stream, p, split);
   }
   launch("selective_scan_backward", scan_back<T, kStates>, blocks, kScanThreads,
@@ -463,7 +460,6 @@ void run_scan_back(const SelectiveScanBackward& q, const ScanSplit& split, Strea
 
 void selective_scan_backward(const SelectiveScanBackward& q, const ScanSplit& split, Stream stream) {
   const SelectiveScan& p = q.forward;
-  pass_states_of_empty_documents(p, q.dfinal_state, q.dinitial_state, stream);
   dispatch_gpu(p.dtype, [&]<class T>() {
     p.dstate <= 4 ? run_scan_back<T, 4>(q, split, stream) : run_scan_back<T, kScanRun>(q, split, stream);
   });

@@ -91,7 +91,7 @@ __device__ Document walk_documents(float (&h)[kStates], const float (&log2)[kSta
                                    const Place& at, const Run& run, Document document, const Columns& columns,
                                    const float* B, const float* C, int t, int rows) {
   for (int i = 0; i < rows;) {
-    const int64_t matrix = static_cast<int64_t>(document.index) * p.dim + at.channel;
+    const int64_t matrix = static_cast<int64_t>(document.doc) * p.dim + at.channel;
     // Threads behind the last channel read none: where it is updated in place, another thread has it.
     if (t + i == document.begin) load_row(h, at.live ? p.initial_state : nullptr, matrix, p.dstate, run);
     const int stop = least(document.end - t, rows);
@@ -112,10 +112,10 @@ template <class T, int kStates, bool kSums>
 __global__ void __launch_bounds__(kScanThreads, kBlocksEach) scan(SelectiveScan p, ScanSplit split) {
   __shared__ __align__(16) float tiles[3 * kUnit * kScanThreads];
   __shared__ __align__(16) float staged[4 * kUnit * kStates];  // B and C, twice: one is filled while the other is read
-  const Columns columns{tiles, tiles + kUnit * kScanThreads, tiles + 2 * kUnit * kScanThreads};
+  const Columns columns{.step = tiles, .input = tiles + kUnit * kScanThreads, .sum = tiles + 2 * kUnit * kScanThreads};
   const Place at(p, split);
   const int runs = runs_of<kStates>(p.dstate);
-  const int64_t slot = at.slot(split), chunks = (p.seqlen + kScanChunk - 1) / kScanChunk;
+  const int64_t slot = at.slot(split);
   Document document = document_at(p.docs, at.b, at.begin);
   float h[kStates], log2[kStates], elapsed = 0;
   clear(h);
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kScanThreads, kBlocksEach) scan(SelectiveScan 
         }
       }
       if (kSums && p.checkpoints != nullptr && t % static_cast<int>(kScanChunk) == 0 && at.live) {
-        store_plane(p.checkpoints, at.b * chunks + t / static_cast<int>(kScanChunk), p, run, at.channel, h);
+        store_plane(p.checkpoints, p.gpu_slot(at.b, t / static_cast<int>(kScanChunk)), p, run, at.channel, h);
       }
       __syncthreads();
       next = walk_documents<kStates, kSums>(h, log2, p, at, run, document, columns, B, C, t, rows);
@@ -152,20 +152,12 @@ __global__ void __launch_bounds__(kScanThreads, kBlocksEach) scan(SelectiveScan 
   if (!kSums && at.live) static_cast<float*>(split.elapsed)[slot * p.dim + at.channel] = elapsed;
 }
 
-// Documents without a step: what enters them leaves them. Also the sequences of an empty batch row.
-__global__ void __launch_bounds__(kScanThreads)
-    pass_empty_documents(Documents docs, int64_t states, const void* from, void* to) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kScanThreads + threadIdx.x;
-  if (i >= docs.count * states || docs.begin(i / states) < docs.end(i / states)) return;
-  static_cast<float*>(to)[i] = from != nullptr ? static_cast<const float*>(from)[i] : 0.f;
-}
-
 template <class T, int kStates>
 void run_scan(const SelectiveScan& p, const ScanSplit& split, Stream stream) {
   const int64_t blocks = scan_blocks(p, split);
   if (split.segments > 1) {
     launch("selective_scan segments", scan<T, kStates, false>, blocks, kScanThreads, 0, stream, p, split);
-    const int64_t chains = (p.batch * p.dstate * p.dim + kScanThreads - 1) / kScanThreads;
+    const int64_t chains = ceil_div(p.batch * p.dstate * p.dim, kScanThreads);
     launch("selective_scan chain", chain_segments<false>, chains, kScanThreads, 0, stream, p, split);
   }
   launch("selective_scan", scan<T, kStates, true>, blocks, kScanThreads, 0, stream, p, split);
@@ -173,15 +165,7 @@ void run_scan(const SelectiveScan& p, const ScanSplit& split, Stream stream) {
 
 }  // namespace
 
-void pass_states_of_empty_documents(const SelectiveScan& p, const void* from, void* to, Stream stream) {
-  if (p.docs.cu_seqlens == nullptr && p.seqlen > 0) return;
-  const int64_t states = p.dim * p.dstate;
-  launch("selective_scan empty documents", pass_empty_documents, (p.docs.count * states + kScanThreads - 1) / kScanThreads,
-         kScanThreads, 0, stream, p.docs, states, from, to);
-}
-
 void selective_scan_forward(const SelectiveScan& p, const ScanSplit& split, Stream stream) {
-  pass_states_of_empty_documents(p, p.initial_state, p.final_state, stream);
   dispatch_gpu(p.dtype, [&]<class T>() {
     p.dstate <= 4 ? run_scan<T, 4>(p, split, stream) : run_scan<T, kScanRun>(p, split, stream);
   });

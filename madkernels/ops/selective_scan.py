@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from madkernels import reference
+from madkernels import _C, reference
 from madkernels.ops.registration import (
     Axis,
     keep_under_recomputation,
@@ -23,7 +23,7 @@ _forward = torch.ops.madkernels.selective_scan.default
 _backward = torch.ops.madkernels.selective_scan_backward.default
 _step = torch.ops.madkernels.selective_scan_step.default
 
-CHUNK = 32  # kScanChunk in selective_scan.h; a test holds them together
+CHUNK = _C.SCAN_CHUNK
 
 
 def selective_scan(

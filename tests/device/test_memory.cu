@@ -59,7 +59,7 @@ __global__ void move_steps(Rows from, Rows to, int count) {
 __global__ void find_documents(Documents docs, int* found) {
   const int t = static_cast<int>(threadIdx.x);
   const Document document = document_at(docs, 0, t);
-  found[3 * t] = document.index, found[3 * t + 1] = document.begin, found[3 * t + 2] = document.end;
+  found[3 * t] = document.doc, found[3 * t + 1] = document.begin, found[3 * t + 2] = document.end;
 }
 
 // Row 2 of rows that lie more than 2^31 elements apart.
