@@ -22,8 +22,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-# The op tests, of all ops that the package names.
-OP_TESTS = $(shell $(BIN)/python -c 'import madkernels; print(*(f"$(CURDIR)/tests/test_{op}.py" for op in madkernels.OPS))')
+# The op tests: the contract of all ops that the package names, and what each has of its own.
+OP_TESTS = $(shell $(BIN)/python -c 'import madkernels; print(*(f"$(CURDIR)/tests/test_{name}.py" for name in ("op_contract", *madkernels.OPS)))')
 PTX_TESTS := $(addprefix tests/test_,$(addsuffix .py,simulator device gpu_kernels gpu_check views))
 
 .PHONY: install demo test lint format documents sanitize cuda-check ptx-check gpu-check gpu-training wheel clean

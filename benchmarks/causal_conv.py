@@ -3,14 +3,48 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from madkernels import causal_conv, reference
-from madkernels.benchmarks.cases import CONV_CASES, Case, ConvCase
+from madkernels.benchmarks.cases import ROWS, Argument, Arguments, Case
 from madkernels.benchmarks.harness import Benchmark, Peer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvCase(Case):
+    """A call of causal_conv."""
+
+    arguments: ClassVar[Arguments] = {
+        "x": Argument(ROWS),
+        "weight": Argument(("dim", "width"), "parameter"),
+        "bias": Argument(("dim",), "parameter", optional=True),
+        "initial_state": Argument(("sequences", "history", "dim"), optional=True),
+    }
+    width: int
+    bias: bool = False
+    activation: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"activation": self.activation}
+
+
+CASES = (
+    ConvCase(name="mamba-130m", batch=2, seqlen=2048, dim=1536, width=4, bias=True, activation="silu"),
+    ConvCase(name="bare", batch=2, seqlen=2048, dim=1536, width=4),
+    ConvCase(name="mamba-2.8b", batch=1, seqlen=2048, dim=5120, width=4, bias=True, activation="silu"),
+    ConvCase(name="long", batch=1, seqlen=16384, dim=512, width=4, bias=True, activation="silu"),
+    ConvCase(name="hyena", batch=2, seqlen=2048, dim=2304, width=3, bias=True),
+    ConvCase(name="one", batch=1, seqlen=1, dim=1, width=1, quick=True),
+    ConvCase(name="odd", batch=2, seqlen=63, dim=37, width=5, bias=True, activation="silu", quick=True),
+    ConvCase(name="short", batch=2, seqlen=3, dim=65, width=4, bias=True, quick=True),
+    ConvCase(name="thousand", batch=1, seqlen=1000, dim=130, width=4, activation="silu", quick=True),
+)
+TRAINING = ConvCase(name="training", batch=8, seqlen=2048, dim=8192, width=4, activation="silu")
 
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
@@ -58,7 +92,8 @@ BENCHMARK = Benchmark(
     name="causal_conv",
     function=causal_conv,
     reference=reference.causal_conv,
-    cases=CONV_CASES,
+    cases=CASES,
+    training=TRAINING,
     peers=(
         Peer("reference", reference.causal_conv, backward=True),
         Peer("conv1d", conv1d, backward=True),

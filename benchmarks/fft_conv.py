@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import math
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +14,58 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from madkernels import fft_conv
-from madkernels.benchmarks.cases import LONG_CONV_CASES, Case, LongConvCase
+from madkernels.benchmarks.cases import ROWS, Argument, Arguments, Axes, Case, Inputs
 from madkernels.benchmarks.harness import Benchmark, Peer
 
 Gate = Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongConvCase(Case):
+    """A call of fft_conv, each channel with a filter of its own that decays to 1 % at its end."""
+
+    arguments: ClassVar[Arguments] = {
+        "u": Argument(ROWS),
+        "filter": Argument(("groups", "filter_len"), "parameter"),
+        "skip": Argument(("dim",), "parameter", optional=True),
+        "pre_gate": Argument(ROWS, optional=True),
+        "post_gate": Argument(ROWS, optional=True),
+        "initial_state": Argument(("sequences", "history", "dim"), "wide", optional=True),
+    }
+    filter_len: int
+    skip: bool = False
+    gates: bool = False
+
+    def has(self, argument: str) -> bool:
+        return self.gates if argument in ("pre_gate", "post_gate") else super().has(argument)
+
+    def axes_of(self, argument: str) -> Axes:
+        return ("dim", "filter_len") if argument == "filter" else super().axes_of(argument)
+
+    def dtype_of(self, argument: str, activations: torch.dtype) -> torch.dtype:
+        """Filters, which a model computes, in float32 at the least."""
+        parameter = self.arguments[argument].kind == "parameter"
+        return torch.promote_types(activations, torch.float32) if parameter else super().dtype_of(argument, activations)
+
+    def scale(self, inputs: Inputs, generator: torch.Generator) -> Inputs:
+        window = torch.exp(torch.linspace(0, math.log(0.01), self.filter_len))
+        return inputs | {"filter": inputs["filter"] * window / window.norm()}
+
+
+CASES = (
+    LongConvCase(name="1k", batch=2, seqlen=1024, dim=512, filter_len=1024),
+    LongConvCase(name="4k", batch=2, seqlen=4096, dim=512, filter_len=4096),
+    LongConvCase(name="4099", batch=2, seqlen=4099, dim=512, filter_len=4099),
+    LongConvCase(name="16k", batch=2, seqlen=16384, dim=512, filter_len=16384),
+    LongConvCase(name="hyena", batch=2, seqlen=2048, dim=768, filter_len=2048, skip=True, gates=True),
+    LongConvCase(name="medium", batch=2, seqlen=4096, dim=512, filter_len=128),
+    LongConvCase(name="short", batch=2, seqlen=4096, dim=512, filter_len=16),
+    LongConvCase(name="one", batch=1, seqlen=1, dim=1, filter_len=1, quick=True),
+    LongConvCase(name="odd", batch=2, seqlen=63, dim=37, filter_len=63, skip=True, gates=True, quick=True),
+    LongConvCase(name="longer", batch=2, seqlen=65, dim=5, filter_len=100, quick=True),
+    LongConvCase(name="thousand", batch=1, seqlen=1000, dim=33, filter_len=1000, gates=True, quick=True),
+)
+TRAINING = LongConvCase(name="training", batch=8, seqlen=8192, dim=2048, filter_len=8192, gates=True)
 
 
 def _gated(v: Tensor, y: Tensor, skip: Gate, post_gate: Gate) -> Tensor:
@@ -95,7 +145,8 @@ BENCHMARK = Benchmark(
     name="fft_conv",
     function=fft_conv,
     reference=torch_fft,  # in float64; that of the op takes a step for each lag
-    cases=LONG_CONV_CASES,
+    cases=CASES,
+    training=TRAINING,
     peers=(
         Peer("torch.fft", torch_fft, backward=True),
         Peer("torch.fft-last", torch_fft_last, backward=True),

@@ -75,7 +75,14 @@ class Benchmark:
     function: Function
     reference: Function
     cases: tuple[Case, ...]
+    training: Case  # the sizes that its page states an expected time on a GPU for
     peers: tuple[Peer, ...]
+
+
+def benchmark_of(op: str) -> Benchmark:
+    """The benchmark of an op, by its name."""
+    found: Benchmark = importlib.import_module(f"madkernels.benchmarks.{op}").BENCHMARK
+    return found
 
 
 @dataclass

@@ -6,15 +6,18 @@ All peers compute in the dtype of A, as the op does. Those in plain PyTorch take
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from madkernels import reference, selective_scan
-from madkernels.benchmarks.cases import SCAN_CASES, Case, ScanCase
+from madkernels.benchmarks.cases import ROWS, Argument, Arguments, Axes, Case, Inputs
 from madkernels.benchmarks.harness import Benchmark, Peer
 
 COMPILED_STEPS = 8  # steps of one compiled call: as fast as more of them, and compiled sooner
@@ -23,6 +26,74 @@ MAMBA_SSM = "mamba_ssm.ops.selective_scan_interface"
 
 # From steps delta' and delta' u (batch, seqlen, dim), A (dstate, dim), B and C (batch, seqlen, dstate) to y, like delta'.
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanCase(Case):
+    """A call of selective_scan."""
+
+    arguments: ClassVar[Arguments] = {
+        "u": Argument(ROWS),
+        "delta": Argument(ROWS),
+        "A": Argument(("dim", "dstate"), "wide"),
+        "B": Argument(("batch", "seqlen", "groups", "dstate")),
+        "C": Argument(("batch", "seqlen", "groups", "dstate")),
+        "D": Argument(("dim",), "wide", optional=True),
+        "z": Argument(ROWS, optional=True),
+        "delta_bias": Argument(("dim",), "wide", optional=True),
+        "initial_state": Argument(("sequences", "dim", "dstate"), "wide", optional=True),
+    }
+    dstate: int
+    groups: int = 1
+    D: bool = False
+    z: bool = False
+    delta_bias: bool = False
+    delta_softplus: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim % self.groups:
+            raise ValueError(f"case {self.name!r}: groups is {self.groups}; expected a divisor of dim, {self.dim}")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"delta_softplus": self.delta_softplus}
+
+    def axes_of(self, argument: str) -> Axes:
+        axes = super().axes_of(argument)
+        return tuple(axis for axis in axes if axis != "groups" or self.groups > 1)
+
+    @property
+    def exponentials(self) -> int:
+        return self.batch * self.seqlen * self.dim * self.dstate
+
+    def scale(self, inputs: Inputs, generator: torch.Generator) -> Inputs:
+        """As in a Mamba layer at the start of training: step sizes log-uniform in 0.001 to 0.1, A from -1 to -dstate."""
+        steps = torch.exp(torch.rand(self.dim, generator=generator) * math.log(100) + math.log(0.001))
+        before_softplus = steps + torch.log(-torch.expm1(-steps))
+        delta = inputs["delta"] * 0.1
+        if self.delta_bias:
+            inputs = inputs | {"delta_bias": before_softplus if self.delta_softplus else steps}
+        else:
+            delta = delta + before_softplus
+            delta = delta if self.delta_softplus else F.softplus(delta)
+        return inputs | {"delta": delta, "A": -torch.arange(1.0, self.dstate + 1).repeat(self.dim, 1)}
+
+
+_MAMBA: dict[str, Any] = {"D": True, "z": True, "delta_bias": True, "delta_softplus": True}
+
+CASES = (
+    ScanCase(name="mamba-130m", batch=2, seqlen=2048, dim=1536, dstate=16, **_MAMBA),
+    ScanCase(name="bare", batch=2, seqlen=2048, dim=1536, dstate=16),
+    ScanCase(name="mamba-2.8b", batch=1, seqlen=2048, dim=5120, dstate=16, **_MAMBA),
+    ScanCase(name="long", batch=1, seqlen=16384, dim=512, dstate=16, **_MAMBA),
+    ScanCase(name="wide-state", batch=1, seqlen=2048, dim=1024, dstate=64, **_MAMBA),
+    ScanCase(name="one", batch=1, seqlen=1, dim=1, dstate=1, quick=True),
+    ScanCase(name="odd", batch=2, seqlen=63, dim=37, dstate=5, quick=True, **_MAMBA),
+    ScanCase(name="grouped", batch=2, seqlen=65, dim=36, dstate=16, groups=3, quick=True, **_MAMBA),
+    ScanCase(name="thousand", batch=1, seqlen=1000, dim=130, dstate=16, quick=True, D=True, delta_softplus=True),
+)
+TRAINING = ScanCase(name="training", batch=8, seqlen=2048, dim=8192, dstate=16)
 
 
 def step_loop(steps: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -180,7 +251,8 @@ BENCHMARK = Benchmark(
     name="selective_scan",
     function=selective_scan,
     reference=reference.selective_scan,
-    cases=SCAN_CASES,
+    cases=CASES,
+    training=TRAINING,
     peers=(
         # No backward: that of a slice a step writes a gradient of the whole sequence every step.
         Peer("reference", reference.selective_scan),

@@ -1,52 +1,175 @@
-"""One small case an op, by argument: what tests of all ops draw their inputs from."""
+"""What the tests of all ops know of one: how its inputs are drawn, and where its code takes another way.
+
+`tests/cases/<op>.py` says it of each op; what an op's arguments are is in its benchmark, which draws inputs of the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
+import backends
+import checks
 import torch
+from checks import Function
+from hypothesis import strategies as st
 from torch import Tensor
 
 import madkernels
 from madkernels import reference
+from madkernels.benchmarks.cases import Arguments, Case
 
-BATCH, SEQLEN, DIM = 2, 40, 6
-SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
-    "selective_scan": {
-        "u": (BATCH, SEQLEN, DIM), "delta": (BATCH, SEQLEN, DIM), "A": (DIM, 4), "B": (BATCH, SEQLEN, 4),
-        "C": (BATCH, SEQLEN, 4), "D": (DIM,), "z": (BATCH, SEQLEN, DIM), "delta_bias": (DIM,),
-        "initial_state": (BATCH, DIM, 4),
-    },
-    "causal_conv": {"x": (BATCH, SEQLEN, DIM), "weight": (DIM, 4), "bias": (DIM,), "initial_state": (BATCH, 3, DIM)},
-    "fft_conv": {
-        "u": (BATCH, SEQLEN, DIM), "filter": (3, 17), "skip": (DIM,), "pre_gate": (BATCH, SEQLEN, DIM),
-        "post_gate": (BATCH, SEQLEN, DIM), "initial_state": (BATCH, 16, DIM),
-    },
-}  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Inputs = dict[str, Tensor]
+Options = Mapping[str, Any]
+Shape = tuple[int, ...]
 
 
-def _calls(ops: Any) -> dict[str, Callable[..., Any]]:
-    return {
-        "selective_scan": lambda **t: ops.selective_scan(
-            **t | {"A": -t["A"].exp()}, delta_softplus=True, return_final_state=True
-        ),
-        "causal_conv": lambda **t: ops.causal_conv(**t, activation="silu", return_final_state=True),
-        "fft_conv": lambda **t: ops.fft_conv(**t, return_final_state=True),
-    }
+def offsets_of(lengths: Sequence[int]) -> Tensor:
+    """cu_seqlens of documents of these lengths."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=backends.device())
 
 
-OPS = _calls(madkernels)
-REFERENCES = _calls(reference)
+def changed(inputs: Inputs, change: Callable[[Tensor], Tensor], names: Sequence[str]) -> Inputs:
+    """Inputs, those of these names changed."""
+    return {k: change(t) if k in names else t for k, t in inputs.items()}
 
 
-WIDE = {"A", "D", "delta_bias"}  # at least float32, whatever the activations
+def _as_drawn(inputs: Inputs) -> Inputs:
+    return inputs
 
 
-def draw(name: str, *leading: int, dtype: torch.dtype = torch.float64, **changes: tuple[int, ...]) -> dict[str, Tensor]:
-    """Inputs of an op, activations in `dtype`, with `leading` axes before each, and other shapes for some."""
-    wide = WIDE if name == "causal_conv" else WIDE | {"initial_state"}
-    generator = torch.Generator().manual_seed(1)
-    shapes = SHAPES[name] | changes
-    drawn = {k: torch.randn(*leading, *shape, generator=generator, dtype=torch.float64) for k, shape in shapes.items()}
-    return {k: t.to(torch.promote_types(dtype, torch.float32) if k in wide else dtype) for k, t in drawn.items()}
+def _as_given(inputs: Inputs, options: Options) -> Inputs:
+    return inputs
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpCase:
+    """An op, as the contract's tests see it. A shape is (batch, seqlen, *sizes), and `sizes` begin with dim."""
+
+    name: str  # as in madkernels.OPS
+    kind: type[Case]  # of its benchmark, which has the arguments
+    sizes: tuple[str, ...]  # what follows (batch, seqlen) in a shape
+    derived: Callable[[Mapping[str, int]], Mapping[str, int]] = lambda sizes: {}  # axes whose lengths follow from others
+    scale: Callable[[Inputs], Inputs] = _as_drawn  # unit normal values into what the op is given, element by element
+    fit: Callable[[Inputs, Options], Inputs] = _as_given  # inputs into those that these options take
+    variants: tuple[dict[str, Any], ...]  # options to go through; the first are those of every other test
+    has_state: Callable[[Options], bool] = lambda options: True  # whether with these options states go in and out
+
+    shapes: tuple[Shape, ...]  # around every edge of the kernels' tiles
+    regimes: tuple[Shape, ...]  # sizes, one for each way to compute the op: for what has to hold in each
+    little: Shape  # sizes for what takes many calls
+    small: Shape  # the least that has it all, for derivatives by differences
+    empty: tuple[Shape, ...]
+    any_shape: st.SearchStrategy[Shape]  # with at least one step
+
+    slack: Callable[[], float] = lambda: 0.0  # relative error beyond that of the reference in the same dtype
+    step_error: Mapping[torch.dtype, float] = field(default_factory=dict)  # of steps; if none, the bits of the whole
+    state_error: float = 0.0  # of their state, in any dtype
+    refused: Shape  # sizes for the refusals
+    refusals: tuple[tuple[dict[str, Tensor], str], ...]  # changed inputs, and what is said of them
+    mutants: tuple[Callable[..., Any], ...]  # wrong on purpose, with the op's signature: the contract must catch each
+
+    @property
+    def arguments(self) -> Arguments:
+        return self.kind.arguments
+
+    @property
+    def function(self) -> Function:
+        found: Function = getattr(madkernels, self.name)
+        return found
+
+    @property
+    def step(self) -> Callable[..., Tensor]:
+        found: Callable[..., Tensor] = getattr(madkernels, f"{self.name}_step")
+        return found
+
+    @property
+    def reference_step(self) -> Callable[..., Tensor]:
+        found: Callable[..., Tensor] = getattr(reference, f"{self.name}_step")
+        return found
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.variants[0]
+
+    def names(self, *axes: str, kind: str | None = None, optional: bool | None = None) -> list[str]:
+        """Arguments that have these axes, and are of this kind."""
+        return [
+            name
+            for name, argument in self.arguments.items()
+            if set(axes) <= set(argument.axes) and kind in (None, argument.kind) and optional in (None, argument.optional)
+        ]
+
+    def draw(
+        self, batch: int, seqlen: int, *sizes: int, dtype: torch.dtype = torch.float32, docs: int | None = None,
+        maps: tuple[int, ...] = (),
+    ) -> Inputs:  # fmt: skip
+        """All inputs, activations in `dtype`: states of `docs` documents, if given, and with the axes `maps` before all."""
+        generator = torch.Generator().manual_seed(batch + 10 * seqlen + sum(100 * size for size in sizes))
+        lengths = dict(zip(self.sizes, sizes, strict=True))
+        lengths |= {"batch": batch, "seqlen": seqlen, "sequences": batch if docs is None else docs, **self.derived(lengths)}
+        shapes = {name: (*maps, *(lengths[axis] for axis in a.axes)) for name, a in self.arguments.items()}
+        drawn = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+        return {k: t.to(backends.device(), self.arguments[k].dtype(dtype)) for k, t in self.scale(drawn).items()}
+
+    def least(self, inputs: Inputs) -> Inputs:
+        """Inputs without the optional ones."""
+        return {k: t for k, t in inputs.items() if not self.arguments[k].optional}
+
+    def packed(self, lengths: Sequence[int], *sizes: int, dtype: torch.dtype = torch.float32) -> Inputs:
+        """Inputs of documents along one row."""
+        return self.draw(1, sum(lengths), *sizes, dtype=dtype, docs=len(lengths))
+
+    def whole(self, function: Callable[..., Any]) -> Function:
+        """All results of a call: the final state too, if it has one."""
+
+        def call(**arguments: Any) -> Sequence[Tensor]:
+            if not self.has_state(arguments):
+                return (function(**arguments),)
+            results: Sequence[Tensor] = function(**arguments, return_final_state=True)
+            return results
+
+        return call
+
+    @functools.cached_property
+    def call(self) -> Function:
+        """All results of the op."""
+        return self.whole(self.function)
+
+    @functools.cached_property
+    def reference(self) -> Function:
+        """All results of its reference."""
+        return self.whole(getattr(reference, self.name))
+
+    def check(self, inputs: Inputs, function: Callable[..., Any] | None = None, **options: Any) -> None:
+        """Compares results and gradients of the op, or of another function, with those of the reference."""
+        options = self.options | options
+        op = self.call if function is None else self.whole(function)
+        checks.check(op, self.reference, self.fit(inputs, options), slack=self.slack(), **options)
+
+    def rows_at(self, inputs: Inputs, rows: slice | int) -> Inputs:
+        """Inputs of some steps, or of one; what has no time stays as it is."""
+        return changed(inputs, lambda t: t[:, rows], self.names("seqlen"))
+
+    def dispatched(self, suffix: str = "") -> Any:
+        """The dispatcher's op, or its backward or step by the suffix."""
+        return getattr(torch.ops.madkernels, self.name + suffix).default
+
+    def dispatcher_arguments(self, given: Mapping[str, Any], suffix: str = "") -> tuple[Any, ...]:
+        """In the order of the schema; of those not given, flags are set and tensors absent."""
+        schema = self.dispatched(suffix)._schema
+        return tuple(given.get(a.name, True if str(a.type) == "bool" else None) for a in schema.arguments)
+
+    def backward_arguments(
+        self, given: Mapping[str, Any], results: Sequence[Tensor], gradient: Callable[[Tensor], Tensor]
+    ) -> tuple[Any, ...]:
+        """Gradients of the first two results, what the op was given, and what it kept: its further results."""
+        forward = [a.name for a in self.dispatched()._schema.arguments]
+        names = [a.name for a in self.dispatched("_backward")._schema.arguments]
+        gradients = dict(zip(names[:2], map(gradient, results[:2]), strict=True))
+        kept = dict(zip([k for k in names[2:] if k not in forward], [r.detach() for r in results[2:]], strict=True))
+        return self.dispatcher_arguments({**given, **gradients, **kept}, "_backward")

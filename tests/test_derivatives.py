@@ -4,77 +4,89 @@ from __future__ import annotations
 
 from typing import Any
 
-import op_cases
 import pytest
 import torch
-from checks import relative_rms
-from op_cases import OPS, REFERENCES
+from cases import CASES
+from checks import Function, relative_rms
+from op_cases import Inputs, OpCase, Options, offsets_of
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from madkernels import causal_conv, causal_conv_step, fft_conv_step, selective_scan_step
+from madkernels import causal_conv
 from madkernels.fused import linear_cross_entropy
 from madkernels.models import HybridLM
 
-SMALL = {
-    "selective_scan": {
-        k: tuple({40: 5, 6: 2, 4: 2}.get(n, n) for n in s) for k, s in op_cases.SHAPES["selective_scan"].items()
-    },
-    "causal_conv": {k: tuple({40: 5, 6: 2}.get(n, n) for n in s) for k, s in op_cases.SHAPES["causal_conv"].items()},
-    "fft_conv": {k: tuple({40: 5, 6: 3, 17: 4, 16: 3}.get(n, n) for n in s) for k, s in op_cases.SHAPES["fft_conv"].items()},
-}
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def op(request: pytest.FixtureRequest) -> OpCase:
+    case: OpCase = request.param
+    return case
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_forward_mode_agrees_with_differences(op: str) -> None:
-    """Of outputs and states in every argument, and of the gradients."""
-    inputs = op_cases.draw(op, **SMALL[op])
+@pytest.mark.parametrize(
+    ("op", "options"), [pytest.param(op, o, id=f"{op.name}-{o}") for op in CASES.values() for o in op.variants]
+)
+def test_derivatives_agree_with_differences(op: OpCase, options: Options) -> None:
+    """First and second ones, in reverse and forward mode, of outputs and states in every argument."""
+    inputs = op.fit(op.draw(2, 5, *op.small, dtype=torch.float64), options)
     values = tuple(t.requires_grad_() for t in inputs.values())
 
     def call(*tensors: Tensor) -> Any:
-        return OPS[op](**dict(zip(inputs, tensors, strict=True)))
+        return op.call(**dict(zip(inputs, tensors, strict=True)), **options)
 
     assert torch.autograd.gradcheck(call, values, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(call, values, check_fwd_over_rev=True)
 
 
-def tangents_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def test_second_derivatives_of_packed_documents(op: OpCase) -> None:
+    """Of the output alone: the state then has no gradient."""
+    inputs = {k: t.requires_grad_() for k, t in op.packed((1, 3), *op.small, dtype=torch.float64).items()}
+    first = op.names("seqlen")[0]
+
+    def call(value: Tensor) -> Tensor:
+        return op.call(**inputs | {first: value}, **op.options, cu_seqlens=offsets_of((1, 3)))[0]
+
+    assert torch.autograd.gradgradcheck(call, (inputs[first],))
+
+
+def tangents_of(inputs: Inputs) -> Inputs:
     generator = torch.Generator().manual_seed(7)
     return {k: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for k, t in inputs.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("op", OPS)
-def test_jvp_is_the_reference_s(op: str, dtype: torch.dtype) -> None:
-    inputs = op_cases.draw(op, dtype=dtype)
+def test_jvp_is_the_reference_s(op: OpCase, dtype: torch.dtype) -> None:
+    inputs = op.draw(2, 40, *op.little, dtype=dtype)
     tangents = tangents_of(inputs)
-    found = torch.func.jvp(lambda t: OPS[op](**t), (inputs,), (tangents,))[1]
-    double = [{k: t.double() for k, t in given.items()} for given in (inputs, tangents)]
-    exact = torch.func.jvp(lambda t: REFERENCES[op](**t), (double[0],), (double[1],))[1]
+
+    def along(function: Function, *given: Inputs) -> Any:
+        return torch.func.jvp(lambda t: function(**t, **op.options), given[:1], given[1:])[1]
+
+    found = along(op.call, inputs, tangents)
+    exact = along(op.reference, *({k: t.double() for k, t in given.items()} for given in (inputs, tangents)))
     for value, wanted in zip(found, exact, strict=True):
         assert value.dtype in (dtype, torch.promote_types(dtype, torch.float32))
         assert relative_rms(value, wanted) < {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_transforms_of_torch_func(op: str) -> None:
+def test_transforms_of_torch_func(op: OpCase) -> None:
     """grad, jvp of grad, jacfwd, and both under vmap equal those of the reference."""
-    inputs = op_cases.draw(op, **SMALL[op])
+    inputs = op.draw(2, 5, *op.small, dtype=torch.float64)
     tangents = tangents_of(inputs)
 
-    def results(calls: Any) -> list[Tensor]:
-        def loss(t: dict[str, Tensor]) -> Tensor:
-            return sum(o.square().sum() for o in calls[op](**t))
+    def results(function: Function) -> list[Tensor]:
+        def loss(t: Inputs) -> Any:
+            return sum(o.square().sum() for o in function(**t, **op.options))
 
         first = next(iter(inputs))
         twice = {k: torch.stack([t, 2 * t]) for k, t in inputs.items()}
         gradient = torch.func.grad(loss)(inputs)
         along = torch.func.jvp(torch.func.grad(loss), (inputs,), (tangents,))[1]
-        jacobian = torch.func.jacfwd(lambda t: calls[op](**inputs | {first: t})[0].sum(0))(inputs[first])
+        jacobian = torch.func.jacfwd(lambda t: function(**inputs | {first: t}, **op.options)[0].sum(0))(inputs[first])
         mapped = torch.func.vmap(torch.func.grad(loss))(twice)
         return [*gradient.values(), *along.values(), jacobian, *mapped.values()]
 
-    for value, wanted in zip(results(OPS), results(REFERENCES), strict=True):
+    for value, wanted in zip(results(op.call), results(op.reference), strict=True):
         assert relative_rms(value, wanted) < 1e-10
 
 
@@ -111,18 +123,15 @@ def test_forward_mode_through_a_model(arch: str) -> None:
     torch.testing.assert_close(along, wanted)
 
 
-def test_steps_refuse_tangents_by_name() -> None:
-    row, state, filters = torch.zeros(2, 4), torch.zeros(2, 2, 4), torch.zeros(4, 3)
+def test_steps_refuse_tangents_by_name(op: OpCase) -> None:
+    """Of the state and of every input."""
+    inputs = op.rows_at(op.draw(2, 1, *op.small), 0)
+    inputs["state"] = inputs.pop("initial_state")
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(row, row)
-        with pytest.raises(NotImplementedError, match=r"causal_conv_step has no derivative.*; causal_conv has"):
-            causal_conv_step(state, dual, filters)
-        with pytest.raises(NotImplementedError, match="fft_conv_step has no derivative"):
-            fft_conv_step(state, row, filters, post_gate=dual)
-        with pytest.raises(NotImplementedError, match="selective_scan_step has no derivative"):
-            selective_scan_step(
-                forward_ad.make_dual(state.mT.contiguous(), state.mT), row, row, -filters, *state[:2, 0, :3], D=None
-            )
+        for name, value in inputs.items():
+            dual = forward_ad.make_dual(value, value)
+            with pytest.raises(NotImplementedError, match=rf"{op.name}_step has no derivative.*; {op.name} has"):
+                op.step(**inputs | {name: dual})
 
 
 def test_cross_entropy_refuses_forward_mode_by_name() -> None:

@@ -92,9 +92,16 @@ def test_what_the_sanitizer_is_given_runs(monkeypatch: pytest.MonkeyPatch) -> No
 def test_bench_takes_its_cases(tmp_path: Path) -> None:
     for op in gpu_check.OPS:
         file = tmp_path / f"{op}.json"
-        file.write_text(json.dumps([gpu_check.CASES[op]]))
-        [case] = bench._cases(bench._benchmark(op), str(file), quick=False)
-        assert case.name == "training"
+        gpu_check.write_training_case(op, file)
+        benchmark = bench._benchmark(op)
+        assert bench._cases(benchmark, str(file), quick=False) == [benchmark.training]
+
+
+def test_a_benchmark_that_does_not_load_fails_alone(checks: gpu_check.Checks) -> None:
+    gpu_check.time_training_case(checks, "no_such_op")
+    [outcome] = checks.outcomes
+    assert (outcome.stage, outcome.result) == ("bench-no_such_op", "failed")
+    assert "no_such_op" in outcome.detail
 
 
 def test_runs_together_are_compared_here_too(tmp_path: Path) -> None:

@@ -6,21 +6,18 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import backends
-import op_cases
 import pytest
-import test_causal_conv as conv
-import test_fft_conv as long
-import test_selective_scan as scan
 import torch
+from cases import CASES as CASES_OF_OPS
 from checks import relative_rms, transposed, with_gradients
-from op_cases import OPS
+from op_cases import Inputs, OpCase, changed, offsets_of
 from torch import Tensor
 
-import madkernels
 from madkernels import causal_conv, fft_conv, selective_scan
 
 pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.backends("ptx")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CONV, LONG, SCAN = (CASES_OF_OPS[name] for name in ("causal_conv", "fft_conv", "selective_scan"))
 MANY_MULTIPROCESSORS = 1000  # more than any row here can use: time is split as far as it goes
 
 
@@ -38,61 +35,58 @@ def small_or_large_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     backends.set_multiprocessors(backends.MULTIPROCESSORS)
 
 
-def scan_case(*sizes: int) -> Callable[[torch.dtype], dict[str, Tensor]]:
-    """Outputs and gradients of a scan."""
-    op = scan.whole(selective_scan)
-    return lambda dtype: with_gradients(lambda **t: op(**t, delta_softplus=True), scan.make_inputs(*sizes, dtype=dtype))
+def from_nothing(op: OpCase, inputs: Inputs) -> Inputs:
+    """Without the history that would make a long convolution longer."""
+    return {k: t for k, t in inputs.items() if op is not LONG or k != "initial_state"}
 
 
-def packed_scan(dtype: torch.dtype, dim: int, dstate: int, groups: int) -> dict[str, Tensor]:
-    lengths = (5, 1, 0, 64, 33)
-    inputs = scan.make_inputs(1, sum(lengths), dim, dstate, groups, docs=len(lengths), dtype=dtype)
-    options = {"delta_softplus": True, "cu_seqlens": scan.offsets_of(lengths)}
-    return with_gradients(lambda **t: scan.whole(selective_scan)(**t, **options), inputs)
+Run = Callable[[torch.dtype], dict[str, Tensor]]
 
 
-def conv_case(*sizes: int, by_time: bool = False) -> Callable[[torch.dtype], dict[str, Tensor]]:
+def case(op: OpCase, *shape: int, by_time: bool = False) -> Run:
+    """Results and gradients of an op."""
+
     def run(dtype: torch.dtype) -> dict[str, Tensor]:
-        inputs = conv.make_inputs(*sizes, dtype=dtype)
-        if by_time:
-            inputs["x"] = transposed(inputs["x"])
-        return with_gradients(lambda **t: conv.whole(causal_conv)(**t, activation="silu"), inputs)
+        inputs = from_nothing(op, op.draw(*shape, dtype=dtype))
+        inputs = changed(inputs, transposed, op.names("batch", "seqlen")) if by_time else inputs
+        return with_gradients(lambda **t: op.call(**t, **op.options), inputs)
 
     return run
 
 
-def long_case(seqlen: int, dim: int) -> Callable[[torch.dtype], dict[str, Tensor]]:
+def packed_case(op: OpCase, lengths: tuple[int, ...], *sizes: int) -> Run:
+    def run(dtype: torch.dtype) -> dict[str, Tensor]:
+        inputs, offsets = op.packed(lengths, *sizes, dtype=dtype), offsets_of(lengths)
+        return with_gradients(lambda **t: op.call(**t, **op.options, cu_seqlens=offsets), from_nothing(op, inputs))
+
+    return run
+
+
+def on_one_multiprocessor(run: Run) -> Run:
     """On a GPU so small that a block takes several sequences."""
 
-    def run(dtype: torch.dtype) -> dict[str, Tensor]:
+    def small(dtype: torch.dtype) -> dict[str, Tensor]:
         backends.set_multiprocessors(1)
-        return with_gradients(long.whole(fft_conv), long.make_inputs(3, seqlen, dim, seqlen - 50, groups=1, dtype=dtype))
+        return run(dtype)
 
-    return run
-
-
-def packed_long(dtype: torch.dtype) -> dict[str, Tensor]:
-    backends.set_multiprocessors(1)
-    lengths = (80, 800, 20)
-    inputs = long.make_inputs(1, sum(lengths), 2, 500, dtype=dtype)
-    return with_gradients(lambda **t: long.whole(fft_conv)(**t, cu_seqlens=long.offsets_of(lengths)), inputs)
+    return small
 
 
 # Small, and together they go through every kernel and every barrier.
-CASES: dict[str, Callable[[torch.dtype], dict[str, Tensor]]] = {
-    "scan of two blocks": scan_case(1, 41, 67, 19),
-    "scan of full chunks": scan_case(2, 100, 70, 16),
-    "scan of three segments": scan_case(1, 780, 3, 2),
-    "scan of segments and many states": scan_case(1, 800, 5, 19),
-    "scan of documents, few states": lambda dtype: packed_scan(dtype, 20, 6, 2),
-    "scan of documents, 16 states": lambda dtype: packed_scan(dtype, 20, 16, 1),
-    "convolution along time": conv_case(2, 70, 5, 4, by_time=True),
-    "convolution of pairs": conv_case(2, 300, 8, 4),
-    "wide convolution": conv_case(2, 80, 8, 9),
-    "long convolution of 200": long_case(200, 5),
-    "long convolution of 2200": long_case(2200, 3),
-    "long convolution of two levels": long_case(16500, 1),
-    "long convolution of documents": packed_long,
+CASES: dict[str, Run] = {
+    "scan of two blocks": case(SCAN, 1, 41, 67, 19, 1),
+    "scan of full chunks": case(SCAN, 2, 100, 70, 16, 1),
+    "scan of three segments": case(SCAN, 1, 780, 3, 2, 1),
+    "scan of segments and many states": case(SCAN, 1, 800, 5, 19, 1),
+    "scan of documents, few states": packed_case(SCAN, (5, 1, 0, 64, 33), 20, 6, 2),
+    "scan of documents, 16 states": packed_case(SCAN, (5, 1, 0, 64, 33), 20, 16, 1),
+    "convolution along time": case(CONV, 2, 70, 5, 4, by_time=True),
+    "convolution of pairs": case(CONV, 2, 300, 8, 4),
+    "wide convolution": case(CONV, 2, 80, 8, 9),
+    "long convolution of 200": on_one_multiprocessor(case(LONG, 3, 200, 5, 1, 150)),
+    "long convolution of 2200": on_one_multiprocessor(case(LONG, 3, 2200, 3, 1, 2150)),
+    "long convolution of two levels": on_one_multiprocessor(case(LONG, 3, 16500, 1, 1, 16450)),
+    "long convolution of documents": on_one_multiprocessor(packed_case(LONG, (80, 800, 20), 2, 2, 500)),
 }
 SEEDED = (("reverse", 0), ("warps", 7), ("lanes", 11), ("lanes", 12))
 
@@ -149,7 +143,7 @@ def test_every_barrier_is_missed() -> None:
 @pytest.mark.usefixtures("large_gpu")
 @pytest.mark.parametrize("dstate", [3, 18])
 def test_time_is_split(dstate: int) -> None:
-    scan.check_scan(selective_scan, scan.make_inputs(1, 1100, 9, dstate))
+    SCAN.check(SCAN.draw(1, 1100, 9, dstate, 1))
 
 
 @pytest.mark.usefixtures("large_gpu")
@@ -162,8 +156,7 @@ def test_time_is_split(dstate: int) -> None:
     ],
 )
 def test_time_is_split_across_documents(lengths: tuple[int, ...]) -> None:
-    inputs = scan.make_inputs(1, sum(lengths), 6, 2, 2, docs=len(lengths))
-    scan.check_scan(selective_scan, inputs, cu_seqlens=scan.offsets_of(lengths))
+    SCAN.check(SCAN.packed(lengths, 6, 2, 2), cu_seqlens=offsets_of(lengths))
 
 
 @pytest.mark.usefixtures("small_or_large_gpu")  # stretches of 128 steps, or of 32
@@ -171,8 +164,7 @@ def test_time_is_split_across_documents(lengths: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("lengths", [(300,), (31, 1, 0, 97, 171)])
 def test_stretches_of_time(dim: int, lengths: tuple[int, ...]) -> None:
     for width in (2, 4):
-        inputs = conv.make_inputs(1, sum(lengths), dim, width, docs=len(lengths))
-        conv.check_conv(causal_conv, inputs, cu_seqlens=conv.offsets_of(lengths), activation="silu")
+        CONV.check(CONV.packed(lengths, dim, width), cu_seqlens=offsets_of(lengths))
 
 
 MALFORMED = [
@@ -190,17 +182,15 @@ MALFORMED = [
 
 @pytest.mark.backends("ptx", "cuda")
 @pytest.mark.parametrize("offsets", MALFORMED, ids=str)
-@pytest.mark.parametrize("op", OPS)
-def test_malformed_offsets_end_and_stay_inside(op: str, offsets: list[int]) -> None:
+@pytest.mark.parametrize("op", CASES_OF_OPS.values(), ids=CASES_OF_OPS)
+def test_malformed_offsets_end_and_stay_inside(op: OpCase, offsets: list[int]) -> None:
     """Nobody looks at them before the kernels do. What comes out is anything, and documents that overlap write the same
     places; the simulator sees what is touched outside."""
     cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=backends.device())
-    inputs = op_cases.draw(op, dtype=torch.float32)
-    inputs = {k: t[:1].repeat(1, 3, *[1] * (t.dim() - 2)) if t.shape[:2] == (2, 40) else t for k, t in inputs.items()}
-    inputs["initial_state"] = inputs["initial_state"][:1].repeat(len(offsets) - 1, 1, 1)
-    leaves = {k: t.to(backends.device()).requires_grad_() for k, t in inputs.items()}
+    inputs = op.draw(1, 120, *op.little, docs=len(offsets) - 1)
+    leaves = {k: t.requires_grad_() for k, t in inputs.items()}
     with backends.without_races() if backends.device().type == "cpu" else contextlib.nullcontext():
-        outputs = getattr(madkernels, op)(**leaves, cu_seqlens=cu_seqlens, return_final_state=True)
+        outputs = op.call(**leaves, cu_seqlens=cu_seqlens)
         torch.autograd.grad([o.sum() for o in outputs], list(leaves.values()))
 
 
@@ -213,7 +203,7 @@ def test_no_document_of_some_steps_is_refused() -> None:
 def test_long_convolutions_where_blocks_have_99_kilobytes(seqlen: int, taps: int) -> None:
     """As on compute capability 8.6, 8.9 and 12.0."""
     with backends.shared_memory(99 << 10):
-        long.check_conv(fft_conv, long.make_inputs(1, seqlen, 3, taps))
+        LONG.check(from_nothing(LONG, LONG.draw(1, seqlen, 3, 3, taps)))
 
 
 def by_torch_fft(u: Tensor, taps: Tensor) -> tuple[Tensor]:
@@ -245,7 +235,7 @@ def test_the_longest_convolution_follows_the_shared_memory(kilobytes: int, most:
 
 def test_refuses_what_a_gpu_does_not_take() -> None:
     with pytest.raises(RuntimeError, match="u has dtype float64, which the CPU takes; a GPU takes float32, bfloat16"):
-        selective_scan(**scan.make_inputs(1, 3, 2, 2, dtype=torch.float64))
+        selective_scan(**SCAN.draw(1, 3, 2, 2, 1, dtype=torch.float64))
     huge = torch.zeros(1).expand(1, 2**31, 1)
     with pytest.raises(RuntimeError, match="x has an axis of 2147483648; a GPU takes up to 2147483647"):
         causal_conv(huge, torch.zeros(1, 3))

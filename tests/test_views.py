@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-import backends
-import op_cases
 import pytest
 import torch
+from cases import CASES
 from checks import relative_rms, with_gradients
-from op_cases import OPS
+from op_cases import Inputs, OpCase
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -31,43 +30,40 @@ def views(t: Tensor) -> dict[str, Tensor]:
     return found
 
 
+def drawn(op: OpCase, dtype: torch.dtype) -> Inputs:
+    return op.draw(2, 40, *op.little, dtype=dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("op", OPS)
-def test_views_are_read_where_they_are(op: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("op", CASES.values(), ids=CASES)
+def test_views_are_read_where_they_are(op: OpCase, dtype: torch.dtype) -> None:
     """Outputs and gradients equal those of a contiguous copy."""
-    plain = {k: t.to(backends.device()) for k, t in op_cases.draw(op, dtype=dtype).items()}
+
+    def call(**inputs: Tensor) -> Sequence[Tensor]:
+        return op.call(**inputs, **op.options)
+
+    plain = drawn(op, dtype)
     for argument, t in plain.items():
         for kind, view in views(t).items():
-            copy = with_gradients(OPS[op], plain | {argument: view.clone(memory_format=torch.contiguous_format)})
-            found = with_gradients(OPS[op], plain | {argument: view})
+            copy = with_gradients(call, plain | {argument: view.clone(memory_format=torch.contiguous_format)})
+            found = with_gradients(call, plain | {argument: view})
             for name, value in found.items():
                 assert relative_rms(value, copy[name]) < (1e-6 if dtype == torch.float32 else 1e-2), (
                     f"{argument} {kind}: {name}"
                 )
 
 
-def arguments_of(op: str, inputs: dict[str, Tensor]) -> tuple[Any, ...]:
-    """Of the dispatcher's op, whose schema has all options."""
-    values = dict(delta_softplus=True, silu=True, causal=True, with_final_state=True, save_checkpoints=True) | inputs
-    schema = getattr(torch.ops.madkernels, op).default._schema
-    return tuple(values.get(a.name) for a in schema.arguments)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_what_is_told_to_torch_agrees(op: str) -> None:
+@pytest.mark.parametrize("op", CASES.values(), ids=CASES)
+def test_what_is_told_to_torch_agrees(op: OpCase) -> None:
     """Shapes, dtypes and strides of the fake implementations, forward and backward, whatever the view."""
-    overload, backward = (getattr(torch.ops.madkernels, name).default for name in (op, f"{op}_backward"))
-    plain = {k: t.to(backends.device()) for k, t in op_cases.draw(op, dtype=torch.float32).items()}
+    forward, backward = op.dispatched(), op.dispatched("_backward")
+    plain = drawn(op, torch.float32)
     for argument, t in plain.items():
         for kind, view in views(t).items():
-            arguments = arguments_of(op, plain | {argument: view})
-            outputs = overload(*arguments)
-            weights = dict(
-                zip([a.name for a in backward._schema.arguments], [torch.ones_like(o) for o in outputs[:2]], strict=False)
-            )
-            checkpoints = {"checkpoints": outputs[2]} if op == "selective_scan" else {}
-            further = arguments_of(f"{op}_backward", plain | {argument: view} | weights | checkpoints)
-            for called, given in ((overload, arguments), (backward, further)):
+            inputs = plain | {argument: view}
+            arguments = op.dispatcher_arguments(inputs)
+            further = op.backward_arguments(inputs, forward(*arguments), torch.ones_like)
+            for called, given in ((forward, arguments), (backward, further)):
                 with torch._subclasses.FakeTensorMode() as mode:
                     told = called(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in given))
                 for real, fake in zip(called(*given), told, strict=True):

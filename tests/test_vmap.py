@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import op_cases
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
+from cases import CASES
 from checks import relative_rms
-from op_cases import OPS, SHAPES
+from op_cases import Inputs, OpCase
 from torch import Tensor
 
 from madkernels import causal_conv
@@ -15,39 +17,45 @@ from madkernels.ops.registration import register_autocast
 MODELS = 3
 
 
-@pytest.fixture(params=OPS)
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def op(request: pytest.FixtureRequest) -> OpCase:
+    case: OpCase = request.param
+    return case
 
 
-def draw(name: str) -> dict[str, Tensor]:
-    return {k: t.requires_grad_() for k, t in op_cases.draw(name, MODELS).items()}
+def draw(op: OpCase) -> Inputs:
+    inputs = op.draw(2, 40, *op.little, dtype=torch.float64, maps=(MODELS,))
+    return {k: t.requires_grad_() for k, t in inputs.items()}
 
 
-def apart(name: str, inputs: dict[str, Tensor], mapped: dict[str, int | None]) -> list[Tensor]:
-    found = [OPS[name](**{k: t if mapped[k] is None else t[i] for k, t in inputs.items()}) for i in range(MODELS)]
+def call(op: OpCase) -> Callable[[Inputs], Sequence[Tensor]]:
+    return lambda inputs: op.call(**inputs, **op.options)
+
+
+def apart(op: OpCase, inputs: Inputs, mapped: dict[str, int | None]) -> list[Tensor]:
+    found = [call(op)({k: t if mapped[k] is None else t[i] for k, t in inputs.items()}) for i in range(MODELS)]
     return [torch.stack(tensors) for tensors in zip(*found, strict=True)]
 
 
 @pytest.mark.parametrize("left_out", [False, True])
-def test_equals_one_call_a_model(name: str, left_out: bool) -> None:
+def test_equals_one_call_a_model(op: OpCase, left_out: bool) -> None:
     """Values and gradients; with `left_out`, each argument in turn is not mapped."""
-    for whole in SHAPES[name] if left_out else [None]:
-        inputs, mapped = draw(name), {k: None if k == whole else 0 for k in SHAPES[name]}
+    for whole in op.arguments if left_out else [None]:
+        inputs, mapped = draw(op), {k: None if k == whole else 0 for k in op.arguments}
         if whole:
             inputs[whole] = inputs[whole][0].detach().requires_grad_()
-        together = torch.func.vmap(lambda t: OPS[name](**t), in_dims=(mapped,))(inputs)
-        wanted = apart(name, inputs, mapped)
+        together = torch.func.vmap(call(op), in_dims=(mapped,))(inputs)
+        wanted = apart(op, inputs, mapped)
         weights = [torch.randn_like(t) for t in wanted]
         grads = [torch.autograd.grad(outputs, list(inputs.values()), weights) for outputs in (together, wanted)]
         for a, b in zip((*together, *grads[0]), (*wanted, *grads[1]), strict=True):
             assert relative_rms(a, b) < 1e-12
 
 
-def test_other_axes_can_be_mapped(name: str) -> None:
-    inputs = {k: t.detach().movedim(0, -1) for k, t in draw(name).items()}
-    together = torch.func.vmap(lambda t: OPS[name](**t), in_dims=-1)(inputs)
-    wanted = apart(name, {k: t.movedim(-1, 0) for k, t in inputs.items()}, dict.fromkeys(inputs, 0))
+def test_other_axes_can_be_mapped(op: OpCase) -> None:
+    inputs = {k: t.detach().movedim(0, -1) for k, t in draw(op).items()}
+    together = torch.func.vmap(call(op), in_dims=-1)(inputs)
+    wanted = apart(op, {k: t.movedim(-1, 0) for k, t in inputs.items()}, dict.fromkeys(inputs, 0))
     assert all(relative_rms(a, b) < 1e-12 for a, b in zip(together, wanted, strict=True))
 
 

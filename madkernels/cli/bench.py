@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,8 +84,9 @@ def bench(
 def _benchmark(op: str) -> Benchmark:
     if op not in OPS:
         raise ValueError(f"op {op!r} has no benchmark; expected {' or '.join(OPS)}")
-    benchmark: Benchmark = import_module(f"madkernels.benchmarks.{op}").BENCHMARK
-    return benchmark
+    from madkernels.benchmarks.harness import benchmark_of
+
+    return benchmark_of(op)
 
 
 def _cases(benchmark: Benchmark, shapes: str | None, quick: bool) -> Sequence[Case]:

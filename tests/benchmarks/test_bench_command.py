@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from madkernels import cuda
 from madkernels.benchmarks import harness, report
-from madkernels.benchmarks.cases import Case, ConvCase
+from madkernels.benchmarks.cases import Case
+from madkernels.benchmarks.causal_conv import ConvCase
 from madkernels.benchmarks.harness import Measured, Result
 from madkernels.cli.bench import OPS, _benchmark, bench
 

@@ -10,25 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from madkernels import causal_conv, fft_conv, reference, selective_scan
+from madkernels import OPS, causal_conv, reference, selective_scan
 from madkernels.benchmarks import gate as gate_module
-from madkernels.benchmarks.cases import (
-    CONV_CASES,
-    LONG_CONV_CASES,
-    SCAN_CASES,
-    Case,
-    ConvCase,
-    Inputs,
-    LongConvCase,
-    ScanCase,
-)
-from madkernels.benchmarks.causal_conv import BENCHMARK as CONV
-from madkernels.benchmarks.fft_conv import BENCHMARK as LONG_CONV
+from madkernels.benchmarks.cases import Case, Inputs
+from madkernels.benchmarks.causal_conv import ConvCase
 from madkernels.benchmarks.gate import TOLERANCES, Gate
-from madkernels.benchmarks.harness import Benchmark, Peer, channels_first
+from madkernels.benchmarks.harness import Benchmark, Peer, benchmark_of, channels_first
 from madkernels.benchmarks.selective_scan import BENCHMARK as SCAN
+from madkernels.benchmarks.selective_scan import ScanCase
 
-QUICK = [case for case in (*SCAN_CASES, *CONV_CASES, *LONG_CONV_CASES) if case.quick]
+BENCHMARKS = [benchmark_of(op) for op in OPS]
+QUICK = [(benchmark, case) for benchmark in BENCHMARKS for case in benchmark.cases if case.quick]
 SCAN_CASE = ScanCase(name="some", batch=2, seqlen=20, dim=40, dstate=4, D=True, z=True, delta_bias=True, delta_softplus=True)
 CONV_CASE = ConvCase(name="some", batch=2, seqlen=20, dim=40, width=4, bias=True)
 
@@ -40,13 +32,12 @@ def inputs_of(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
 
 
 def gate_of(case: Case, dtype: torch.dtype = torch.float32) -> Gate:
-    ops = {ScanCase: reference.selective_scan, ConvCase: reference.causal_conv, LongConvCase: reference.fft_conv}
-    return Gate(case, partial(ops[type(case)], **case.options), inputs_of(case, dtype))
+    [op] = [benchmark.name for benchmark in BENCHMARKS if type(case) is type(benchmark.cases[0])]
+    return Gate(case, partial(getattr(reference, op), **case.options), inputs_of(case, dtype))
 
 
 def quick_pairs() -> list[Any]:
-    pairs: list[tuple[Benchmark, Case]] = [(b, c) for b in (SCAN, CONV, LONG_CONV) for c in b.cases if c.quick]
-    wanted = [(c, p) for b, c in pairs for p in b.peers if p.auto and not p.missing() and p.accepts(c)]
+    wanted = [(c, p) for b, c in QUICK for p in b.peers if p.auto and not p.missing() and p.accepts(c)]
     return [pytest.param(case, peer, id=f"{type(case).__name__}-{case.name}-{peer.name}") for case, peer in wanted]
 
 
@@ -59,12 +50,10 @@ def test_peers_are_right(case: Case, peer: Peer, dtype: torch.dtype) -> None:
     assert max(errors) <= TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("case", QUICK, ids=lambda c: f"{type(c).__name__}-{c.name}")
-def test_ops_are_right(case: Case) -> None:
-    ops: dict[type[Case], Callable[..., Any]] = {ScanCase: selective_scan, ConvCase: causal_conv, LongConvCase: fft_conv}
-    assert (
-        max(gate_of(case).errors(partial(ops[type(case)], **case.options), True, torch.clone)) <= TOLERANCES[torch.float32]
-    )
+@pytest.mark.parametrize(("benchmark", "case"), QUICK, ids=lambda value: value.name)
+def test_ops_are_right(benchmark: Benchmark, case: Case) -> None:
+    errors = gate_of(case).errors(partial(benchmark.function, **case.options), True, torch.clone)
+    assert max(errors) <= TOLERANCES[torch.float32]
 
 
 def test_peers_split_time_where_it_does_not_divide() -> None:

@@ -13,9 +13,10 @@ from fakes import FixedRates
 from rich.console import Console
 from torch import Tensor
 
+from madkernels import OPS
 from madkernels.benchmarks import harness, machine, report
-from madkernels.benchmarks.cases import CONV_CASES, LONG_CONV_CASES, SCAN_CASES, ConvCase, ScanCase
 from madkernels.benchmarks.causal_conv import BENCHMARK as CONV
+from madkernels.benchmarks.causal_conv import ConvCase
 from madkernels.benchmarks.harness import (
     MIN_RUNS,
     SECONDS,
@@ -24,12 +25,14 @@ from madkernels.benchmarks.harness import (
     Measured,
     Peer,
     Result,
+    benchmark_of,
     channels_first,
     measure,
     peak_memory,
     rotated,
     run_rounds,
 )
+from madkernels.benchmarks.selective_scan import ScanCase
 
 CASE = ConvCase(name="some", batch=2, seqlen=20, dim=8, width=3)
 
@@ -142,7 +145,7 @@ def test_wrong_contender_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.roll(x, 1, dims=1)
 
     right = next(peer for peer in CONV.peers if peer.name == "conv1d")
-    benchmark = Benchmark(CONV.name, CONV.function, CONV.reference, (CASE,), ())
+    benchmark = Benchmark(CONV.name, CONV.function, CONV.reference, (CASE,), CASE, ())
     peers = [right, Peer("off-by-one", off_by_one, backward=True), Peer("nowhere", off_by_one, needs="no_such_thing:f")]
     measured = measure(benchmark, CASE, [torch.float32], ["forward"], peers, runs=2)
     runs = {result.contender: len(result.seconds) for result in measured.results}
@@ -208,7 +211,7 @@ def test_machine_is_described() -> None:
 
 
 def test_case_names_are_unique_and_inputs_repeat() -> None:
-    for cases in (SCAN_CASES, CONV_CASES, LONG_CONV_CASES):
+    for cases in (benchmark_of(op).cases for op in OPS):
         assert len({case.name for case in cases}) == len(cases)
         for case in cases:
             if not case.quick:

@@ -56,7 +56,7 @@ __global__ void narrow(const float* x, T* y, float* back, int count) {
 
 TEST(exp2_mufu) { check<kExp2Mufu>(-126.f, 127.f, 5e-7, exp2_of); }
 TEST(exp2_fma) { check<kExp2Fma>(-126.f, 127.f, 2e-7, exp2_of); }
-// The bound of CUDA's manual says nothing of the mean, which a recurrence adds up: tests/test_selective_scan.py allows for it.
+// The bound of CUDA's manual says nothing of the mean, which a recurrence adds up: tests/cases/selective_scan.py allows for it.
 TEST(exp2_mufu_on_average) {
   constexpr int kCount = 1 << 16;
   harness::Array<float> x(kCount), y(kCount);
