@@ -3,11 +3,12 @@
 
 #include <cstdint>
 
-// What kernels of every device may call.
+// What kernels of every device may call. On the CPU always inlined: these functions are in no instruction set's namespace,
+// so none may be emitted out of line (see cpu.h).
 #ifdef __CUDACC__
 #define MADKERNELS_ANYWHERE __host__ __device__
 #else
-#define MADKERNELS_ANYWHERE
+#define MADKERNELS_ANYWHERE inline __attribute__((always_inline))
 #endif
 
 namespace madkernels {
