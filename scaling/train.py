@@ -15,7 +15,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -377,22 +377,30 @@ def processes(device: str) -> Iterator[bool]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        with _together_at_the_end():
-            yield dist.get_rank() == 0
+        yield dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
+        _wait_for_gloo()
 
 
-@contextmanager
-def _together_at_the_end() -> Iterator[None]:
-    """Waits for all processes where all end alike. A thread of Gloo may still hold a tensor of the last collective; it needs
-    Python to let it go, and aborts the process where Python is already gone. A barrier holds no tensors."""
-    try:
-        yield
-    except (Stopped, Diverged):
-        dist.barrier()
-        raise
-    dist.barrier()
+def _wait_for_gloo() -> None:
+    """Waits until Gloo's threads sleep, at most 10 seconds.
+
+    `destroy_process_group` does not end them where DTensor still knows the group, and one that has yet to let go of a
+    collective's tensor needs Python for it: it aborts the process where Python has ended. One that waits for Python gets it
+    while this sleeps.
+    """
+    deadline, asleep = time.monotonic() + 10, 0
+    while asleep < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        asleep = 0 if any("(pt_gloo_runloop) R" in state for state in _threads()) else asleep + 1
+
+
+def _threads() -> Iterator[str]:
+    """What Linux says of each thread of this process: its number, its name in brackets, its state."""
+    for path in Path("/proc/self/task").glob("*/stat"):
+        with suppress(OSError):  # it has ended
+            yield path.read_text()
 
 
 def _objective(run: LMRun, how: Execution, device: torch.device, ranks: int) -> Objective:
