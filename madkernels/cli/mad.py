@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from madkernels.cli.sweeps import Bars, Plugins, engine_of, load_plugins, progress_bars, stoppable
+from madkernels.cli.sweeps import (
+    Address,
+    Bars,
+    Device,
+    EngineName,
+    Plugins,
+    Results,
+    Workers,
+    engine_of,
+    load_plugins,
+    progress_bars,
+    stoppable,
+)
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     from rich.console import Console
@@ -36,18 +48,14 @@ def run(
     protocol: Annotated[
         str, typer.Option(help="demo (takes minutes), strict-small, strict, paper, or a .json file.")
     ] = "demo",
-    out: Annotated[Path, typer.Option(help="Folder of the results; a run found there is not done again.")] = Path("out/mad"),
+    out: Results = Path("out/mad"),
     seed: Annotated[
         list[int] | None, typer.Option(help="Seed, in place of the protocol's seeds. Repeat for several.")
     ] = None,
-    engine: Annotated[
-        str, typer.Option(help="Where runs are trained: pool (processes here), process (this one) or ray (a cluster).")
-    ] = "pool",
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes of the pool. Default: one per core or, with --device cuda, per GPU.")
-    ] = None,
-    address: Annotated[str, typer.Option(help="Address of the Ray cluster, with --engine ray.")] = "auto",
-    device: Annotated[str, typer.Option(help="Device to train on: cpu or cuda.")] = "cpu",
+    engine: EngineName = "pool",
+    workers: Workers = None,
+    address: Address = "auto",
+    device: Device = "cpu",
     together: Annotated[
         bool | None,
         typer.Option(
@@ -217,7 +225,7 @@ def search(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes to train in. Default: one per core or, with --device cuda, per GPU.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Device to train on: cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     plugin: Plugins = None,
 ) -> None:
     """Propose hybrids under a budget, by successive halving, and mark those that no other beats."""

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from madkernels.cli.fits import compare, correlate, fit, report
-from madkernels.cli.sweeps import Bars, Plugins, engine_of, load_plugins, progress_bars, stoppable
+from madkernels.cli.sweeps import (
+    Address,
+    Bars,
+    Device,
+    EngineName,
+    Plugins,
+    Results,
+    Workers,
+    engine_of,
+    load_plugins,
+    progress_bars,
+    stoppable,
+)
 from madkernels.files import refuse_existing
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
@@ -174,15 +186,11 @@ def _write(rows: list[Planned], out: Path) -> None:
 def run(
     plan: Annotated[list[Path], typer.Argument(help="CSV files that scale plan wrote.")],
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder of the results; a run found there is not done again.")],
-    engine: Annotated[
-        str, typer.Option(help="Where runs are trained: pool (processes here), process (this one) or ray (a cluster).")
-    ] = "pool",
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes of the pool. Default: one per core or, with --device cuda, per GPU.")
-    ] = None,
-    address: Annotated[str, typer.Option(help="Address of the Ray cluster, with --engine ray.")] = "auto",
-    device: Annotated[str, typer.Option(help="Device to train on: cpu or cuda.")] = "cpu",
+    out: Results,
+    engine: EngineName = "pool",
+    workers: Workers = None,
+    address: Address = "auto",
+    device: Device = "cpu",
     plugin: Plugins = None,
 ) -> None:
     """Train the runs of plans. A sweep that was killed goes on where it was when the command is given again."""

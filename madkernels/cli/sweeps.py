@@ -19,6 +19,15 @@ if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     from madkernels.runs.engines import Engine, Run
     from madkernels.runs.store import Store
 
+Results = Annotated[Path, typer.Option(help="Folder of the results; a run found there is not done again.")]
+EngineName = Annotated[
+    str, typer.Option(help="Where runs are trained: pool (processes here), process (this one) or ray (a cluster).")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes of the pool. Default: one per core or, with --device cuda, per GPU.")
+]
+Address = Annotated[str, typer.Option(help="Address of the Ray cluster, with --engine ray.")]
+Device = Annotated[str, typer.Option(help="Device to train on: cpu or cuda.")]
 Plugins = Annotated[
     list[Path] | None, typer.Option("--plugin", help="A Python file that adds layers or tasks. Repeat for several.")
 ]
