@@ -104,23 +104,20 @@ class _WithForwardMode(torch.library.Library):
         return super().impl(op_name, kernel, *rest, **options)  # type: ignore[no-untyped-call]
 
 
-def register_derivatives(
-    name: str, differentiable: Sequence[str], by_reference: Callable[..., Any], saved: Mapping[str, int] | None = None
-) -> None:
+def register_derivatives(name: str, differentiable: Sequence[str], by_reference: Callable[..., Any]) -> None:
     """Reverse, second and forward derivatives of an op, from its schema and that of its backward, `<name>_backward`.
 
-    The backward takes the gradients of the op's first two results (of the second, the final state, None where it is not
-    used), then arguments of the op by the same names, and results of it.
+    The backward takes the gradients of the op's first two results (of the second None where it is not used), then arguments
+    and results of the op by the same names.
 
     Args:
         name: of the op.
         differentiable: its arguments whose gradients the backward gives, in this order; an empty one where one is absent.
         by_reference: takes the op's arguments and gives its results; those that the backward does not take have defaults.
-        saved: by the backward's name, which results of the op it takes.
     """
-    results = saved or {}
     backward = overload(f"{name}_backward")
     given = [a.name for a in overload(name)._schema.arguments]
+    results = [r.name for r in overload(name)._schema.returns]
     taken = [a.name for a in backward._schema.arguments][2:]
     tensors = {a.name for a in backward._schema.arguments if "Tensor" in str(a.type)}
 
@@ -144,14 +141,14 @@ def register_derivatives(
         return call
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-        values = dict(zip(given, inputs, strict=True)) | {key: output[i] for key, i in results.items()}
+        values = dict(zip(given, inputs, strict=True)) | dict(zip(results, output, strict=True))
         keep(ctx, {key: values[key] for key in taken})
         ctx.set_materialize_grads(False)
 
     def gradient(ctx: Any, dout: Tensor | None, dstate: Tensor | None, *_: None) -> tuple[Any, ...]:
         values = kept(ctx, taken)
         if dout is None:
-            dout = torch.zeros_like(values[differentiable[0]])
+            dout = torch.zeros_like(values.get(results[0], values[differentiable[0]]))
         if dstate is not None and dstate.dim() == 1:  # of a state that was not asked for, which comes back empty
             dstate = None
         found = backward(dout, dstate, *values.values())
@@ -236,9 +233,10 @@ def differentiate_gradient(
 
 
 def _differentiable(t: Tensor | None) -> Tensor | None:
-    if t is None or t.requires_grad:
+    """A tensor to differentiate by: a node of its own, behind which no other argument lies in the graph."""
+    if t is None:
         return t
-    return t.detach().requires_grad_()
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
 
 Axis = int | tuple[int, int] | None

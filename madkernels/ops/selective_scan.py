@@ -177,7 +177,7 @@ def _by_reference(
 
 
 _DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-register_derivatives("madkernels::selective_scan", _DIFFERENTIABLE, _by_reference, saved={"checkpoints": 2})
+register_derivatives("madkernels::selective_scan", _DIFFERENTIABLE, _by_reference)
 register_autocast("madkernels::selective_scan", activations=("u", "delta", "B", "C", "z"))
 register_autocast("madkernels::selective_scan_step", activations=("u", "delta", "B", "C", "z"))
 _CHANNELS: dict[str, Axis] = {
