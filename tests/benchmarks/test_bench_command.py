@@ -90,7 +90,7 @@ def test_peers_that_are_absent_are_listed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fft"], "op 'fft' has no benchmark; expected causal_conv or fft_conv or selective_scan"),
+        (["fft"], f"op 'fft' has no benchmark; expected {' or '.join(OPS)}"),
         (["causal_conv", "--dtype", "int8"], "--dtype: 'int8' is not one of float32"),
         (["causal_conv", "--pass", "up"], "--pass: 'up' is not one of fwd, bwd, both"),
         (["causal_conv", "--peers", "cudnn"], "causal_conv has no peer 'cudnn'; expected auto, none, or reference"),

@@ -123,6 +123,14 @@ def test_packed_gradients(name: str, lengths: list[int]) -> None:
     assert all(relative_error(found, wanted) < 1e-12 for found, wanted in pairs)
 
 
+def test_counts(name: str) -> None:
+    """What plans and tables ask of every layer."""
+    layer = build(name)
+    assert layer.flops(SEQLEN) > 0
+    assert layer.state_size(SEQLEN) > 0 or layer.mixes == "channel"
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_rows_of_a_batch_do_not_mix(name: str) -> None:
     layer, x = build(name), sequence(batch=3)
     assert relative_error(layer(x), torch.cat([layer(row) for row in x.split(1)])) < 1e-12

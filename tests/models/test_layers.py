@@ -14,7 +14,8 @@ from madkernels.models.layers import LAYERS, Layer
 from madkernels.models.layers.attention import rotate
 
 DIM, SEQLEN = 32, 21
-CHANNEL_MIXERS = {"swiglu", "mlp", "moe"}  # the channel mixers of RWKV see the token before
+SEES_THE_TOKEN_BEFORE = "rwkv-channel-mixer"  # which is one all the same
+CHANNEL_MIXERS = {name for name, layer in LAYERS.items() if layer.mixes == "channel"} - {SEES_THE_TOKEN_BEFORE}
 
 
 def build(name: str) -> Layer:
@@ -51,7 +52,7 @@ def test_sees_the_past(name: str) -> None:
     layer, x = build(name), sequence()
     y = layer(x)
     x[:, 10] += 1
-    seen = 11 if name == "rwkv-channel-mixer" else 12  # which sees the token before and no further
+    seen = 11 if name == SEES_THE_TOKEN_BEFORE else 12  # which sees the token before and no further
     assert not torch.allclose(layer(x)[:, seen], y[:, seen], atol=1e-5)
 
 
