@@ -42,10 +42,10 @@ class Case:
     """Sizes and options of one call of an op: a field for each axis and option, and a flag for each optional argument."""
 
     arguments: ClassVar[Arguments]
+    out: ClassVar[Axes] = ROWS
     name: str
     batch: int
     seqlen: int
-    dim: int
     quick: bool = False
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class Case:
     def axes(self) -> dict[str, Axes]:
         """The name of each axis of each input, and of `out`."""
         given = [name for name, argument in self.arguments.items() if not argument.optional or self.has(name)]
-        return {name: self.axes_of(name) for name in given} | {"out": ROWS}
+        return {name: self.axes_of(name) for name in given} | {"out": self.out}
 
     @property
     def exponentials(self) -> int:

@@ -24,6 +24,7 @@ class ConvCase(Case):
         "bias": Argument(("dim",), "parameter", optional=True),
         "initial_state": Argument(("sequences", "history", "dim"), optional=True),
     }
+    dim: int
     width: int
     bias: bool = False
     activation: str | None = None

@@ -32,6 +32,7 @@ class LongConvCase(Case):
         "post_gate": Argument(ROWS, optional=True),
         "initial_state": Argument(("sequences", "history", "dim"), "wide", optional=True),
     }
+    dim: int
     filter_len: int
     skip: bool = False
     gates: bool = False

@@ -43,6 +43,7 @@ class ScanCase(Case):
         "delta_bias": Argument(("dim",), "wide", optional=True),
         "initial_state": Argument(("sequences", "dim", "dstate"), "wide", optional=True),
     }
+    dim: int
     dstate: int
     groups: int = 1
     D: bool = False

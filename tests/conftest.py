@@ -38,13 +38,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out float64 on backends that have none of it, and what is slow unless it is asked for."""
+    """Leaves out what a backend has not, float64 and ops without CUDA kernels, and what is slow unless it is asked for."""
 
     def possible(item: pytest.Item) -> bool:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             return False
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        return parameters.get("backend", "cpu") == "cpu" or parameters.get("dtype") != torch.float64
+        if parameters.get("backend", "cpu") == "cpu":
+            return True
+        op = parameters.get("op")
+        return parameters.get("dtype") != torch.float64 and (op is None or op.name in native.ops_on_gpus())
 
     items[:] = [item for item in items if possible(item)]
 

@@ -29,7 +29,7 @@ Shape = tuple[int, ...]
 
 
 def offsets_of(lengths: Sequence[int]) -> Tensor:
-    """cu_seqlens of documents of these lengths."""
+    """Where documents of these lengths begin, and where the last ends."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=backends.device())
 
 
@@ -48,16 +48,19 @@ def _as_given(inputs: Inputs, options: Options) -> Inputs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OpCase:
-    """An op, as the contract's tests see it. A shape is (batch, seqlen, *sizes), and `sizes` begin with dim."""
+    """An op, as the contract's tests see it. A shape is (batch, seqlen, *sizes)."""
 
     name: str  # as in madkernels.OPS
     kind: type[Case]  # of its benchmark, which has the arguments
-    sizes: tuple[str, ...]  # what follows (batch, seqlen) in a shape
+    sizes: tuple[str, ...]  # what follows (batch, seqlen) in a shape; the first can be of any length
     derived: Callable[[Mapping[str, int]], Mapping[str, int]] = lambda sizes: {}  # axes whose lengths follow from others
     scale: Callable[[Inputs], Inputs] = _as_drawn  # unit normal values into what the op is given, element by element
     fit: Callable[[Inputs, Options], Inputs] = _as_given  # inputs into those that these options take
     variants: tuple[dict[str, Any], ...]  # options to go through; the first are those of every other test
-    has_state: Callable[[Options], bool] = lambda options: True  # whether with these options states go in and out
+    second: str = "return_final_state"  # the option that asks for the second result
+    has_second: Callable[[Options], bool] = lambda options: True  # whether with these options it can be asked for
+    result_axes: tuple[int, int] = (1, 0)  # along which results of documents come one after another
+    offsets: tuple[str, ...] = ("cu_seqlens",)  # the arguments that take the offsets of documents
 
     shapes: tuple[Shape, ...]  # around every edge of the kernels' tiles
     regimes: tuple[Shape, ...]  # sizes, one for each way to compute the op: for what has to hold in each
@@ -66,7 +69,9 @@ class OpCase:
     empty: tuple[Shape, ...]
     any_shape: st.SearchStrategy[Shape]  # with at least one step
 
-    slack: Callable[[], float] = lambda: 0.0  # relative error beyond that of the reference in the same dtype
+    slack: Callable[[torch.dtype], float] = lambda dtype: (
+        0.0
+    )  # relative error beyond that of the reference in the same dtype
     step_error: Mapping[torch.dtype, float] = field(default_factory=dict)  # of steps; if none, the bits of the whole
     state_error: float = 0.0  # of their state, in any dtype
     refused: Shape  # sizes for the refusals
@@ -120,17 +125,26 @@ class OpCase:
         """Inputs without the optional ones."""
         return {k: t for k, t in inputs.items() if not self.arguments[k].optional}
 
+    @property
+    def has_state(self) -> bool:
+        """Whether a sequence carries a state, which goes in and out."""
+        return "initial_state" in self.arguments
+
+    def documents(self, lengths: Sequence[int]) -> Inputs:
+        """The arguments that say where documents of these lengths lie."""
+        return dict.fromkeys(self.offsets, offsets_of(lengths))
+
     def packed(self, lengths: Sequence[int], *sizes: int, dtype: torch.dtype = torch.float32) -> Inputs:
         """Inputs of documents along one row."""
         return self.draw(1, sum(lengths), *sizes, dtype=dtype, docs=len(lengths))
 
     def whole(self, function: Callable[..., Any]) -> Function:
-        """All results of a call: the final state too, if it has one."""
+        """All results of a call: the second too, such as the final state, if it has one."""
 
         def call(**arguments: Any) -> Sequence[Tensor]:
-            if not self.has_state(arguments):
+            if not self.has_second(arguments):
                 return (function(**arguments),)
-            results: Sequence[Tensor] = function(**arguments, return_final_state=True)
+            results: Sequence[Tensor] = function(**arguments, **{self.second: True})
             return results
 
         return call
@@ -149,7 +163,8 @@ class OpCase:
         """Compares results and gradients of the op, or of another function, with those of the reference."""
         options = self.options | options
         op = self.call if function is None else self.whole(function)
-        checks.check(op, self.reference, self.fit(inputs, options), slack=self.slack(), **options)
+        dtype = inputs[next(iter(self.arguments))].dtype
+        checks.check(op, self.reference, self.fit(inputs, options), slack=self.slack(dtype), **options)
 
     def rows_at(self, inputs: Inputs, rows: slice | int) -> Inputs:
         """Inputs of some steps, or of one; what has no time stays as it is."""
@@ -167,9 +182,9 @@ class OpCase:
     def backward_arguments(
         self, given: Mapping[str, Any], results: Sequence[Tensor], gradient: Callable[[Tensor], Tensor]
     ) -> tuple[Any, ...]:
-        """Gradients of the first two results, what the op was given, and what it kept: its further results."""
-        forward = [a.name for a in self.dispatched()._schema.arguments]
+        """Gradients of the first two results, what the op was given, and those of its results that the backward takes."""
         names = [a.name for a in self.dispatched("_backward")._schema.arguments]
         gradients = dict(zip(names[:2], map(gradient, results[:2]), strict=True))
-        kept = dict(zip([k for k in names[2:] if k not in forward], [r.detach() for r in results[2:]], strict=True))
+        found = {r.name: t.detach() for r, t in zip(self.dispatched()._schema.returns, results, strict=True)}
+        kept = {key: t for key, t in found.items() if key in names}
         return self.dispatcher_arguments({**given, **gradients, **kept}, "_backward")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import CASES
 from checks import Function, relative_rms
-from op_cases import Inputs, OpCase, Options, offsets_of
+from op_cases import Inputs, OpCase, Options
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -38,13 +38,26 @@ def test_derivatives_agree_with_differences(op: OpCase, options: Options) -> Non
     assert torch.autograd.gradgradcheck(call, values, check_fwd_over_rev=True)
 
 
+def test_second_derivatives_where_gradients_depend_on_inputs(op: OpCase) -> None:
+    """As of a loss that is not linear in the output: what is given to the backward has a graph to the same inputs."""
+    inputs = {k: t.requires_grad_() for k, t in op.draw(2, 5, *op.small, dtype=torch.float64).items()}
+
+    def second(function: Function) -> list[Tensor]:
+        loss = torch.stack([t.square().sum() for t in function(**inputs, **op.options)]).sum()
+        first = torch.autograd.grad(loss, list(inputs.values()), create_graph=True)
+        return list(torch.autograd.grad(torch.stack([t.square().sum() for t in first]).sum(), list(inputs.values())))
+
+    for value, wanted in zip(second(op.call), second(op.reference), strict=True):
+        assert relative_rms(value, wanted) < 1e-10
+
+
 def test_second_derivatives_of_packed_documents(op: OpCase) -> None:
     """Of the output alone: the state then has no gradient."""
     inputs = {k: t.requires_grad_() for k, t in op.packed((1, 3), *op.small, dtype=torch.float64).items()}
     first = op.names("seqlen")[0]
 
     def call(value: Tensor) -> Tensor:
-        return op.call(**inputs | {first: value}, **op.options, cu_seqlens=offsets_of((1, 3)))[0]
+        return op.call(**inputs | {first: value}, **op.options, **op.documents((1, 3)))[0]
 
     assert torch.autograd.gradgradcheck(call, (inputs[first],))
 
@@ -123,6 +136,7 @@ def test_forward_mode_through_a_model(arch: str) -> None:
     torch.testing.assert_close(along, wanted)
 
 
+@pytest.mark.parametrize("op", [op for op in CASES.values() if op.has_state], ids=lambda op: op.name)
 def test_steps_refuse_tangents_by_name(op: OpCase) -> None:
     """Of the state and of every input."""
     inputs = op.rows_at(op.draw(2, 1, *op.small), 0)

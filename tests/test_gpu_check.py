@@ -13,6 +13,7 @@ import gpu_smoke
 import pytest
 import torch
 
+from madkernels import OPS
 from madkernels.cli import bench
 
 
@@ -90,7 +91,7 @@ def test_what_the_sanitizer_is_given_runs(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_bench_takes_its_cases(tmp_path: Path) -> None:
-    for op in gpu_check.OPS:
+    for op in OPS:
         file = tmp_path / f"{op}.json"
         gpu_check.write_training_case(op, file)
         benchmark = bench._benchmark(op)

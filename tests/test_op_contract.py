@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from op_cases import DTYPES, Inputs, OpCase, Shape, changed, offsets_of
 from torch import Tensor
 
+from madkernels.benchmarks.cases import ROWS
+
 pytestmark = pytest.mark.usefixtures("backend")
 LENGTHS = [(5, 1, 0, 64, 33), (100,), (0, 0, 3), (2, 2, 2, 2), (31, 33, 64, 1), (150, 40)]
 
@@ -43,6 +45,13 @@ def each(values: Callable[[OpCase], Any]) -> list[Any]:
     return [pytest.param(op, v, id=f"{op.name}-{getattr(v, '__name__', v)}") for op in CASES.values() for v in values(op)]
 
 
+def rows_alone(op: OpCase) -> bool:
+    """Whether its first argument is (batch, seqlen, dim), whose layout the output has."""
+    return next(iter(op.arguments.values())).axes == ROWS
+
+
+WITH_STATE = [op for op in CASES.values() if op.has_state]
+each_with_state = pytest.mark.parametrize("op", WITH_STATE, ids=lambda op: op.name)
 each_regime = pytest.mark.parametrize(("op", "regime"), each(lambda op: op.regimes))
 
 
@@ -133,7 +142,7 @@ def test_offsets_beyond_32_bits(op: OpCase, regime: Shape) -> None:
         assert same_bits(op, changed(inputs, far_apart, [name]), inputs), name
 
 
-@each_regime
+@pytest.mark.parametrize(("op", "regime"), each(lambda op: op.regimes if rows_alone(op) else ()))
 def test_transposed_view_stays_transposed(op: OpCase, regime: Shape) -> None:
     inputs = laid_out(op, op.draw(2, 40, *regime), transposed)
     assert op.call(**inputs, **op.options)[0].stride() == next(iter(inputs.values())).stride()
@@ -155,7 +164,7 @@ def test_gradient_of_a_sum(op: OpCase) -> None:
 
 def check_packed(op: OpCase, lengths: tuple[int, ...], regime: Shape, function: Callable[..., Any] | None = None) -> None:
     inputs = laid_out(op, op.packed(lengths, *regime), LAYOUTS[LENGTHS.index(lengths) % 2])
-    op.check(inputs, function, cu_seqlens=offsets_of(lengths))
+    op.check(inputs, function, **op.documents(lengths))
 
 
 @each_regime
@@ -172,16 +181,16 @@ def test_packed_documents_equal_those_apart(op: OpCase, regime: Shape) -> None:
     parts = [(i, slice(begin, end)) for i, (begin, end) in bounds]
     for options in op.variants:
         inputs = op.fit(op.packed(lengths, *regime), options)
-        packed = op.call(**inputs, **options, cu_seqlens=offsets_of(lengths))
+        packed = op.call(**inputs, **options, **op.documents(lengths))
         states = op.names("sequences")
         alone = [
             op.call(**changed(op.rows_at(inputs, rows), lambda t, i=i: t[i : i + 1], states), **options) for i, rows in parts
         ]
-        for axis, together, apart in zip((1, 0), packed, zip(*alone, strict=True), strict=False):
+        for axis, together, apart in zip(op.result_axes, packed, zip(*alone, strict=True), strict=False):
             assert relative_rms(together, torch.cat(apart, axis)) < 1e-6
 
 
-@each_regime
+@pytest.mark.parametrize(("op", "regime"), each(lambda op: op.regimes if op.has_state else ()))
 @pytest.mark.parametrize("cut", [1, 20, 64])
 def test_chunks_equal_the_whole(op: OpCase, regime: Shape, cut: int) -> None:
     inputs = op.draw(2, 65, *regime)
@@ -220,12 +229,14 @@ def check_steps(op: OpCase, shape: Shape, dtype: torch.dtype, step: Callable[...
     assert_near(state, final, op.state_error)
 
 
+@each_with_state
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_step_by_step(op: OpCase, dtype: torch.dtype) -> None:
     for shape in op.shapes:
         check_steps(op, shape, dtype, op.step)
 
 
+@each_with_state
 def test_step_matches_reference(op: OpCase) -> None:
     for regime in op.regimes:
         inputs = op.draw(2, 1, *regime)
@@ -273,7 +284,7 @@ def test_opcheck(op: OpCase, layout: Any, packed: bool, optional: bool) -> None:
     inputs = laid_out(op, op.packed((1, 3), *op.small) if packed else op.draw(1, 4, *op.small), layout)
     given = {k: t.requires_grad_() for k, t in (inputs if optional else op.least(inputs)).items()}
     if packed:
-        given["cu_seqlens"] = offsets_of((1, 3))
+        given |= op.documents((1, 3))
     forward, backward = op.dispatched(), op.dispatched("_backward")
     arguments = op.dispatcher_arguments(given)
     torch.library.opcheck(forward, arguments)
@@ -283,6 +294,7 @@ def test_opcheck(op: OpCase, layout: Any, packed: bool, optional: bool) -> None:
     torch.library.opcheck(backward, op.backward_arguments(given, results, torch.randn_like))
 
 
+@each_with_state
 def test_opcheck_step(op: OpCase) -> None:
     inputs = op.draw(2, 1, *op.small)
     given = op.rows_at(inputs, 0) | {"state": inputs["initial_state"]}
@@ -334,26 +346,29 @@ def test_refusals(op: OpCase, refusal: tuple[Inputs, str]) -> None:
 
 def test_refuses_documents_of_several_rows(op: OpCase) -> None:
     with pytest.raises(RuntimeError, match=f"{op.name}: .*expected batch 1, got 2"):
-        op.function(**op.draw(2, 5, *op.small), cu_seqlens=offsets_of((5,)))
+        op.function(**op.draw(2, 5, *op.small), **op.documents((5,)))
 
 
 @pytest.mark.backends("cpu")  # on a GPU the host would have to wait to see them
 @pytest.mark.parametrize(
     ("offsets", "message"),
     [
-        ([1, 5], "cu_seqlens starts with 1; expected 0"),
-        ([0, 4, 3, 5], "cu_seqlens falls from 4 to 3 at index 2"),
-        ([0, 3], "cu_seqlens ends with 3; expected the seqlen, 5"),
+        ([1, 5], "starts with 1; expected 0"),
+        ([0, 4, 3, 5], "falls from 4 to 3 at index 2"),
+        ([0, 3], "ends with 3; expected the seqlen, 5"),
     ],
 )
 def test_refuses_bad_offsets(op: OpCase, offsets: list[int], message: str) -> None:
     inputs = op.draw(1, 5, *op.small, docs=len(offsets) - 1)
-    with pytest.raises(RuntimeError, match=f"{op.name}: {message}"):
-        op.function(**inputs, cu_seqlens=torch.tensor(offsets, dtype=torch.int32))
-    with pytest.raises(RuntimeError, match=rf"{op.name}: cu_seqlens has dtype int64; .* it takes int32"):
-        op.function(**inputs, cu_seqlens=torch.tensor(offsets))
+    for name in op.offsets:
+        given = op.documents((5,)) | {name: torch.tensor(offsets, dtype=torch.int32)}
+        with pytest.raises(RuntimeError, match=f"{op.name}: {name} {message}"):
+            op.function(**inputs, **given)
+        with pytest.raises(RuntimeError, match=rf"{op.name}: {name} has dtype int64; .* it takes int32"):
+            op.function(**inputs, **given | {name: torch.tensor(offsets)})
 
 
+@each_with_state
 @pytest.mark.parametrize("layout", [transposed, strided])
 def test_step_refuses_a_state_it_cannot_update(op: OpCase, layout: Any) -> None:
     inputs = op.draw(2, 1, *op.small)
@@ -375,14 +390,15 @@ def mutants_of(op: OpCase) -> list[Callable[..., Any]]:
         return op.function(**inputs | {"initial_state": 0 * inputs["initial_state"]})
 
     def returns_zeros(**inputs: Any) -> Any:
-        out, state = op.function(**inputs)
-        return out * 0, state
+        out, second = op.function(**inputs)
+        return out * 0, second
 
-    def drops_the_final_states_gradient(**inputs: Any) -> Any:
-        out, state = op.function(**inputs)
-        return out, state.detach() + 0 * out.sum()
+    def drops_the_second_results_gradient(**inputs: Any) -> Any:
+        out, second = op.function(**inputs)
+        return out, second.detach() + 0 * out.sum()
 
-    return [*op.mutants, sees_one_step_ahead, drops_the_carry, returns_zeros, drops_the_final_states_gradient]
+    of_any = [sees_one_step_ahead, returns_zeros, drops_the_second_results_gradient]
+    return [*op.mutants, *of_any, *([drops_the_carry] if op.has_state else [])]
 
 
 @pytest.mark.backends("cpu")
@@ -393,6 +409,7 @@ def test_mutants_are_caught(op: OpCase, mutant: Any) -> None:
             op.check(op.draw(2, 65, *regime), mutant)
 
 
+@each_with_state
 @pytest.mark.backends("cpu")
 def test_a_state_that_crosses_documents_is_caught(op: OpCase) -> None:
     def joins_the_documents(cu_seqlens: Tensor, initial_state: Tensor, **inputs: Any) -> Any:
@@ -404,6 +421,7 @@ def test_a_state_that_crosses_documents_is_caught(op: OpCase) -> None:
             check_packed(op, LENGTHS[0], regime, joins_the_documents)
 
 
+@each_with_state
 @pytest.mark.backends("cpu")
 def test_a_step_that_keeps_its_state_is_caught(op: OpCase) -> None:
     def forgets_the_update(state: Tensor, **rest: Any) -> Tensor:

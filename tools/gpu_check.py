@@ -25,7 +25,7 @@ from typing import IO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package is not installed where this runs
 
-from madkernels import OPS  # noqa: E402
+import native  # noqa: E402
 
 TESTED_WITH = ("pytest", "hypothesis")
 WORKERS = 4  # processes that run op tests, where pytest-xdist is installed: most of their time is the CPU's
@@ -166,7 +166,7 @@ def check_ops(checks: Checks) -> None:
     if absent := missing(TESTED_WITH):
         checks.skip("op-tests", f"{' and '.join(absent)} not installed: give a folder of wheels as WHEELS")
     else:
-        tests = ["tests/test_op_contract.py", *(f"tests/test_{op}.py" for op in OPS)]
+        tests = ["tests/test_op_contract.py", *(f"tests/test_{op}.py" for op in native.ops_on_gpus())]
         workers = [] if missing(("xdist",)) else ["-n", str(WORKERS)]
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "--backend", "cuda", *tests]
         checks.run("op-tests", pytest, LIMITS["op-tests"])
@@ -223,7 +223,7 @@ def main() -> int:
     if checks.run("build", build, LIMITS["build"], **settings):
         checks.environment["PYTHONPATH"] = str(ROOT)
         check_ops(checks)
-        for op in OPS:
+        for op in native.ops_on_gpus():
             time_training_case(checks, op)
         together = [sys.executable, "tools/gpu_together.py", "--json", str(checks.out / "together.json")]
         checks.run("together", together, LIMITS["together"])

@@ -17,6 +17,11 @@ SANITIZE = os.environ.get("MADKERNELS_SANITIZE", "OFF")
 BUILD = ROOT / "build" / (sys.implementation.cache_tag + ("" if SANITIZE == "OFF" else "-sanitize"))
 
 
+def ops_on_gpus() -> list[str]:
+    """The ops that have CUDA kernels among the sources."""
+    return sorted({kernel.parent.name for kernel in (ROOT / "csrc").glob("*/*.cu")} - {"common"})
+
+
 def find_nvcc() -> str | None:
     """nvcc of PATH, CUDA_HOME, /usr/local/cuda or the packages of this Python, as csrc/nvcc.cmake looks for it."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]

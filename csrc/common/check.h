@@ -173,25 +173,26 @@ class Checks {
 
   // The documents of `cu_seqlens`; without it, one sequence a batch row. Its values are looked at on the CPU only, where
   // that costs no synchronisation; kernels on a GPU stay inside the row whatever they are.
-  Documents documents(const OptionalTensor& cu_seqlens, int64_t batch, int64_t seqlen) const {
+  Documents documents(const OptionalTensor& cu_seqlens, int64_t batch, int64_t seqlen,
+                      const char* name = "cu_seqlens") const {
     if (!cu_seqlens) return {.cu_seqlens = nullptr, .count = batch, .seqlen = seqlen};
     const Tensor& offsets = *cu_seqlens;
-    MK_CHECK(batch == 1, op_, ": cu_seqlens packs documents along one row; expected batch 1, got ", batch);
-    MK_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1, op_, ": cu_seqlens has shape ", to_string(shape_of(offsets)),
+    MK_CHECK(batch == 1, op_, ": ", name, " packs documents along one row; expected batch 1, got ", batch);
+    MK_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1, op_, ": ", name, " has shape ", to_string(shape_of(offsets)),
              "; expected (num_docs + 1,)");
-    shape("cu_seqlens", offsets, shape_of(offsets));
-    type("cu_seqlens", offsets, {ScalarType::Int});
-    MK_CHECK(offsets.size(0) == 1 || offsets.stride(0) == 1, op_, ": cu_seqlens must be contiguous");
+    shape(name, offsets, shape_of(offsets));
+    type(name, offsets, {ScalarType::Int});
+    MK_CHECK(offsets.size(0) == 1 || offsets.stride(0) == 1, op_, ": ", name, " must be contiguous");
     const auto* values = static_cast<const int32_t*>(offsets.data_ptr());
     const int64_t count = offsets.size(0) - 1;
-    MK_CHECK(count > 0 || seqlen == 0, op_, ": cu_seqlens has no document; the seqlen is ", seqlen);
+    MK_CHECK(count > 0 || seqlen == 0, op_, ": ", name, " has no document; the seqlen is ", seqlen);
     if (!MADKERNELS_GPU) {
-      MK_CHECK(values[0] == 0, op_, ": cu_seqlens starts with ", values[0], "; expected 0");
+      MK_CHECK(values[0] == 0, op_, ": ", name, " starts with ", values[0], "; expected 0");
       for (int64_t i = 0; i < count; i++) {
-        MK_CHECK(values[i] <= values[i + 1], op_, ": cu_seqlens falls from ", values[i], " to ", values[i + 1], " at index ",
+        MK_CHECK(values[i] <= values[i + 1], op_, ": ", name, " falls from ", values[i], " to ", values[i + 1], " at index ",
                  i + 1);
       }
-      MK_CHECK(values[count] == seqlen, op_, ": cu_seqlens ends with ", values[count], "; expected the seqlen, ", seqlen);
+      MK_CHECK(values[count] == seqlen, op_, ": ", name, " ends with ", values[count], "; expected the seqlen, ", seqlen);
     }
     return {.cu_seqlens = values, .count = count, .seqlen = seqlen};
   }

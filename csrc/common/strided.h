@@ -32,6 +32,28 @@ struct Projection {
   }
 };
 
+// [batch, seqlen, heads, head_dim], any strides.
+struct Heads {
+  void* data = nullptr;
+  int64_t batch_stride = 0, time_stride = 0, head_stride = 0, dim_stride = 0;
+
+  template <class T>
+  MADKERNELS_ANYWHERE T* at(int64_t b, int64_t t, int64_t h) const {
+    return static_cast<T*>(data) + b * batch_stride + t * time_stride + h * head_stride;
+  }
+};
+
+// [batch, heads, queries, keys], any strides.
+struct ScoreBias {
+  void* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, query_stride = 0, key_stride = 0;
+
+  template <class T>
+  MADKERNELS_ANYWHERE T* at(int64_t b, int64_t h, int64_t query, int64_t key) const {
+    return static_cast<T*>(data) + b * batch_stride + h * head_stride + query * query_stride + key * key_stride;
+  }
+};
+
 // Steps begin .. end - 1 of batch row `batch`: a document, or the part of one that is worked on. I: int on a GPU, where
 // registers are few.
 template <class I>

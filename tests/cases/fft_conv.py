@@ -55,7 +55,7 @@ CASE = OpCase(
     scale=scale,
     fit=fit,
     variants=({"causal": True}, {"causal": False}),
-    has_state=is_causal,
+    has_second=is_causal,
     shapes=(
         (2, 65, 37, 37, 65),  # as long as the sequence
         (1, 300, 16, 16, 300),

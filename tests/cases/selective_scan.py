@@ -50,7 +50,7 @@ def mean_error_of_exp2() -> float:
     return float((state[0].double() / exact - 1).mean())
 
 
-def slack() -> float:
+def slack(dtype: torch.dtype) -> float:
     return EXP2_ERRORS * abs(mean_error_of_exp2()) if backends.device().type == "cuda" else 0.0
 
 

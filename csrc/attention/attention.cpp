@@ -1,0 +1,253 @@
+// Attention: schema, checks, allocation, registration.
+#include "attention/attention.h"
+
+#include <cmath>
+#include <tuple>
+
+#include "common/check.h"
+
+namespace madkernels {
+namespace {
+
+Heads heads_of(const Tensor& t) {
+  return {.data = t.data_ptr(),
+          .batch_stride = t.stride(0),
+          .time_stride = t.stride(1),
+          .head_stride = t.stride(2),
+          .dim_stride = t.stride(3)};
+}
+
+ScoreBias bias_of(const OptionalTensor& t) {
+  if (!t) return {};
+  return {.data = t->data_ptr(),
+          .batch_stride = t->stride(0),
+          .head_stride = t->stride(1),
+          .query_stride = t->stride(2),
+          .key_stride = t->stride(3)};
+}
+
+// The arguments after checks, held while kernels use their memory.
+struct Arguments {
+  Tensor q, k, v;
+  OptionalTensor bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k;
+  Attention params{};
+
+  Shape shape_of_out() const { return {params.batch, params.queries(), params.heads, params.value_dim}; }
+  Shape shape_of_lse() const { return {params.batch, params.heads, params.queries()}; }
+  Shape shape_of_bias() const { return {params.batch, params.heads, params.queries(), params.keys()}; }
+};
+
+// How far to one side a query sees; without a limit, beyond all.
+int64_t reach(const char* op, const char* name, std::optional<int64_t> limit, int64_t all) {
+  MK_CHECK(!limit || *limit >= 0, op, ": ", name, " is ", limit.value_or(0), "; expected 0 at least, or None");
+  return least(limit.value_or(all), all);
+}
+
+Arguments check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& bias,
+                const OptionalTensor& alibi_slopes, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                bool causal, std::optional<int64_t> left, std::optional<int64_t> right, std::optional<double> softmax_scale,
+                std::optional<double> softcap) {
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>("q", q), {"k", k}, {"v", v}}) {
+    MK_CHECK(t.dim() == 4, op, ": ", name, " has shape ", to_string(shape_of(t)),
+             "; expected (batch, seqlen, heads, head_dim)");
+  }
+  const Checks checks(op, "q", q);
+  Attention p{};
+  p.dtype = checks.dtype();
+  p.batch = q.size(0), p.heads = q.size(2), p.head_dim = q.size(3);
+  p.kv_heads = k.size(2), p.value_dim = v.size(3);
+  const int64_t queries = q.size(1), keys = k.size(1), all = queries + keys;
+  MK_CHECK(p.head_dim >= 1 && p.value_dim >= 1, op, ": a head_dim is 0; expected 1 at least");
+  MK_CHECK(p.kv_heads >= 1 && p.heads % p.kv_heads == 0, op, ": k has ", p.kv_heads, " heads; expected a divisor of the ",
+           p.heads, " heads of q");
+  checks.activation("k", k, {p.batch, keys, p.kv_heads, p.head_dim});
+  checks.activation("v", v, {p.batch, keys, p.kv_heads, p.value_dim});
+  checks.activation("bias", bias, {p.batch, p.heads, queries, keys});
+  checks.tensor("alibi_slopes", alibi_slopes, {p.batch, p.heads}, checks.accumulate_type());
+  MK_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(), op, ": cu_seqlens_q and cu_seqlens_k come together");
+  p.q_docs = checks.documents(cu_seqlens_q, p.batch, queries, "cu_seqlens_q");
+  p.k_docs = checks.documents(cu_seqlens_k, p.batch, keys, "cu_seqlens_k");
+  MK_CHECK(p.q_docs.count == p.k_docs.count, op, ": cu_seqlens_k has ", p.k_docs.count, " documents; expected the ",
+           p.q_docs.count, " of cu_seqlens_q");
+  p.left = reach(op, "left", left, all), p.right = causal ? 0 : reach(op, "right", right, all);
+  p.scale = softmax_scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim))), p.softcap = softcap.value_or(0);
+  MK_CHECK(p.softcap >= 0, op, ": softcap is ", p.softcap, "; expected 0 (none) or above");
+  Arguments a{.q = q,
+              .k = k,
+              .v = v,
+              .bias = bias,
+              .alibi_slopes = contiguous(alibi_slopes),
+              .cu_seqlens_q = cu_seqlens_q,
+              .cu_seqlens_k = cu_seqlens_k,
+              .params = p};
+  a.params.q = heads_of(q), a.params.k = heads_of(k), a.params.v = heads_of(v);
+  a.params.bias = bias_of(bias), a.params.alibi_slopes = data_or_null(a.alibi_slopes);
+  return a;
+}
+
+// ---- the CPU's work ----
+
+// Documents in parts of at most `length` steps.
+std::vector<Span> parts_of(const Documents& docs, int64_t length) {
+  std::vector<Span> parts;
+  for (int64_t doc = 0; doc < docs.count; doc++) {
+    const Span whole = docs.span(doc);
+    for (int64_t t = whole.begin; t < whole.end; t += length) {
+      parts.push_back({doc, whole.batch, t, least(t + length, whole.end)});
+    }
+  }
+  return parts;
+}
+
+int64_t count_of(const std::vector<Span>& parts) { return static_cast<int64_t>(parts.size()); }
+
+// Memory for packed copies, aligned to a cache line.
+class Packed {
+ public:
+  Packed(int64_t bytes, const Tensor& like) : memory_(empty({bytes + 64}, ScalarType::Byte, like)) {}
+  void* data() const {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data_ptr());
+    return reinterpret_cast<void*>((address + 63) / 64 * 64);
+  }
+
+ private:
+  Tensor memory_;
+};
+
+// Operations of the products of one query with the keys of its document, all of them seen.
+int64_t operations(const Attention& p) { return (p.head_dim + p.value_dim) * p.keys() / most<int64_t>(p.k_docs.count, 1); }
+
+template <class F>
+void in_turns(int64_t count, int64_t each, F&& f) {
+  int64_t taken = 0;
+  const Turns turns{count, &taken};
+  torch::stable::parallel_for(0, count, grain(each), [&](int64_t, int64_t) { f(turns); });
+}
+
+void run_forward(const Arguments& a) {
+  const Attention& p = a.params;
+  const AttentionKernels& kernels = attention_cpu();
+  const std::vector<Span> q_parts = parts_of(p.q_docs, kernels.queries(p.dtype)), k_parts = parts_of(p.k_docs, kernels.keys);
+  const Packed packed(kernels.bytes(p), a.q);
+  const AttentionWork work{.q_parts = q_parts.data(),
+                           .k_parts = k_parts.data(),
+                           .q_part_count = count_of(q_parts),
+                           .k_part_count = count_of(k_parts),
+                           .splits = 1,
+                           .packed = packed.data()};
+  torch::stable::parallel_for(0, p.kv_heads * work.k_part_count, grain(kernels.keys * (p.head_dim + p.value_dim)),
+                              [&](int64_t begin, int64_t end) { kernels.pack_keys(p, work, begin, end); });
+  in_turns(p.heads * work.q_part_count, kernels.queries(p.dtype) * operations(p) / 8,
+           [&](const Turns& turns) { kernels.forward(p, work, turns); });
+}
+
+// Into how many items the keys of a document are cut: enough that the longest document does not leave threads without work,
+// whatever their number. Each has a dQ of its own until they are summed.
+int64_t splits_of(const Attention& p) {
+  constexpr int64_t kItems = 32, kMost = 8;
+  double all = 0, longest = 0;
+  for (int64_t doc = 0; doc < p.q_docs.count; doc++) {
+    const double pairs = static_cast<double>(p.q_docs.span(doc).length()) * static_cast<double>(p.k_docs.span(doc).length());
+    all += pairs, longest = most(longest, pairs);
+  }
+  if (all == 0) return 1;
+  return most<int64_t>(
+      1, least<int64_t>(kMost, static_cast<int64_t>(kItems * longest / (all * static_cast<double>(p.kv_heads)))));
+}
+
+void run_backward(const Arguments& a, const AttentionBackward& q, int64_t splits) {
+  const Attention& p = a.params;
+  const AttentionBackwardKernels& kernels = attention_backward_cpu();
+  const std::vector<Span> parts = parts_of(p.q_docs, kernels.queries);
+  AttentionWork work{.q_parts = parts.data(),
+                     .k_parts = nullptr,
+                     .q_part_count = count_of(parts),
+                     .k_part_count = 0,
+                     .splits = splits,
+                     .packed = nullptr};
+  const Packed packed(kernels.bytes(q, work), a.q);
+  work.packed = packed.data();
+  const int64_t items = p.heads * work.q_part_count, each = grain(kernels.queries * (p.head_dim + p.value_dim) * 2);
+  torch::stable::parallel_for(0, items, each,
+                              [&](int64_t begin, int64_t end) { kernels.pack_queries(q, work, begin, end); });
+  in_turns(p.q_docs.count * p.kv_heads * splits,
+           p.queries() / most<int64_t>(p.q_docs.count, 1) * operations(p) / (4 * splits) * (p.heads / p.kv_heads),
+           [&](const Turns& turns) { kernels.backward(q, work, turns); });
+  torch::stable::parallel_for(0, items, each, [&](int64_t begin, int64_t end) { kernels.write_dq(q, work, begin, end); });
+}
+
+// ---- the ops ----
+
+// -> out (batch, queries, heads, value_dim), lse (batch, heads, queries)
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, OptionalTensor bias, OptionalTensor alibi_slopes,
+                                     OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool causal,
+                                     std::optional<int64_t> left, std::optional<int64_t> right,
+                                     std::optional<double> softmax_scale, std::optional<double> softcap) {
+  Arguments a = check("attention", q, k, v, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k, causal, left, right,
+                      softmax_scale, softcap);
+  Tensor out = empty(a.shape_of_out(), q.scalar_type(), q);
+  Tensor lse = empty(a.shape_of_lse(), Checks("attention", "q", q).accumulate_type(), q);
+  a.params.out = heads_of(out), a.params.lse = lse.data_ptr();
+  run_forward(a);
+  return {out, lse};
+}
+
+// Gradients; where an argument is absent, its gradient is empty (0,).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, OptionalTensor bias, OptionalTensor alibi_slopes,
+    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool causal, std::optional<int64_t> left,
+    std::optional<int64_t> right, std::optional<double> softmax_scale, std::optional<double> softcap, Tensor out,
+    Tensor lse) {
+  const char* op = "attention_backward";
+  Arguments a =
+      check(op, q, k, v, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k, causal, left, right, softmax_scale, softcap);
+  const Attention& p = a.params;
+  const Checks checks(op, "q", q);
+  const ScalarType type = q.scalar_type(), wide = checks.accumulate_type();
+  checks.activation("dout", dout, a.shape_of_out());
+  checks.activation("out", out, a.shape_of_out());
+  checks.tensor("lse", lse, a.shape_of_lse(), wide);
+  checks.tensor("dlse", dlse, a.shape_of_lse(), wide);
+  const Tensor kept_lse = torch::stable::contiguous(lse);
+  const OptionalTensor dense_dlse = contiguous(dlse);
+  a.params.out = heads_of(out), a.params.lse = kept_lse.data_ptr();
+
+  const int64_t splits = splits_of(p), slope_parts = splits * (cu_seqlens_q ? p.q_docs.count : 1);
+  Tensor dq = empty(shape_of(q), type, q), dk = empty(shape_of(k), type, q), dv = empty(shape_of(v), type, q);
+  Tensor dbias = empty(bias ? a.shape_of_bias() : Shape{0}, wide, q);
+  Tensor slopes = empty(alibi_slopes ? Shape{slope_parts, p.batch, p.heads} : Shape{0}, wide, q);
+  torch::stable::zero_(dbias);
+  torch::stable::zero_(slopes);
+  const AttentionBackward grads{.forward = p,
+                                .dout = heads_of(dout),
+                                .dlse = data_or_null(dense_dlse),
+                                .dq = heads_of(dq),
+                                .dk = heads_of(dk),
+                                .dv = heads_of(dv),
+                                .dbias = bias ? dbias.data_ptr() : nullptr,
+                                .dalibi_parts = alibi_slopes ? slopes.data_ptr() : nullptr};
+  run_backward(a, grads, splits);
+  return {dq, dk, dv, torch::stable::to(dbias, type), alibi_slopes ? sum_parts(slopes, 0) : empty({0}, wide, q)};
+}
+
+}  // namespace
+
+#if MADKERNELS_DEFINES_SCHEMA
+STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, Tensor? cu_seqlens_q, "
+      "Tensor? cu_seqlens_k, bool causal, int? left, int? right, float? softmax_scale, float? softcap) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, int? left, int? right, float? softmax_scale, "
+      "float? softcap, Tensor out, Tensor lse) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dalibi_slopes)");
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(MADKERNELS_LIBRARY, MADKERNELS_KEY, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+}
+
+}  // namespace madkernels

@@ -1,0 +1,114 @@
+// Softmax attention: what its kernels take. No torch here.
+//
+//   score[i, j] = cap(scale q_i k_j) - slope |i - j| + bias[i, j],  cap(s) = softcap tanh(s / softcap)
+//   out_i = sum_j softmax_j(score[i, j]) v_j,   lse_i = log sum_j e^score[i, j]
+//
+// over the keys j that query i sees: those of its document, at most `left` before and `right` behind it, where the last
+// query stands at the last key. A query that sees none has out 0 and lse -infinity. Query head h reads key head
+// h / (heads / kv_heads).
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu.h"
+#include "common/dtype.h"
+#include "common/integers.h"
+#include "common/strided.h"
+
+namespace madkernels {
+
+struct Attention {
+  DType dtype;
+  int64_t batch, heads, kv_heads, head_dim, value_dim;
+  Documents q_docs, k_docs;  // as many of each; with their seqlens
+  int64_t left, right;       // at least the seqlen where there is no limit
+  double scale, softcap;     // softcap 0: none
+
+  Heads q, k, v;             // [batch, seqlen, heads, head_dim], any strides
+  Heads out;                 // [batch, queries, heads, value_dim], contiguous
+  void* lse;                 // [batch, heads, queries]; accumulation type
+  ScoreBias bias;            // [batch, heads, queries, keys], any strides, or null
+  const void* alibi_slopes;  // [batch, heads] or null; accumulation type
+
+  MADKERNELS_ANYWHERE int64_t queries() const { return q_docs.seqlen; }
+  MADKERNELS_ANYWHERE int64_t keys() const { return k_docs.seqlen; }
+  MADKERNELS_ANYWHERE int64_t key_head(int64_t head) const { return head / (heads / kv_heads); }
+  // Whether scores are products times a positive factor, so that their order is that of the products.
+  MADKERNELS_ANYWHERE bool plain() const { return scale > 0 && softcap == 0 && !bias.data && !alibi_slopes; }
+  template <class A>
+  MADKERNELS_ANYWHERE A* lse_of(int64_t b, int64_t head) const {
+    return static_cast<A*>(lse) + (b * heads + head) * queries();
+  }
+  template <class A>
+  MADKERNELS_ANYWHERE A slope(int64_t b, int64_t head) const {
+    return alibi_slopes ? static_cast<const A*>(alibi_slopes)[b * heads + head] : A(0);
+  }
+};
+
+struct AttentionBackward {
+  Attention forward;
+  Heads dout;          // [batch, queries, heads, value_dim], any strides
+  const void* dlse;    // [batch, heads, queries] or null; accumulation type
+  Heads dq, dk, dv;    // as q, k, v, contiguous
+  void* dbias;         // [batch, heads, queries, keys] or null; accumulation type, zeroed
+  void* dalibi_parts;  // [parts, batch, heads] or null; accumulation type
+};
+
+// ---- CPU ----
+
+// A CPU's kernels read q, k and v from packed copies. Those of a document begin at a multiple of `unit` rows, and rows up to
+// the next multiple are theirs.
+struct PackedRows {
+  int64_t unit;
+
+  int64_t begin(const Documents& docs, int64_t doc) const {
+    return docs.cu_seqlens ? ceil_div(docs.begin(doc), unit) * unit + doc * unit : doc * ceil_div(docs.seqlen, unit) * unit;
+  }
+  int64_t count(const Documents& docs) const {
+    return docs.count > 0
+               ? begin(docs, docs.count - 1) + ceil_div(docs.end(docs.count - 1) - docs.begin(docs.count - 1), unit) * unit
+               : 0;
+  }
+};
+
+// What one call of the CPU's kernels shares: parts of documents as items of work, and packed copies.
+struct AttentionWork {
+  const Span *q_parts, *k_parts;  // of at most as many steps as the kernels say
+  int64_t q_part_count, k_part_count;
+  int64_t splits;  // backward: items of a document and key head
+  void* packed;    // as many bytes as the kernels say, aligned to 64
+};
+
+// Items that threads take in turn, since some are much longer than others.
+struct Turns {
+  int64_t count;
+  int64_t* taken;
+
+  int64_t next() const { return __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED); }
+};
+
+struct AttentionKernels {
+  int64_t (*queries)(DType);  // of a part
+  int64_t keys;               // of a part
+  int64_t (*bytes)(const Attention&);
+  // Items: (key head, key part).
+  void (*pack_keys)(const Attention&, const AttentionWork&, int64_t begin, int64_t end);
+  // Items: (query head, query part), once all keys are packed.
+  void (*forward)(const Attention&, const AttentionWork&, const Turns&);
+};
+
+struct AttentionBackwardKernels {
+  int64_t queries;  // of a part
+  int64_t (*bytes)(const AttentionBackward&, const AttentionWork&);
+  // Items: (query head, query part).
+  void (*pack_queries)(const AttentionBackward&, const AttentionWork&, int64_t begin, int64_t end);
+  // Items: (document, key head, split), once all queries are packed.
+  void (*backward)(const AttentionBackward&, const AttentionWork&, const Turns&);
+  // Items: (query head, query part), after all of backward.
+  void (*write_dq)(const AttentionBackward&, const AttentionWork&, int64_t begin, int64_t end);
+};
+
+MADKERNELS_DECLARE_CPU_KERNELS(AttentionKernels, attention)
+MADKERNELS_DECLARE_CPU_KERNELS(AttentionBackwardKernels, attention_backward)
+
+}  // namespace madkernels

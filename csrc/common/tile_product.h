@@ -1,0 +1,203 @@
+// Products of packed tiles on the CPU: C [rows, lanes] += A [rows, steps] B [steps, lanes], for kRows rows of A and kVectors
+// vectors of lanes, with C in registers.
+//
+// Operands are packed so that this is the one loop: B has its lanes dense, A its rows (or rows kRowStride apart). A step
+// takes kGroup numbers of the contraction, which lie in one element: one number where a fused multiply-add takes it, two
+// where the CPU has a dot product of bfloat16 pairs.
+//
+//   columns  [n / width][D / group][width]  contraction along D: A with width kTileRows, B with kVectors vectors
+//   rows     [n / group][D, padded]         contraction along n: A or B
+//
+// Include from *_cpu.cpp only (see cpu.h).
+#pragma once
+
+#include "common/simd.h"
+
+namespace madkernels::MADKERNELS_ISA {
+
+// C fills most of the registers: 24 of 32, or 12 of 16.
+constexpr int kTileVectors = 3;
+#if defined(__AVX512F__)
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;
+#endif
+
+template <class A>
+constexpr int kTileLanes = kTileVectors * kLanes<A>;
+
+// ---- what an element is and how it multiplies ----
+
+template <class A>
+struct Multiply {
+  using Acc = A;
+  using Element = A;
+  static constexpr int kGroup = 1;
+
+  static inline Vec<A> add(Vec<A> c, const A* a, Vec<A> b) { return c + *a * b; }
+  template <class T>
+  static inline Vec<A> load(const T* p) {
+    return widen(p);
+  }
+};
+
+#if defined(__AVX512F__)
+// Pairs of bfloat16 (vdpbf16ps, of CPUs beyond this instruction set: ask cpu_has_bfloat16_dot). The instruction is spelled
+// out, since the file is compiled for CPUs without it.
+struct DotBFloat16 {
+  using Acc = float;
+  using Element = uint32_t;
+  static constexpr int kGroup = 2;
+
+  static inline Vec<float> add(Vec<float> c, const uint32_t* a, Vec<float> b) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+    return c;
+  }
+  static inline Vec<float> load(const BFloat16* p) { return widen(reinterpret_cast<const float*>(p)); }
+};
+#endif
+
+// ---- the product ----
+
+template <class P, int kRows, int kVectors>
+using TileOf = Vec<typename P::Acc>[kRows][kVectors];
+
+// c += a b; element (row, step) of A at a[step * a_step + row * kRowStride], row `step` of B at b + step * b_step.
+template <class P, int kVectors, int kRowStride = 1, int kRows>
+inline __attribute__((always_inline)) void multiply(TileOf<P, kRows, kVectors>& c, const typename P::Element* a,
+                                                    int64_t a_step, const typename P::Element* b, int64_t b_step,
+                                                    int64_t steps) {
+  using A = typename P::Acc;
+  for (int64_t k = 0; k < steps; k++) {
+    Vec<A> lanes[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; j++) std::memcpy(&lanes[j], b + j * kLanes<A>, sizeof(lanes[j]));
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; i++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; j++) c[i][j] = P::add(c[i][j], a + i * kRowStride, lanes[j]);
+    }
+    a += a_step, b += b_step;
+  }
+}
+
+template <class P, int kRows, int kVectors>
+inline __attribute__((always_inline)) void clear(TileOf<P, kRows, kVectors>& c) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; i++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; j++) c[i][j] = Vec<typename P::Acc>{};
+  }
+}
+
+// To or from [kRows][...] in memory, `stride` numbers a row.
+template <class A, int kRows, int kVectors>
+inline __attribute__((always_inline)) void load_tile(Vec<A> (&c)[kRows][kVectors], const A* from, int64_t stride) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; i++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; j++) c[i][j] = widen(from + i * stride + j * kLanes<A>);
+  }
+}
+template <class A, int kRows, int kVectors>
+inline __attribute__((always_inline)) void store_tile(A* to, int64_t stride, const Vec<A> (&c)[kRows][kVectors]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; i++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; j++) narrow(to + i * stride + j * kLanes<A>, c[i][j]);
+  }
+}
+
+// ---- packing ----
+
+// Rows of T in memory: `count` rows of `width` numbers.
+template <class T>
+struct RowsOf {
+  const T* data;
+  int64_t row_stride, column_stride;
+  int64_t count, width;
+
+  inline const T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
+};
+
+// Elements `first` and on of a row, as many as fit a vector, zeros behind its end.
+template <class P, class T>
+inline Vec<typename P::Acc> load_elements(const RowsOf<T>& rows, int64_t row, int64_t first) {
+  constexpr int kNumbers = kLanes<typename P::Acc> * P::kGroup;
+  const int64_t column = first * P::kGroup;
+  if (row >= rows.count || column >= rows.width) return Vec<typename P::Acc>{};
+  if (rows.column_stride == 1 && column + kNumbers <= rows.width) return P::load(rows.at(row, column));
+  T part[kNumbers] = {};
+  for (int64_t i = 0; i < kNumbers && column + i < rows.width; i++) part[i] = *rows.at(row, column + i);
+  return P::load(part);
+}
+
+// Rows as columns: [count / width][elements][width], zeros behind the last row. `width`: of kTileRows, or whole vectors.
+template <class P, class T>
+void pack_columns(typename P::Element* to, const RowsOf<T>& rows, int64_t width) {
+  using A = typename P::Acc;
+  constexpr int n = kLanes<A>;
+  const int64_t elements = ceil_div(rows.width, P::kGroup), part = least<int64_t>(width, n);
+  for (int64_t row = 0; row < rows.count; row += n) {
+    for (int64_t first = 0; first < elements; first += n) {
+      Vec<A> square[n];
+      for (int i = 0; i < n; i++) square[i] = load_elements<P>(rows, row + i, first);
+      transpose<A>(square);
+      for (int64_t at = row; at < row + n && at < rows.count; at += part) {
+        typename P::Element* tile = to + (at / width * elements + first) * width + at % width;
+        for (int64_t e = 0; e < n && first + e < elements; e++) {
+          std::memcpy(tile + e * width, reinterpret_cast<const A*>(&square[e]) + (at - row), part * sizeof(A));
+        }
+      }
+    }
+  }
+}
+
+// Two rows of bfloat16 into pairs; a row of zeros for one that is not there.
+template <class T>
+inline uint32_t pair_of(const RowsOf<T>& rows, int64_t row, int64_t column) {
+  const uint32_t low = rows.at(row, column)->bits, high = row + 1 < rows.count ? rows.at(row + 1, column)->bits : 0;
+  return low | high << 16;
+}
+
+// Rows as they are: [count / group][padded], zeros behind the last column.
+template <class P, class T>
+void pack_rows(typename P::Element* to, const RowsOf<T>& rows, int64_t padded) {
+  using A = typename P::Acc;
+  for (int64_t row = 0; row < rows.count; row += P::kGroup, to += padded) {
+    int64_t column = 0;
+    if constexpr (P::kGroup == 1) {
+      for (; column < padded; column += kLanes<A>) {
+        store(to + column, load_elements<P>(rows, row, column),
+              static_cast<int>(least<int64_t>(padded - column, kLanes<A>)));
+      }
+    } else {
+      for (; column < rows.width; column++) to[column] = pair_of(rows, row, column);
+      for (; column < padded; column++) to[column] = 0;
+    }
+  }
+}
+
+// The same, and rows of zeros up to `count`.
+template <class P, class T>
+void pack_padded_rows(typename P::Element* to, const RowsOf<T>& rows, int64_t padded, int64_t count) {
+  pack_rows<P>(to, rows, padded);
+  for (int64_t i = ceil_div(rows.count, P::kGroup) * padded; i < count / P::kGroup * padded; i++) to[i] = {};
+}
+
+// ---- what was computed, as the next product takes it ----
+
+#if defined(__AVX512F__)
+// Bits of bfloat16 in the upper half, rounded to nearest, ties to even.
+inline Word rounded_bfloat16(Vec<float> x) {
+  const Word bits = bit_cast<Word>(x);
+  const Word rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return x == x ? rounded : bits | 0x400000u;
+}
+// (low, high) of each lane.
+inline Word pairs_of(Vec<float> low, Vec<float> high) {
+  return rounded_bfloat16(low) >> 16 | (rounded_bfloat16(high) & 0xffff0000u);
+}
+#endif
+
+}  // namespace madkernels::MADKERNELS_ISA

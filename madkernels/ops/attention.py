@@ -1,0 +1,166 @@
+"""Softmax attention with everything that language models ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from madkernels import reference
+from madkernels.ops.registration import keep_under_recomputation, register_autocast, register_derivatives, register_vmap
+
+_attention = torch.ops.madkernels.attention.default
+Window = int | tuple[int | None, int | None] | None
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., window: Window = ..., softmax_scale: float | None = ...,
+    softcap: float = ..., alibi_slopes: Tensor | None = ..., sink: Tensor | None = ..., bias: Tensor | None = ...,
+    cu_seqlens_q: Tensor | None = ..., cu_seqlens_k: Tensor | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., window: Window = ..., softmax_scale: float | None = ...,
+    softcap: float = ..., alibi_slopes: Tensor | None = ..., sink: Tensor | None = ..., bias: Tensor | None = ...,
+    cu_seqlens_q: Tensor | None = ..., cu_seqlens_k: Tensor | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: Window = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    bias: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention, without the scores in memory (FlashAttention: Dao et al. 2022, arXiv 2205.14135).
+
+    For query i and the keys j that it sees::
+
+        score[i, j] = cap(softmax_scale q_i k_j) - slope |i - j| + bias[i, j]
+        out_i = sum_j softmax_j(score[i, j]) v_j
+
+    The last query stands at the last key, also where there are fewer queries than keys: so `causal` with a cache of keys is
+    right. A query that sees no key has `out` 0 and `lse` -infinity. Differentiable, to any order (second derivatives go
+    through the reference, whose memory is quadratic), in forward mode too. Deterministic, whatever the number of threads.
+
+    Args:
+        q: queries (batch, queries, heads, head_dim). float32, bfloat16, float16, or float64.
+        k: keys (batch, keys, kv_heads, head_dim), dtype of `q`. `heads` is a multiple of `kv_heads` (GQA, MQA): query head h
+            reads key head h // (heads // kv_heads).
+        v: values (batch, keys, kv_heads, head_dim_v), dtype of `q`.
+        causal: a query sees no key behind its own position.
+        window: how far a query sees: (left, right), so many keys before and behind its own position, None for all; or one
+            number w, short for (w - 1, w - 1): with `causal`, its own position and the w - 1 before it.
+        softmax_scale: factor of the products; head_dim ** -0.5 if absent.
+        softcap: cap(s) = softcap tanh(s / softcap), as in Gemma 2; 0 for none.
+        alibi_slopes: (heads,) or (batch, heads), float32 (float64 with float64). Press et al. 2022, arXiv 2108.12409.
+        sink: (heads,): a score of its own for every query, which takes its share of softmax and has value 0.
+        bias: added to scores; dtype of `q`, of a shape that expands to (batch, heads, queries, keys). Its gradient is of
+            that full size before it is summed.
+        cu_seqlens_q: int32 (num_docs + 1,): where each of the documents that are packed along the one batch row begins, and
+            where the last ends. Documents do not see each other.
+        cu_seqlens_k: the same of keys, as many documents; `cu_seqlens_q` if absent.
+        return_lse: also return the logarithm of the sum of e^score.
+
+    Returns:
+        out (batch, queries, heads, head_dim_v), dtype of `q`; with `return_lse` also lse (batch, heads, queries), float32
+        (float64 with float64), the sink included.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
+        ValueError: a window below 1, or cu_seqlens_k without cu_seqlens_q.
+    """
+    if cu_seqlens_q is None and cu_seqlens_k is not None:
+        raise ValueError("cu_seqlens_k is given without cu_seqlens_q")
+    left, right = _sides(window)
+    if q.dim() == k.dim() == 4:  # else it is refused below
+        batch, queries, heads, _ = q.shape
+        bias = _expand("bias", bias, (batch, heads, queries, k.shape[1]))
+        alibi_slopes = _expand("alibi_slopes", alibi_slopes, (batch, heads))
+        sink = _expand("sink", sink, (heads,))
+    out, lse = _attention(
+        q, k, v, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
+        causal, left, right, softmax_scale, softcap,
+    )  # fmt: skip
+    if sink is not None:
+        out, lse = _with_sink(out, lse, sink)
+    return (out, lse) if return_lse else out
+
+
+def _sides(window: Window) -> tuple[int | None, int | None]:
+    """How many keys a query sees before and behind its own position."""
+    if window is None:
+        return None, None
+    if isinstance(window, tuple):
+        return window
+    if window < 1:
+        raise ValueError(f"window is {window}; expected 1 at least, or (left, right)")
+    return window - 1, window - 1
+
+
+def _expand(name: str, t: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    if t is None:
+        return None
+    try:
+        return t.expand(shape)
+    except RuntimeError:
+        raise RuntimeError(f"attention: {name} has shape {tuple(t.shape)}; expected one that expands to {shape}") from None
+
+
+def _with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax with one more score: the weights of the others shrink by sigmoid(lse - sink)."""
+    wide = sink.to(lse.dtype).unsqueeze(-1)
+    share = torch.sigmoid(lse - wide).transpose(1, 2).unsqueeze(-1)
+    return (out * share).to(out.dtype), torch.logaddexp(lse, wide)
+
+
+@torch.library.register_fake("madkernels::attention")
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(batch, queries, heads, v.shape[3]), q.new_empty(batch, heads, queries, dtype=wide)
+
+
+@torch.library.register_fake("madkernels::attention_backward")
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alibi_slopes: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        q.new_empty(0 if bias is None else bias.shape),
+        q.new_empty(0 if alibi_slopes is None else alibi_slopes.shape, dtype=wide),
+    )
+
+
+def _by_reference(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alibi_slopes: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, causal: bool, left: int | None, right: int | None, softmax_scale: float | None,
+    softcap: float | None,
+) -> Sequence[Tensor]:  # fmt: skip
+    options: dict[str, Any] = {"causal": causal, "window": (left, right), "softmax_scale": softmax_scale}
+    documents = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    options |= {"softcap": softcap or 0.0, "alibi_slopes": alibi_slopes, "bias": bias, "return_lse": True}
+    return tuple(reference.attention(q, k, v, **options, **documents))
+
+
+register_derivatives("madkernels::attention", ("q", "k", "v", "bias", "alibi_slopes"), _by_reference)
+register_autocast("madkernels::attention", activations=("q", "k", "v", "bias"))
+register_vmap("madkernels::attention", {"q": 2, "k": 2, "v": 2, "bias": 1, "alibi_slopes": 1}, results=(2, 1))
+keep_under_recomputation("madkernels::attention")
