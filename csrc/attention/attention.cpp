@@ -176,6 +176,24 @@ void run_backward(const Arguments& a, const AttentionBackward& q, int64_t splits
   torch::stable::parallel_for(0, items, each, [&](int64_t begin, int64_t end) { kernels.write_dq(q, work, begin, end); });
 }
 
+// Positions that the query of some sequence sees, at most. Looks at the lengths and the pages, which costs no
+// synchronisation here.
+int64_t longest_seen(const char* op, const AttentionStep& p, int64_t pages) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < p.batch; b++) {
+    MK_CHECK(p.cache_seqlens[b] >= 0, op, ": cache_seqlens[", b, "] is ", p.cache_seqlens[b], "; expected 0 at least");
+    const Span seen = p.seen(b);
+    MK_CHECK(seen.length() <= p.capacity, op, ": sequence ", b, " sees ", seen.length(), " positions, but the cache holds ",
+             p.capacity, "; take a longer one, or a window");
+    for (int64_t t = seen.begin; p.block_table && t < seen.end; t++) {
+      const int32_t page = p.block_table[b * (p.capacity / p.page_size) + t % p.capacity / p.page_size];
+      MK_CHECK(page >= 0 && page < pages, op, ": block_table names page ", page, " for sequence ", b, "; there are ", pages);
+    }
+    longest = most(longest, seen.length());
+  }
+  return longest;
+}
+
 // ---- the ops ----
 
 // -> out (batch, queries, heads, value_dim), lse (batch, heads, queries)
@@ -230,6 +248,69 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv, torch::stable::to(dbias, type), alibi_slopes ? sum_parts(slopes, 0) : empty({0}, wide, q)};
 }
 
+// One query a sequence over a cache, into which its key and value go first, if given.
+// -> out (batch, heads, value_dim), lse (batch, heads)
+std::tuple<Tensor, Tensor> attention_step(Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor k, OptionalTensor v,
+                                          Tensor cache_seqlens, OptionalTensor block_table, OptionalTensor alibi_slopes,
+                                          std::optional<int64_t> left, std::optional<double> softmax_scale,
+                                          std::optional<double> softcap) {
+  const char* op = "attention_step";
+  MK_CHECK(q.dim() == 3, op, ": q has shape ", to_string(shape_of(q)), "; expected (batch, heads, head_dim)");
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>("k_cache", k_cache), {"v_cache", v_cache}}) {
+    MK_CHECK(t.dim() == 4, op, ": ", name, " has shape ", to_string(shape_of(t)), "; expected ",
+             block_table ? "(pages, page_size, kv_heads, head_dim)" : "(batch, capacity, kv_heads, head_dim)");
+    MK_CHECK(t.stride(3) == 1 || t.size(3) == 1, op, ": ", name,
+             " must be dense along head_dim, since it is updated in place");
+  }
+  const Checks checks(op, "q", q);
+  AttentionStep p{};
+  p.dtype = checks.dtype();
+  p.batch = q.size(0), p.heads = q.size(1), p.head_dim = q.size(2);
+  p.kv_heads = k_cache.size(2), p.value_dim = v_cache.size(3);
+  MK_CHECK(p.kv_heads >= 1 && p.heads % p.kv_heads == 0, op, ": k_cache has ", p.kv_heads,
+           " heads; expected a divisor of the ", p.heads, " heads of q");
+  const int64_t rows = block_table ? k_cache.size(0) : p.batch, length = k_cache.size(1);
+  checks.activation("k_cache", k_cache, {rows, length, p.kv_heads, p.head_dim});
+  checks.activation("v_cache", v_cache, {rows, length, p.kv_heads, p.value_dim});
+  MK_CHECK(k.has_value() == v.has_value(), op, ": k and v come together");
+  checks.activation("k", k, {p.batch, p.kv_heads, p.head_dim});
+  checks.activation("v", v, {p.batch, p.kv_heads, p.value_dim});
+  checks.tensor("cache_seqlens", cache_seqlens, {p.batch}, ScalarType::Int);
+  checks.tensor("alibi_slopes", alibi_slopes, {p.batch, p.heads}, checks.accumulate_type());
+  if (block_table) {
+    MK_CHECK(block_table->dim() == 2, op, ": block_table has shape ", to_string(shape_of(*block_table)),
+             "; expected (batch, pages of a sequence)");
+    checks.tensor("block_table", *block_table, {p.batch, block_table->size(1)}, ScalarType::Int);
+  }
+  MK_CHECK(!block_table || length >= 1, op, ": k_cache has pages of 0 positions; expected 1 at least");
+  p.page_size = block_table ? length : 0, p.capacity = block_table ? block_table->size(1) * length : length;
+  p.left = reach(op, "left", left, int64_t{1} << 40);
+  p.scale = softmax_scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim))), p.softcap = softcap.value_or(0);
+  MK_CHECK(p.softcap >= 0, op, ": softcap is ", p.softcap, "; expected 0 (none) or above");
+
+  const Tensor queries = torch::stable::contiguous(q), lengths = torch::stable::contiguous(cache_seqlens);
+  const OptionalTensor keys = contiguous(k), values = contiguous(v), table = contiguous(block_table),
+                       slopes = contiguous(alibi_slopes);
+  p.q = queries.data_ptr(), p.k = data_or_null(keys), p.v = data_or_null(values);
+  p.k_cache = heads_of(k_cache), p.v_cache = heads_of(v_cache);
+  p.block_table = static_cast<const int32_t*>(data_or_null(table));
+  p.cache_seqlens = static_cast<const int32_t*>(lengths.data_ptr()), p.alibi_slopes = data_or_null(slopes);
+  const int64_t longest = longest_seen(op, p, rows);
+
+  const AttentionStepKernels& kernels = attention_step_cpu();
+  const ScalarType wide = checks.accumulate_type();
+  p.ranges = most<int64_t>(1, ceil_div(longest, kernels.range));
+  Tensor out = empty({p.batch, p.heads, p.value_dim}, q.scalar_type(), q), lse = empty({p.batch, p.heads}, wide, q);
+  const Tensor partials = empty({p.batch, p.heads, p.ranges, p.value_dim + 2}, wide, q);
+  p.out = out.data_ptr(), p.lse = lse.data_ptr(), p.partials = partials.data_ptr();
+  kernels.append(p);
+  torch::stable::parallel_for(0, p.batch * p.kv_heads * p.ranges, grain(kernels.range * (p.head_dim + p.value_dim)),
+                              [&](int64_t begin, int64_t end) { kernels.attend(p, begin, end); });
+  torch::stable::parallel_for(0, p.batch * p.heads, grain(p.ranges * p.value_dim),
+                              [&](int64_t begin, int64_t end) { kernels.join(p, begin, end); });
+  return {out, lse};
+}
+
 }  // namespace
 
 #if MADKERNELS_DEFINES_SCHEMA
@@ -242,12 +323,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
       "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, "
       "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, int? left, int? right, float? softmax_scale, "
       "float? softcap, Tensor out, Tensor lse) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dalibi_slopes)");
+  m.def(
+      "attention_step(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor cache_seqlens, "
+      "Tensor? block_table, Tensor? alibi_slopes, int? left, float? softmax_scale, float? softcap) "
+      "-> (Tensor out, Tensor lse)");
 }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(MADKERNELS_LIBRARY, MADKERNELS_KEY, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_step", TORCH_BOX(&attention_step));
 }
 
 }  // namespace madkernels

@@ -54,6 +54,52 @@ struct AttentionBackward {
   void* dalibi_parts;  // [parts, batch, heads] or null; accumulation type
 };
 
+// One query a sequence, over a cache of keys and values. Position t lies in slot t % capacity of its sequence: a cache as
+// long as the window is a ring. With a block table, slots of a sequence are cut into pages that lie anywhere.
+struct AttentionStep {
+  DType dtype;
+  int64_t batch, heads, kv_heads, head_dim, value_dim;
+  int64_t left;  // positions seen before the query's own
+  double scale, softcap;
+
+  const void* q;                 // [batch, heads, head_dim]
+  const void *k, *v;             // [batch, kv_heads, head_dim]: of the query's position, or null where the cache has them
+  Heads k_cache, v_cache;        // [batch, capacity, kv_heads, head_dim], or [pages, page_size, ...]; head_dim dense
+  int64_t capacity, page_size;   // page_size 0: no pages
+  const int32_t* block_table;    // [batch, capacity / page_size] or null
+  const int32_t* cache_seqlens;  // [batch]: positions in the cache before the call
+  const void* alibi_slopes;      // [batch, heads] or null; accumulation type
+  void* out;                     // [batch, heads, value_dim]
+  void* lse;                     // [batch, heads]; accumulation type
+
+  int64_t ranges;  // of positions, at most, that a sequence is cut into
+  void* partials;  // [batch, heads, ranges, value_dim + 2]; accumulation type
+
+  // The positions that the query sees; it stands at the last.
+  MADKERNELS_ANYWHERE Span seen(int64_t b) const {
+    const int64_t end = cache_seqlens[b] + (k ? 1 : 0);
+    return {b, b, most<int64_t>(0, end - 1 - left), end};
+  }
+  template <class T>
+  MADKERNELS_ANYWHERE T* slot(const Heads& cache, int64_t b, int64_t position, int64_t head) const {
+    const int64_t at = position % capacity;
+    if (!block_table) return cache.at<T>(b, at, head);
+    return cache.at<T>(block_table[b * (capacity / page_size) + at / page_size], at % page_size, head);
+  }
+  template <class T>
+  MADKERNELS_ANYWHERE T* key(int64_t b, int64_t position, int64_t head) const {
+    return slot<T>(k_cache, b, position, head);
+  }
+  template <class T>
+  MADKERNELS_ANYWHERE T* value(int64_t b, int64_t position, int64_t head) const {
+    return slot<T>(v_cache, b, position, head);
+  }
+  template <class A>
+  MADKERNELS_ANYWHERE A slope(int64_t b, int64_t head) const {
+    return alibi_slopes ? static_cast<const A*>(alibi_slopes)[b * heads + head] : A(0);
+  }
+};
+
 // ---- CPU ----
 
 // A CPU's kernels read q, k and v from packed copies. Those of a document begin at a multiple of `unit` rows, and rows up to
@@ -108,7 +154,17 @@ struct AttentionBackwardKernels {
   void (*write_dq)(const AttentionBackward&, const AttentionWork&, int64_t begin, int64_t end);
 };
 
+struct AttentionStepKernels {
+  int64_t range;  // positions of an item
+  void (*append)(const AttentionStep&);
+  // Items: (sequence, key head, range), after all of append.
+  void (*attend)(const AttentionStep&, int64_t begin, int64_t end);
+  // Items: (sequence, head), after all of attend.
+  void (*join)(const AttentionStep&, int64_t begin, int64_t end);
+};
+
 MADKERNELS_DECLARE_CPU_KERNELS(AttentionKernels, attention)
+MADKERNELS_DECLARE_CPU_KERNELS(AttentionStepKernels, attention_step)
 MADKERNELS_DECLARE_CPU_KERNELS(AttentionBackwardKernels, attention_backward)
 
 }  // namespace madkernels

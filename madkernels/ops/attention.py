@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from madkernels import reference
-from madkernels.ops.registration import keep_under_recomputation, register_autocast, register_derivatives, register_vmap
+from madkernels.ops.registration import (
+    keep_under_recomputation,
+    refuse_tangents,
+    register_autocast,
+    register_derivatives,
+    register_vmap,
+)
 
 _attention = torch.ops.madkernels.attention.default
+_step = torch.ops.madkernels.attention_step.default
 Window = int | tuple[int | None, int | None] | None
 
 
@@ -85,12 +92,12 @@ def attention(
     """
     if cu_seqlens_q is None and cu_seqlens_k is not None:
         raise ValueError("cu_seqlens_k is given without cu_seqlens_q")
-    left, right = _sides(window)
+    left, right = _sides("attention", window)
     if q.dim() == k.dim() == 4:  # else it is refused below
         batch, queries, heads, _ = q.shape
-        bias = _expand("bias", bias, (batch, heads, queries, k.shape[1]))
-        alibi_slopes = _expand("alibi_slopes", alibi_slopes, (batch, heads))
-        sink = _expand("sink", sink, (heads,))
+        bias = _expand("attention", "bias", bias, (batch, heads, queries, k.shape[1]))
+        alibi_slopes = _expand("attention", "alibi_slopes", alibi_slopes, (batch, heads))
+        sink = _expand("attention", "sink", sink, (heads,))
     out, lse = _attention(
         q, k, v, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
         causal, left, right, softmax_scale, softcap,
@@ -100,24 +107,79 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _sides(window: Window) -> tuple[int | None, int | None]:
+def attention_step(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    window: int | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One token of decoding: its key and value go into the cache, in place, and its query sees what is there.
+
+    Sequences may be of different lengths. Position t of a sequence lies in slot t % capacity, so a cache that is as long as
+    the window is a ring that never fills. The caller adds 1 to `cache_seqlens`. No derivative, of any kind.
+
+    Args:
+        q: (batch, heads, head_dim). float32, bfloat16, float16, or float64.
+        k_cache: keys (batch, capacity, kv_heads, head_dim), dtype of `q`; with `block_table` (pages, page_size, kv_heads,
+            head_dim), of all sequences. Dense along head_dim; updated in place.
+        v_cache: values, in the same way; their head_dim may differ.
+        k: the key of the new token (batch, kv_heads, head_dim). If absent, the cache has it already.
+        v: its value (batch, kv_heads, head_dim_v). Together with `k`.
+        cache_seqlens: int32 (batch,): how many tokens each sequence has in the cache before the call.
+        block_table: int32 (batch, pages of a sequence): which page has its slots 0 to page_size - 1, and so on.
+        window: the query sees its own position and the window - 1 before it. All, if absent.
+        softmax_scale, softcap, alibi_slopes, sink: as of :func:`attention`.
+        return_lse: also return the logarithm of the sum of e^score.
+
+    Returns:
+        out (batch, heads, head_dim_v), dtype of `q`; with `return_lse` also lse (batch, heads), float32 (float64 with
+        float64). A query that sees nothing has out 0 and lse -infinity.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit, or a sequence that the cache cannot hold; the message names
+            the argument.
+        ValueError: a window below 1.
+    """
+    refuse_tangents("attention_step", q, k_cache, v_cache, k, v, sink)
+    left, _ = _sides("attention_step", window)
+    with torch.no_grad():
+        if q.dim() == 3:  # else it is refused below
+            alibi_slopes = _expand("attention_step", "alibi_slopes", alibi_slopes, tuple(q.shape[:2]))
+            sink = _expand("attention_step", "sink", sink, (q.shape[1],))
+        out, lse = _step(q, k_cache, v_cache, k, v, cache_seqlens, block_table, alibi_slopes, left, softmax_scale, softcap)
+        if sink is not None:
+            out, lse = (t.squeeze(i + 1) for i, t in enumerate(_with_sink(out.unsqueeze(1), lse.unsqueeze(2), sink)))
+    return (out, lse) if return_lse else out
+
+
+def _sides(op: str, window: Window) -> tuple[int | None, int | None]:
     """How many keys a query sees before and behind its own position."""
     if window is None:
         return None, None
     if isinstance(window, tuple):
         return window
     if window < 1:
-        raise ValueError(f"window is {window}; expected 1 at least, or (left, right)")
+        raise ValueError(f"{op}: window is {window}; expected 1 at least, or (left, right)")
     return window - 1, window - 1
 
 
-def _expand(name: str, t: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+def _expand(op: str, name: str, t: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     if t is None:
         return None
     try:
         return t.expand(shape)
     except RuntimeError:
-        raise RuntimeError(f"attention: {name} has shape {tuple(t.shape)}; expected one that expands to {shape}") from None
+        raise RuntimeError(f"{op}: {name} has shape {tuple(t.shape)}; expected one that expands to {shape}") from None
 
 
 def _with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,6 +209,12 @@ def _backward_fake(
         q.new_empty(0 if bias is None else bias.shape),
         q.new_empty(0 if alibi_slopes is None else alibi_slopes.shape, dtype=wide),
     )
+
+
+@torch.library.register_fake("madkernels::attention_step")
+def _step_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:2], v_cache.shape[3]), q.new_empty(*q.shape[:2], dtype=wide)
 
 
 def _by_reference(

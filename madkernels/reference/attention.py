@@ -56,6 +56,44 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def attention_step(
+    q: Tensor,  # (batch, heads, head_dim)
+    k_cache: Tensor,  # (batch, capacity, kv_heads, head_dim), or (pages, page_size, kv_heads, head_dim); updated in place
+    v_cache: Tensor,
+    k: Tensor | None = None,  # (batch, kv_heads, head_dim)
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor,  # (batch,)
+    block_table: Tensor | None = None,  # (batch, pages of a sequence)
+    window: int | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The meaning of :func:`madkernels.attention_step`: each sequence's keys in order, and :func:`attention` over them."""
+    page_size = k_cache.shape[1]
+    outs, lses = [], []
+    for b, length in enumerate(cache_seqlens.tolist()):
+        pages = [b] if block_table is None else block_table[b].tolist()
+        end = length + (k is not None)
+        positions = range(0 if window is None else max(0, end - window), end)
+        slots = [t % (len(pages) * page_size) for t in positions]
+        rows = [pages[slot // page_size] for slot in slots], [slot % page_size for slot in slots]
+        if k is not None and v is not None:
+            k_cache[rows[0][-1], rows[1][-1]], v_cache[rows[0][-1], rows[1][-1]] = k[b], v[b]
+        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b : b + 1]
+        out, lse = attention(
+            q[b, None, None], k_cache[rows][None], v_cache[rows][None], softmax_scale=softmax_scale, softcap=softcap,
+            alibi_slopes=slopes, sink=sink, return_lse=True,
+        )  # fmt: skip
+        outs.append(out[0, 0])
+        lses.append(lse[0, :, 0])
+    found = (torch.stack(outs), torch.stack(lses))
+    return found if return_lse else found[0]
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alibi_slopes: Tensor | None, left: int | None, right: int | None,
     scale: float, softcap: float,
