@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from madkernels import reference
 from madkernels.ops.registration import (
@@ -215,6 +216,21 @@ def _backward_fake(
 def _step_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(*q.shape[:2], v_cache.shape[3]), q.new_empty(*q.shape[:2], dtype=wide)
+
+
+# FLOPs as torch counts those of its own attention: what masks spare is not taken off.
+@register_flop_formula(torch.ops.madkernels.attention)
+def _forward_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *rest: Any, **options: Any) -> int:
+    batch, queries, heads, head_dim = q
+    return 2 * batch * heads * queries * k[1] * (head_dim + v[3])
+
+
+@register_flop_formula(torch.ops.madkernels.attention_backward)
+def _backward_flops(
+    dout: Sequence[int], dlse: Any, q: Sequence[int], k: Sequence[int], v: Sequence[int], *rest: Any, **options: Any
+) -> int:
+    batch, queries, heads, head_dim = q
+    return 2 * batch * heads * queries * k[1] * (3 * head_dim + 2 * v[3])
 
 
 def _by_reference(

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from madkernels import attention, cuda
 from madkernels.models.layers.base import Layer, State, check_positive, document_of
 
 ROTARY_BASE = 10000.0
+DEVICES = {"cpu", "meta"} | ({"cuda"} if "attention" in cuda.ops_with_kernels() else set())  # that the op runs on
 
 
 class Attention(Layer):
@@ -30,43 +32,28 @@ class Attention(Layer):
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)
         batch, seqlen, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, seqlen, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(batch, seqlen, 3, self.heads, self.head_dim).unbind(2)
         positions = torch.arange(seqlen, device=x.device)
         if state is not None:
             positions = positions + state["position"]
-        document = None if cu_seqlens is None else document_of(cu_seqlens, seqlen)
-        if cu_seqlens is not None and document is not None:
-            positions = positions - cu_seqlens[document]
+        if cu_seqlens is not None:
+            positions = positions - cu_seqlens[document_of(cu_seqlens, seqlen)]
         q, k = rotate(q, positions), rotate(k, positions)
         if state is not None:
             k, v = self.remember(k, v, state, seqlen)
-        y = self.attend(q, k, v, document)
-        mixed: Tensor = self.out(y.transpose(1, 2).reshape(batch, seqlen, self.dim))
+        mixed: Tensor = self.out(attend(q, k, v, self.window, cu_seqlens).flatten(2))
         return mixed
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, document: Tensor | None) -> Tensor:
-        """(batch, heads, queries, head_dim); the queries are the last of the keys' positions."""
-        if document is None and self.window is None and q.shape[2] == k.shape[2]:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        queries, keys = q.shape[2], k.shape[2]
-        back = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
-        mask = back >= 0
-        if self.window is not None:
-            mask &= back < self.window
-        if document is not None:
-            mask &= document[:, None] == document
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     def remember(self, k: Tensor, v: Tensor, state: State, seqlen: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole past, which become the state, as far as the window reaches."""
         dtype = torch.promote_types(k.dtype, state["k"].dtype)  # under autocast, too, a state keeps its precision
-        keys, values = (torch.cat([state[name], new.to(dtype)], dim=2) for name, new in (("k", k), ("v", v)))
-        keep = keys.shape[2] if self.window is None else min(keys.shape[2], self.window)
-        state |= {"k": keys[:, :, -keep:], "v": values[:, :, -keep:], "position": state["position"] + seqlen}
+        keys, values = (torch.cat([state[name], new.to(dtype)], dim=1) for name, new in (("k", k), ("v", v)))
+        keep = keys.shape[1] if self.window is None else min(keys.shape[1], self.window)
+        state |= {"k": keys[:, -keep:], "v": values[:, -keep:], "position": state["position"] + seqlen}
         return keys.to(k.dtype), values.to(v.dtype)
 
     def init_state(self, batch: int) -> State:
-        empty = self.zeros(batch, self.heads, 0, self.head_dim)
+        empty = self.zeros(batch, 0, self.heads, self.head_dim)
         return {"k": empty, "v": empty, "position": self.zeros(dtype=torch.int64)}
 
     def seen(self, seqlen: int) -> int:
@@ -81,12 +68,30 @@ class Attention(Layer):
         return 8 * seqlen * self.dim**2 + 4 * pairs * self.dim + 2 * self.heads * pairs
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Causal attention, (batch, seqlen, heads, head_dim); by torch's own where the op has no kernel."""
+    if q.device.type in DEVICES:
+        return attention(q, k, v, causal=True, window=window, cu_seqlens_q=cu_seqlens)
+    queries, keys = q.shape[1], k.shape[1]
+    back = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
+    mask = back >= 0
+    if window is not None:
+        mask &= back < window
+    if cu_seqlens is not None:
+        document = document_of(cu_seqlens, queries)
+        mask &= document[:, None] == document
+    plain = cu_seqlens is None and window is None and queries == keys
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if plain else mask, is_causal=plain)
+    return y.transpose(1, 2)
+
+
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary position embedding of x (batch, heads, seqlen, head_dim): pairs (i, i + head_dim / 2)."""
+    """Rotary position embedding of x (batch, seqlen, heads, head_dim): pairs (i, i + head_dim / 2)."""
     half = x.shape[-1] // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
     frequency = ROTARY_BASE ** -(torch.arange(half, device=x.device, dtype=dtype) / half)
-    angle = positions.to(dtype)[:, None] * frequency
+    angle = positions.to(dtype)[:, None, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

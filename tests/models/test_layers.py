@@ -11,7 +11,8 @@ from torch import Tensor
 
 from madkernels.models import HybridLM
 from madkernels.models.layers import LAYERS, Layer
-from madkernels.models.layers.attention import rotate
+from madkernels.models.layers import attention as attention_layer
+from madkernels.models.layers.attention import attend, rotate
 
 DIM, SEQLEN = 32, 21
 SEES_THE_TOKEN_BEFORE = "rwkv-channel-mixer"  # which is one all the same
@@ -147,6 +148,17 @@ def test_explicit_filters_keep_a_finite_state(name: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
     assert state["past"].shape[1] == 5
     assert state["past"][0].numel() == layer.state_size(SEQLEN)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_attention_by_torch_is_the_same(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the op has no kernel."""
+    q, k, v = torch.randn(3, 1, 12, 2, 8)
+    for queries, offsets in ((12, None), (5, None), (12, torch.tensor([0, 5, 5, 12], dtype=torch.int32))):
+        with monkeypatch.context() as elsewhere:
+            wanted = attend(q[:, -queries:], k, v, window, offsets)
+            elsewhere.setattr(attention_layer, "DEVICES", set())
+            torch.testing.assert_close(attend(q[:, -queries:], k, v, window, offsets), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_rotary_positions_are_relative() -> None:
