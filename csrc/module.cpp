@@ -84,6 +84,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_supported", [] { return names(madkernels::supported_isas()); },
       "The instruction sets that were compiled in and that this CPU has.");
+  m.def("cpu_bfloat16_dot", &madkernels::cpu_has_bfloat16_dot,
+        "Whether pairs of bfloat16 are multiplied as such (AVX512_BF16), where they would otherwise be widened first.");
   m.def("exp2_rate", &madkernels::exp2_rate, pybind11::arg("threads"), pybind11::call_guard<pybind11::gil_scoped_release>(),
         "float32 evaluations of 2^x a second, in registers, all threads together.");
   m.def(

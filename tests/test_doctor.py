@@ -33,7 +33,7 @@ def extension(**changes: Any) -> Any:
     """A stand-in for the extension."""
     info = {"version": madkernels.__version__, "compiler": "GNU 12", "torch_target": "2.10"}
     info |= {"isas": "baseline,avx2,avx512"} | changes.pop("info", {})
-    facts = {"cpu_isa": "avx2", "cpu_supported": ["baseline", "avx2"]} | changes
+    facts = {"cpu_isa": "avx2", "cpu_supported": ["baseline", "avx2"], "cpu_bfloat16_dot": True} | changes
     return SimpleNamespace(build_info=lambda: info, **{name: lambda v=v: v for name, v in facts.items()})
 
 
@@ -64,7 +64,7 @@ def test_says_what_is_here() -> None:
     assert f"madkernels    {madkernels.__version__}" in text
     assert torch.__version__ in text
     assert _C.build_info()["compiler"] in text
-    assert f"{_C.cpu_isa()} in use" in text
+    assert f"{_C.cpu_isa()}{' with products of bfloat16' if _C.cpu_bfloat16_dot() else ''} in use" in text
     for op in ("selective_scan", "causal_conv"):
         row = next(line for line in text.splitlines() if op in line)
         on_cuda = "yes" if op in cuda.ops_with_kernels() else "not built"

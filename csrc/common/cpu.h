@@ -18,7 +18,7 @@ Isa cpu_isa();
 const char* isa_name(Isa isa);
 std::vector<Isa> compiled_isas();   // narrowest first
 std::vector<Isa> supported_isas();  // those of them that this CPU has
-// Whether it multiplies pairs of bfloat16, in use with AVX-512 where nobody asked for an instruction set.
+// Whether kernels multiply pairs of bfloat16 as such: where the CPU does and nobody asked for an instruction set.
 bool cpu_has_bfloat16_dot();
 
 }  // namespace madkernels

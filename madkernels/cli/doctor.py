@@ -46,9 +46,10 @@ def describe_extension(extension: ModuleType) -> list[tuple[str, str]]:
     """What was built, and what of it this CPU runs."""
     info: dict[str, str] = extension.build_info()
     sets = f"built for {info['isas'].replace(',', ', ')}; this CPU has {', '.join(extension.cpu_supported())}"
+    used = extension.cpu_isa() + (" with products of bfloat16" if extension.cpu_bfloat16_dot() else "")
     return [
         ("extension", f"{info['version']}, {info['compiler']}, for torch {info['torch_target']} and later"),
-        ("CPU", f"{extension.cpu_isa()} in use; {sets}"),
+        ("CPU", f"{used} in use; {sets}"),
         ("CUDA kernels", describe_cuda_part(*cuda.load())),
     ]
 

@@ -1,0 +1,119 @@
+"""Attention for models of Hugging Face transformers: ``attn_implementation="madkernels"``.
+
+    from madkernels.compat import transformers
+    transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="madkernels")
+
+Grouped heads, causal and sliding windows, softcap, sinks, padded batches, packed documents, and decoding over a cache. What
+else a model masks, such as chunks or a prefix, goes through a mask as large as the scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from madkernels import attention, attention_step
+
+NAME = "madkernels"
+
+
+def register() -> None:
+    """Makes ``attn_implementation="madkernels"`` known to transformers, 4.56 or newer."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, forward)
+    AttentionMaskInterface.register(NAME, make_mask)
+
+
+def make_mask(
+    *args: Any, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, local_size: int | None = None,
+    **options: Any,
+) -> Tensor | None:  # fmt: skip
+    """What `forward` gets as a mask: nothing where causality and a window say it all, (batch, keys) where a batch is padded,
+    else (batch, 1, queries, keys)."""
+    if not allow_is_causal_skip or (local_size is not None and _in_chunks(options["mask_function"], local_size)):
+        from transformers.masking_utils import sdpa_mask
+
+        found: Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, allow_is_causal_skip=False, **options)
+        return found
+    if attention_mask is None:
+        return None
+    padding = attention_mask[:, -options["kv_length"] :]
+    return None if padding.shape[1] == options["kv_length"] and bool(padding.all()) else padding
+
+
+def _in_chunks(mask_function: Any, size: int) -> bool:
+    """Whether a local mask is one of chunks, not of a window: then a query sees nothing before its chunk."""
+    at = [torch.tensor(i) for i in (0, 0, size, size - 1)]  # of sequence, head, query and key
+    return size > 1 and not bool(mask_function(*at))
+
+
+def forward(
+    module: torch.nn.Module,
+    query: Tensor,  # (batch, heads, queries, head_dim)
+    key: Tensor,  # (batch, kv_heads, keys, head_dim)
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **further: Any,
+) -> tuple[Tensor, None]:
+    """The interface of transformers: -> (batch, queries, heads, head_dim), and no weights."""
+    if dropout:
+        raise ValueError(f"attn_implementation={NAME!r} has no dropout: set attention_dropout to 0; it is {dropout}")
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    options: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap or 0.0, "bias": position_bias}
+    options |= {"sink": None if s_aux is None else s_aux.float()}
+    if attention_mask is not None and attention_mask.dim() == 4:
+        options["bias"] = _added(attention_mask, position_bias, q.dtype)
+        return attention(q, k, v, **options), None
+    options |= {"causal": causal and q.shape[1] > 1, "window": sliding_window}
+    if attention_mask is not None:
+        return _padded(q, k, v, attention_mask, options), None
+    if q.shape[1] == 1 and position_bias is None and not torch.is_grad_enabled():
+        return _one_token(q, k, v, options), None
+    offsets = {"cu_seqlens_q": further.get("cu_seq_lens_q"), "cu_seqlens_k": further.get("cu_seq_lens_k")}
+    return attention(q, k, v, **options, **offsets), None
+
+
+def _added(mask: Tensor, position_bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A mask, of truth values or added to scores, as a bias."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    return mask.to(dtype) if position_bias is None else (mask + position_bias).to(dtype)
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
+    """Rows of unequal lengths, packed one after another; what stands for padding comes back as 0."""
+    if options["bias"] is not None:
+        raise ValueError(f"attn_implementation={NAME!r} takes no position bias beside padding")
+    keys = mask.bool()
+    k, v = k[:, : keys.shape[1]], v[:, : keys.shape[1]]  # a cache may be longer than what is in it
+    queries = keys[:, -q.shape[1] :]
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    out[queries] = attention(
+        q[queries][None], k[keys][None], v[keys][None], cu_seqlens_q=_offsets(queries), cu_seqlens_k=_offsets(keys), **options
+    )[0]
+    return out
+
+
+def _offsets(kept: Tensor) -> Tensor:
+    """Where each row's kept positions begin once they are packed, and where the last row's end."""
+    return torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
+
+
+def _one_token(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    """The last position of each sequence, over a cache that has it."""
+    lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
+    kept = {name: options[name] for name in ("softmax_scale", "softcap", "sink", "window")}
+    return attention_step(q[:, 0], k, v, cache_seqlens=lengths, **kept).unsqueeze(1)
