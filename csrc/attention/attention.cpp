@@ -114,8 +114,13 @@ class Packed {
   Tensor memory_;
 };
 
+// The length of a document, on average.
+int64_t usual_length(const Documents& docs) {
+  return docs.cu_seqlens ? docs.seqlen / most<int64_t>(docs.count, 1) : docs.seqlen;
+}
+
 // Operations of the products of one query with the keys of its document, all of them seen.
-int64_t operations(const Attention& p) { return (p.head_dim + p.value_dim) * p.keys() / most<int64_t>(p.k_docs.count, 1); }
+int64_t operations(const Attention& p) { return (p.head_dim + p.value_dim) * usual_length(p.k_docs); }
 
 template <class F>
 void in_turns(int64_t count, int64_t each, F&& f) {
@@ -171,7 +176,7 @@ void run_backward(const Arguments& a, const AttentionBackward& q, int64_t splits
   torch::stable::parallel_for(0, items, each,
                               [&](int64_t begin, int64_t end) { kernels.pack_queries(q, work, begin, end); });
   in_turns(p.q_docs.count * p.kv_heads * splits,
-           p.queries() / most<int64_t>(p.q_docs.count, 1) * operations(p) / (4 * splits) * (p.heads / p.kv_heads),
+           usual_length(p.q_docs) * operations(p) / (4 * splits) * (p.heads / p.kv_heads),
            [&](const Turns& turns) { kernels.backward(q, work, turns); });
   torch::stable::parallel_for(0, items, each, [&](int64_t begin, int64_t end) { kernels.write_dq(q, work, begin, end); });
 }
@@ -304,7 +309,7 @@ std::tuple<Tensor, Tensor> attention_step(Tensor q, Tensor k_cache, Tensor v_cac
   const Tensor partials = empty({p.batch, p.heads, p.ranges, p.value_dim + 2}, wide, q);
   p.out = out.data_ptr(), p.lse = lse.data_ptr(), p.partials = partials.data_ptr();
   kernels.append(p);
-  torch::stable::parallel_for(0, p.batch * p.kv_heads * p.ranges, grain(kernels.range * (p.head_dim + p.value_dim)),
+  torch::stable::parallel_for(0, p.batch * p.ranges, grain(kernels.range * p.heads * (p.head_dim + p.value_dim) / 8),
                               [&](int64_t begin, int64_t end) { kernels.attend(p, begin, end); });
   torch::stable::parallel_for(0, p.batch * p.heads, grain(p.ranges * p.value_dim),
                               [&](int64_t begin, int64_t end) { kernels.join(p, begin, end); });

@@ -82,7 +82,7 @@ struct AttentionStep {
   }
   template <class T>
   MADKERNELS_ANYWHERE T* slot(const Heads& cache, int64_t b, int64_t position, int64_t head) const {
-    const int64_t at = position % capacity;
+    const int64_t at = position < capacity ? position : position % capacity;
     if (!block_table) return cache.at<T>(b, at, head);
     return cache.at<T>(block_table[b * (capacity / page_size) + at / page_size], at % page_size, head);
   }
@@ -157,7 +157,7 @@ struct AttentionBackwardKernels {
 struct AttentionStepKernels {
   int64_t range;  // positions of an item
   void (*append)(const AttentionStep&);
-  // Items: (sequence, key head, range), after all of append.
+  // Items: (sequence, range), after all of append.
   void (*attend)(const AttentionStep&, int64_t begin, int64_t end);
   // Items: (sequence, head), after all of attend.
   void (*join)(const AttentionStep&, int64_t begin, int64_t end);

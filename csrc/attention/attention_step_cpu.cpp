@@ -1,8 +1,9 @@
 // One query a sequence on the CPU, over a cache: bound by reading the cache, so every key and value is read once, for all
 // query heads that share them.
 //
-// An item is a key head of a sequence and a range of positions; it leaves the maximum, the sum and the weighted values of
-// its range, and a second pass joins the ranges in order. Scores of a vector of keys are summed along head_dim lane by lane,
+// An item is a range of positions of a sequence; it leaves the maximum, the sum and the weighted values of each head, and a
+// second pass joins the ranges in order. Within a range a vector of positions passes at a time, all heads of it, since rows
+// lie one after another in memory, while the next are fetched. Scores of these keys are summed along head_dim lane by lane,
 // and one transpose brings the sums of a key into its lane.
 #include "attention/scores_cpu.h"
 
@@ -17,20 +18,21 @@ A* partial(const AttentionStep& p, int64_t b, int64_t head, int64_t range) {
   return static_cast<A*>(p.partials) + ((b * p.heads + head) * p.ranges + range) * (p.value_dim + 2);
 }
 
-// Scores of `count` keys, at most one vector of them, of one head.
+// Scores of a vector of keys, of one head.
 template <class T, class A>
-Vec<A> scores_of(const T* const* keys, int64_t count, const A* q, int64_t head_dim) {
+Vec<A> scores_of(const T* const* keys, const A* q, int64_t head_dim) {
   constexpr int n = kLanes<A>;
   Vec<A> sums[n] = {};
   int64_t d = 0;
   for (; d + n <= head_dim; d += n) {
     const Vec<A> query = widen(q + d);
-    for (int64_t i = 0; i < count; i++) sums[i] += query * widen(keys[i] + d);
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++) sums[i] += query * widen(keys[i] + d);
   }
   if (d < head_dim) {
     const int rest = static_cast<int>(head_dim - d);
     const Vec<A> query = load(q + d, rest);
-    for (int64_t i = 0; i < count; i++) sums[i] += query * load(keys[i] + d, rest);
+    for (int i = 0; i < n; i++) sums[i] += query * load(keys[i] + d, rest);
   }
   transpose<A>(sums);
   Vec<A> total = sums[0];
@@ -38,74 +40,124 @@ Vec<A> scores_of(const T* const* keys, int64_t count, const A* q, int64_t head_d
   return total;
 }
 
+// Fetches a row that is read soon.
+template <class T>
+void fetch(const T* row, int64_t width) {
+  for (int64_t i = 0; i < width; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+}
+
 template <class T, class A>
 class StepItem {
   static constexpr int n = kLanes<A>;
+  static constexpr int64_t kScores = kRange + n;
 
  public:
   explicit StepItem(const AttentionStep& p)
-      : p_(p), group_(p.heads / p.kv_heads), q_(group_ * p.head_dim), scores_(group_ * (kRange + n)) {}
+      : p_(p),
+        group_(p.heads / p.kv_heads),
+        columns_(ceil_div(p.value_dim, n) * n),
+        q_(p.heads * p.head_dim),
+        scores_(p.heads * kScores),
+        out_(p.heads * columns_) {}
 
-  void run(int64_t b, int64_t key_head, int64_t range) {
+  void run(int64_t b, int64_t range) {
     const Span seen = p_.seen(b);
     const int64_t first = seen.begin + range * kRange, end = least(seen.end, first + kRange);
     if (first >= end) return;
-    for (int64_t g = 0; g < group_; g++) {
-      const T* from = static_cast<const T*>(p_.q) + (b * p_.heads + key_head * group_ + g) * p_.head_dim;
-      for (int64_t d = 0; d < p_.head_dim; d++) q_[g * p_.head_dim + d] = load_one(from + d);
+    const T* from = static_cast<const T*>(p_.q) + b * p_.heads * p_.head_dim;
+    for (int64_t i = 0; i < p_.heads * p_.head_dim; i++) q_[i] = load_one(from + i);
+    for (int64_t i = 0; i < p_.heads * columns_; i++) out_[i] = A(0);
+    for (int64_t at = first; at < end; at += n) score(b, at, end, at - first);
+    for (int64_t head = 0; head < p_.heads; head++) weigh(b, head, first, end, partial<A>(p_, b, head, range));
+    for (int64_t at = first; at < end; at += n) add_values(b, at, end, at - first);
+    for (int64_t head = 0; head < p_.heads; head++) {
+      std::memcpy(partial<A>(p_, b, head, range), out_ + head * columns_, static_cast<size_t>(p_.value_dim) * sizeof(A));
     }
-    for (int64_t at = first; at < end; at += n) score(b, key_head, at, least<int64_t>(n, end - at), at - first);
-    for (int64_t g = 0; g < group_; g++) finish(b, key_head, g, first, end, partial<A>(p_, b, key_head * group_ + g, range));
   }
 
  private:
-  void score(int64_t b, int64_t key_head, int64_t position, int64_t count, int64_t at) {
-    const T* keys[n];
-    for (int64_t i = 0; i < count; i++) keys[i] = p_.key<T>(b, position + i, key_head);
-    for (int64_t g = 0; g < group_; g++) {
-      narrow(scores_ + g * (kRange + n) + at, scores_of<T, A>(keys, count, q_ + g * p_.head_dim, p_.head_dim));
-    }
-  }
-
-  void finish(int64_t b, int64_t key_head, int64_t g, int64_t first, int64_t end, A* out) {
-    A* scores = scores_ + g * (kRange + n);
-    const int64_t head = key_head * group_ + g;
-    const ScoreOptions<A> options{static_cast<A>(p_.scale), static_cast<A>(p_.softcap), p_.slope<A>(b, head), 0, 0};
-    const int64_t rows = ceil_div(end - first, n), query = p_.seen(b).end - 1;
-    finish_scores<A>(ScoreBlock<A>{scores, n, rows, 1, query - first, -n, -1}, options, nullptr, nullptr);
-    A highest = -static_cast<A>(__builtin_inff());
-    for (int64_t i = 0; i < end - first; i++) highest = scores[i] > highest ? scores[i] : highest;
-    const A unit = kLog2e<A>, offset = highest > -static_cast<A>(__builtin_inff()) ? highest * unit : A(0);
-    A sum = 0;
-    for (int64_t row = 0; row < rows; row++)
-      narrow(scores + row * n, weight_of<A>(widen(scores + row * n), unit, broadcast(offset)));
-    for (int64_t i = 0; i < end - first; i++) sum += scores[i];
-    for (int64_t d = 0; d < p_.value_dim; d += 4 * n) add_values(b, key_head, first, end, scores, d, out);
-    out[p_.value_dim] = highest, out[p_.value_dim + 1] = sum;
-  }
-
-  // Four vectors of the weighted values, from column d on.
-  void add_values(int64_t b, int64_t key_head, int64_t first, int64_t end, const A* weights, int64_t d, A* out) {
-    const int vectors = static_cast<int>(least<int64_t>(4, ceil_div(p_.value_dim - d, n)));
-    const int rest = static_cast<int>(least<int64_t>(p_.value_dim - d - (vectors - 1) * n, n));
-    Vec<A> sums[4] = {};
-    for (int64_t position = first; position < end; position++) {
-      const T* value = p_.value<T>(b, position, key_head) + d;
-      const A weight = weights[position - first];
-      if (vectors == 4 && rest == n) {
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) sums[j] += weight * widen(value + j * n);
-      } else {
-        for (int j = 0; j < vectors; j++) sums[j] += weight * load(value + j * n, j + 1 < vectors ? n : rest);
+  // Of a vector of keys; behind the end, of the last one again.
+  void score(int64_t b, int64_t position, int64_t end, int64_t at) {
+    for (int64_t g = 0; g < p_.kv_heads; g++) {
+      const T* keys[n];
+      for (int i = 0; i < n; i++) {
+        keys[i] = p_.key<T>(b, least(position + i, end - 1), g);
+        if (position + n + i < end) fetch(p_.key<T>(b, position + n + i, g), p_.head_dim);
+      }
+      for (int64_t head = g * group_; head < (g + 1) * group_; head++) {
+        narrow(scores_ + head * kScores + at, scores_of<T, A>(keys, q_ + head * p_.head_dim, p_.head_dim));
       }
     }
-    for (int j = 0; j < vectors; j++) store(out + d + j * n, sums[j], j + 1 < vectors ? n : rest);
+  }
+
+  // Scores of a head into weights, 0 behind the end; notes their maximum and sum.
+  void weigh(int64_t b, int64_t head, int64_t first, int64_t end, A* out) {
+    const A infinity = static_cast<A>(__builtin_inff());
+    A* scores = scores_ + head * kScores;
+    const int64_t rows = ceil_div(end - first, n), query = p_.seen(b).end - 1;
+    const ScoreOptions<A> options{static_cast<A>(p_.scale), static_cast<A>(p_.softcap), p_.slope<A>(b, head), 0, 0};
+    finish_scores<A>(ScoreBlock<A>{scores, n, rows, 1, query - first, -n, -1}, options, nullptr, nullptr);
+    for (int64_t i = end - first; i < rows * n; i++) scores[i] = -infinity;
+    Vec<A> tops = broadcast(-infinity), sums{};
+    for (int64_t row = 0; row < rows; row++) {
+      const Vec<A> score = widen(scores + row * n);
+      tops = score > tops ? score : tops;
+    }
+    A highest = -infinity;
+    for (int i = 0; i < n; i++) highest = tops[i] > highest ? tops[i] : highest;
+    const A offset = highest > -infinity ? highest * kLog2e<A> : A(0);
+    for (int64_t row = 0; row < rows; row++) {
+      const Vec<A> weight = weight_of<A>(widen(scores + row * n), kLog2e<A>, broadcast(offset));
+      sums += weight;
+      narrow(scores + row * n, weight);
+    }
+    out[p_.value_dim] = highest, out[p_.value_dim + 1] = sum_lanes<A>(sums);
+  }
+
+  // The weighted values of a vector of positions.
+  void add_values(int64_t b, int64_t position, int64_t end, int64_t at) {
+    const int count = static_cast<int>(least<int64_t>(n, end - position));
+    for (int64_t g = 0; g < p_.kv_heads; g++) {
+      const T* values[n];
+      for (int i = 0; i < count; i++) {
+        values[i] = p_.value<T>(b, position + i, g);
+        if (position + n + i < end) fetch(p_.value<T>(b, position + n + i, g), p_.value_dim);
+      }
+      for (int64_t head = g * group_; head < (g + 1) * group_; head++) {
+        const A* weights = scores_ + head * kScores + at;
+        int64_t d = 0;
+        for (; d + 4 * n <= p_.value_dim; d += 4 * n)
+          add_columns<4>(out_ + head * columns_ + d, weights, values, d, count, n);
+        for (; d < p_.value_dim; d += n) {
+          const int lanes = static_cast<int>(least<int64_t>(p_.value_dim - d, n));
+          add_columns<1>(out_ + head * columns_ + d, weights, values, d, count, lanes);
+        }
+      }
+    }
+  }
+
+  // Vectors of columns from d on, each with its own sum.
+  template <int kVectors>
+  static void add_columns(A* to, const A* weights, const T* const* values, int64_t d, int count, int lanes) {
+    Vec<A> sums[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; j++) sums[j] = widen(to + j * n);
+    for (int i = 0; i < count; i++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; j++) {
+        const T* value = values[i] + d + j * n;
+        sums[j] += weights[i] * (kVectors > 1 || lanes == n ? widen(value) : load(value, lanes));
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; j++) narrow(to + j * n, sums[j]);
   }
 
   const AttentionStep& p_;
-  int64_t group_;
-  Scratch<A> q_;       // [group][head_dim]
-  Scratch<A> scores_;  // [group][positions]
+  int64_t group_, columns_;
+  Scratch<A> q_;       // [heads][head_dim]
+  Scratch<A> scores_;  // [heads][positions]
+  Scratch<A> out_;     // [heads][value_dim, padded]
 };
 
 template <class T>
@@ -157,9 +209,7 @@ void append_keys(const AttentionStep& p) {
 void attend(const AttentionStep& p, int64_t begin, int64_t end) {
   dispatch(p.dtype, [&]<class T>() {
     StepItem<T, Acc<T>> item(p);
-    for (int64_t i = begin; i < end; i++) {
-      item.run(i / p.ranges / p.kv_heads, i / p.ranges % p.kv_heads, i % p.ranges);
-    }
+    for (int64_t i = begin; i < end; i++) item.run(i / p.ranges, i % p.ranges);
   });
 }
 
