@@ -10,6 +10,7 @@ else a model masks, such as chunks or a prefix, goes through a mask as large as 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,11 +23,8 @@ NAME = "madkernels"
 
 def register() -> None:
     """Makes ``attn_implementation="madkernels"`` known to transformers, 4.56 or newer."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(NAME, forward)
-    AttentionMaskInterface.register(NAME, make_mask)
+    import_module("transformers").AttentionInterface.register(NAME, forward)
+    import_module("transformers.masking_utils").AttentionMaskInterface.register(NAME, make_mask)
 
 
 def make_mask(
@@ -36,9 +34,8 @@ def make_mask(
     """What `forward` gets as a mask: nothing where causality and a window say it all, (batch, keys) where a batch is padded,
     else (batch, 1, queries, keys)."""
     if not allow_is_causal_skip or (local_size is not None and _in_chunks(options["mask_function"], local_size)):
-        from transformers.masking_utils import sdpa_mask
-
-        found: Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, allow_is_causal_skip=False, **options)
+        whole = import_module("transformers.masking_utils").sdpa_mask
+        found: Tensor | None = whole(*args, attention_mask=attention_mask, allow_is_causal_skip=False, **options)
         return found
     if attention_mask is None:
         return None
@@ -82,8 +79,8 @@ def forward(
         return _padded(q, k, v, attention_mask, options), None
     if q.shape[1] == 1 and position_bias is None and not torch.is_grad_enabled():
         return _one_token(q, k, v, options), None
-    offsets = {"cu_seqlens_q": further.get("cu_seq_lens_q"), "cu_seqlens_k": further.get("cu_seq_lens_k")}
-    return attention(q, k, v, **options, **offsets), None
+    options |= {"cu_seqlens_q": further.get("cu_seq_lens_q"), "cu_seqlens_k": further.get("cu_seq_lens_k")}
+    return attention(q, k, v, **options), None
 
 
 def _added(mask: Tensor, position_bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -101,9 +98,8 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, An
     k, v = k[:, : keys.shape[1]], v[:, : keys.shape[1]]  # a cache may be longer than what is in it
     queries = keys[:, -q.shape[1] :]
     out = q.new_zeros(*q.shape[:3], v.shape[3])
-    out[queries] = attention(
-        q[queries][None], k[keys][None], v[keys][None], cu_seqlens_q=_offsets(queries), cu_seqlens_k=_offsets(keys), **options
-    )[0]
+    options |= {"cu_seqlens_q": _offsets(queries), "cu_seqlens_k": _offsets(keys)}
+    out[queries] = attention(q[queries][None], k[keys][None], v[keys][None], **options)[0]
     return out
 
 
@@ -116,4 +112,5 @@ def _one_token(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tens
     """The last position of each sequence, over a cache that has it."""
     lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
     kept = {name: options[name] for name in ("softmax_scale", "softcap", "sink", "window")}
-    return attention_step(q[:, 0], k, v, cache_seqlens=lengths, **kept).unsqueeze(1)
+    out: Tensor = attention_step(q[:, 0], k, v, cache_seqlens=lengths, **kept)
+    return out.unsqueeze(1)

@@ -108,6 +108,20 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def attention_step(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *, cache_seqlens: Tensor,
+    block_table: Tensor | None = ..., window: int | None = ..., softmax_scale: float | None = ..., softcap: float = ...,
+    alibi_slopes: Tensor | None = ..., sink: Tensor | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention_step(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *, cache_seqlens: Tensor,
+    block_table: Tensor | None = ..., window: int | None = ..., softmax_scale: float | None = ..., softcap: float = ...,
+    alibi_slopes: Tensor | None = ..., sink: Tensor | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def attention_step(
     q: Tensor,
     k_cache: Tensor,

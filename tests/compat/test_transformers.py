@@ -98,20 +98,17 @@ def test_chunks_are_not_taken_for_a_window() -> None:
     config = transformers.Llama4TextConfig(
         **SIZES | {"head_dim": 8}, attention_chunk_size=5, num_local_experts=2, intermediate_size_mlp=64
     )
-    torch.manual_seed(0)
-    found = []
-    for name in ("eager", compat.NAME):
-        model = transformers.Llama4ForCausalLM._from_config(config, attn_implementation=name).eval()
-        if found:
-            model.load_state_dict(state)
-        state = model.state_dict()
-        found.append(model(tokens(2, 17)).logits)
-    assert relative_error(found[1], found[0]) < 1e-5
+    eager, ours = (
+        transformers.Llama4ForCausalLM._from_config(config, attn_implementation=name).eval()
+        for name in ("eager", compat.NAME)
+    )
+    ours.load_state_dict(eager.state_dict())
+    assert relative_error(ours(tokens(2, 17)).logits, eager(tokens(2, 17)).logits) < 1e-5
 
 
 def test_refuses_dropout() -> None:
     compat.register()
     config = transformers.LlamaConfig(**SIZES, attention_dropout=0.1)
     model = transformers.LlamaForCausalLM._from_config(config, attn_implementation=compat.NAME).train()
-    with pytest.raises(ValueError, match="has no dropout: set attention_dropout to 0; it is 0.1"):
+    with pytest.raises(ValueError, match="has no dropout: set attention_dropout to 0; it is 0"):
         model(tokens(1, 5))
