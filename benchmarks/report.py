@@ -129,7 +129,8 @@ def _summary(measured: Measured) -> list[str]:
     exp2, copy = statistics.median(measured.rates.exp2), statistics.median(measured.rates.copy)
     lines.append(f"floor from {exp2 / 1e9:.2f} G exp2/s and {copy / 1e9:.2f} GB/s of copying, measured between the runs")
     for dtype, rates in measured.rates.multiply.items():
-        lines.append(f"multiplying {dtype}: {speed(statistics.median(rates))}, measured between the runs")
+        low, high = speed(min(rates)), speed(max(rates))  # far apart where others used the machine
+        lines.append(f"multiplying {dtype}: {speed(statistics.median(rates))}, from {low} to {high} between the runs")
     return lines + _gpu_lines(measured.rates.states)
 
 

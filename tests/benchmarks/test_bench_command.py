@@ -161,8 +161,8 @@ def test_speed_of_an_op_of_products(tmp_path: Path) -> None:
     shapes = shapes_file(tmp_path, [entry | {"causal": True, "documents": 2}])
     text = run("attention", "--shapes", shapes, "--dtype", "float32,bfloat16", "--json", str(out))
     assert text.count("operations: forward 2 (head_dim + head_dim_v), backward 2 (3 head_dim + 2 head_dim_v)") == 1
-    assert "multiplying float32: 100 GFLOP/s, measured between the runs" in text
-    assert "multiplying bfloat16: 100 GFLOP/s, measured between the runs" in text
+    assert "multiplying float32: 100 GFLOP/s, from 100 GFLOP/s to 100 GFLOP/s between the runs" in text
+    assert "multiplying bfloat16: 100 GFLOP/s, from 100 GFLOP/s to 100 GFLOP/s between the runs" in text
     assert "of the rate of multiplying" in text
     assert "not run: sdpa: does not take this case" in text
     (case,) = json.loads(out.read_text())["cases"]
