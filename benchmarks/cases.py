@@ -6,6 +6,7 @@ that divide nothing; the others are the sizes of real models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -43,6 +44,7 @@ class Case:
 
     arguments: ClassVar[Arguments]
     out: ClassVar[Axes] = ROWS
+    formula: ClassVar[str] = ""  # of `flops`, in words
     name: str
     batch: int
     seqlen: int
@@ -51,7 +53,9 @@ class Case:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and not (type(value) is int and value >= 1):
+            if field.type == "int | None" and value is None:
+                continue
+            if field.type in ("int", "int | None") and not (type(value) is int and value >= 1):
                 raise ValueError(f"case {self.name!r}: {field.name} is {value!r}; expected an integer of at least 1")
             if field.type == "bool" and type(value) is not bool:
                 raise ValueError(f"case {self.name!r}: {field.name} is {value!r}; expected true or false")
@@ -60,6 +64,10 @@ class Case:
     def options(self) -> dict[str, Any]:
         """The arguments of the op that are not tensors."""
         return {}
+
+    def options_on(self, device: torch.device) -> dict[str, Any]:
+        """The same, with those that are tensors after all, as offsets are, on a device."""
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.options.items()}
 
     def has(self, argument: str) -> bool:
         """Whether an optional argument is given."""
@@ -83,6 +91,26 @@ class Case:
     def exponentials(self) -> int:
         """Evaluations of exp that either pass cannot do without; the backward recomputes those of the forward."""
         return 0
+
+    def flops(self, direction: str) -> int:
+        """Floating-point operations of the products that a pass, "forward" or "backward", cannot do without; 0 where it is
+        not products that take its time."""
+        return 0
+
+    @property
+    def independent(self) -> Axes:
+        """The axes along which the op computes each index by itself, so that some of them can be checked without the rest.
+        Of two axes, each index of the first goes with a block of the second: a group with its channels."""
+        return ()
+
+    @property
+    def reference_values(self) -> int:
+        """Values of the largest tensor that the reference makes."""
+        return max(self.count(axes) for axes in self.axes.values())
+
+    def count(self, axes: Axes) -> int:
+        """How many values a tensor with these axes has."""
+        return math.prod(getattr(self, axis) for axis in axes)
 
     def make_inputs(self, dtype: torch.dtype, seed: int = 0) -> Inputs:
         """The tensors of the call, by argument; activations in `dtype`. The same in each dtype, but for rounding."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from madkernels import causal_conv, reference
-from madkernels.benchmarks.cases import ROWS, Argument, Arguments, Case
+from madkernels.benchmarks.cases import ROWS, Argument, Arguments, Axes, Case
 from madkernels.benchmarks.harness import Benchmark, Peer
 
 
@@ -28,6 +28,10 @@ class ConvCase(Case):
     width: int
     bias: bool = False
     activation: str | None = None
+
+    @property
+    def independent(self) -> Axes:
+        return ("dim",)
 
     @property
     def options(self) -> dict[str, Any]:

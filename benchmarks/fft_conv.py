@@ -37,6 +37,10 @@ class LongConvCase(Case):
     skip: bool = False
     gates: bool = False
 
+    @property
+    def independent(self) -> Axes:
+        return ("dim",)
+
     def has(self, argument: str) -> bool:
         return self.gates if argument in ("pre_gate", "post_gate") else super().has(argument)
 

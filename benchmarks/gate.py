@@ -14,8 +14,10 @@ Function = Callable[..., Any]  # from an op's inputs to its output: what an op o
 
 # Relative RMS errors a contender may have: some tens of roundings, since the peers differ in the order of their sums.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-10}
-WHOLE = 1 << 21  # values of the largest input up to which everything is compared
-CHANNELS = 16  # compared beyond that
+WHOLE = 1 << 21  # values of the reference's largest tensor up to which everything is compared
+CHANNELS = 16  # compared beyond that, at the most
+LARGEST = 1 << 24  # values up to which one channel more is taken: 128 MiB, of which the reference holds some ten
+NAMES = {"dim": "channels", "batch": "sequences", "kv_heads": "key heads"}  # of axes; other names are words
 
 
 def with_graph(function: Function, inputs: Inputs) -> tuple[Inputs, Tensor]:
@@ -39,27 +41,38 @@ def relative_rms(value: Tensor, exact: Tensor) -> float:
     return relative if relative == relative else float("inf")
 
 
+def picked(case: Case) -> dict[str, Tensor]:
+    """The indices to compare, by axis: of the last sequence some channels, or whole groups of them, as many as the reference
+    has memory for. Empty where everything is compared."""
+    axes = case.independent
+    if case.reference_values <= WHOLE or not axes:
+        return {}
+    lengths = {axis: getattr(case, axis) for axis in axes}
+    units = min(lengths.values())  # what is picked from: the channels, or the groups
+    fit = LARGEST * case.batch * units // case.reference_values
+    blocks = {axis: length // units for axis, length in lengths.items()}
+    count = max(1, min(fit, CHANNELS // max(blocks.values()), units))
+    chosen = torch.linspace(units - 1, 0, count).long()  # from the last, which is the one if it is one
+    index = {axis: (chosen[:, None] * block + torch.arange(block)).flatten() for axis, block in blocks.items()}
+    return index | {"batch": torch.tensor([case.batch - 1])}
+
+
 class Gate:
     """Compares contenders with the float64 reference on the timed inputs.
 
     Contenders always run at full size. Where that is too much for the reference, the gradient of the output is set to zero
-    but for some channels of the last sequence. Channels meet only in the gradients of what they share, so those channels
-    alone give the reference all it needs.
+    but for some channels (or heads: the case says which axes are independent) of the last sequence. Channels meet only in
+    the gradients of what they share, so those channels alone give the reference all it needs.
     """
 
     def __init__(self, case: Case, reference: Function, inputs: Inputs):
-        size = max(value.numel() for value in inputs.values())
         self.axes = case.axes
-        self.index: dict[str, Tensor] = {}
+        self.index = {axis: index.to(inputs["out"].device) for axis, index in picked(case).items()}
         self.checked = "all of it"
-        # Channels of several groups cannot be picked without their groups.
-        if size > WHOLE and getattr(case, "groups", 1) == 1:
-            device = inputs["out"].device
-            channels = torch.linspace(0, case.dim - 1, min(CHANNELS, case.dim)).long().to(device)
-            self.index = {"batch": torch.tensor([case.batch - 1], device=device), "dim": channels}
-            self.checked = f"{len(channels)} of {case.dim} channels, 1 of {case.batch} sequences"
-        mask = self._scatter(self.pick("out", inputs["out"]), inputs["out"])
-        self.inputs = {**inputs, "out": mask}
+        if self.index:
+            counts = {axis: f"{len(index)} of {getattr(case, axis)}" for axis, index in self.index.items()}
+            self.checked = ", ".join(f"{count} {NAMES.get(axis, axis)}" for axis, count in counts.items())
+        self.inputs = {**inputs, "out": self._masked(inputs["out"])}
         exact_inputs = {name: self.pick(name, value).double() for name, value in self.inputs.items()}
         self.exact = gradients(reference, exact_inputs)
 
@@ -70,13 +83,14 @@ class Gate:
                 value = value.index_select(axis, self.index[label])
         return value
 
-    def _scatter(self, part: Tensor, whole: Tensor) -> Tensor:
-        """Zeros like `whole`, but for `part` where it was picked."""
-        if not self.index:
-            return whole
-        out = torch.zeros_like(whole)
-        out[self.index["batch"][:, None], :, self.index["dim"]] = part.transpose(1, 2)
-        return out
+    def _masked(self, gradient: Tensor) -> Tensor:
+        """The gradient of the output, zero but for the compared part."""
+        for axis, label in enumerate(self.axes["out"]):
+            if label in self.index:
+                kept = torch.zeros(gradient.shape[axis], dtype=gradient.dtype, device=gradient.device)
+                kept[self.index[label]] = 1
+                gradient = gradient * kept.reshape(-1, *[1] * (gradient.dim() - axis - 1))
+        return gradient
 
     def errors(self, function: Function, backward: bool, arrange: Callable[[Tensor], Tensor]) -> list[float]:
         """The error of the forward and, if wanted, the worst of the gradients."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from madkernels import cuda
 from madkernels.cli.doctor import nvidia_driver
 
 AHEAD = 1_000_000  # cycles of the pause that work is queued behind
+SIDE = 8192  # of the square matrices whose product gives the rate of tensor cores
 # Reasons for a lower clock, as NVML's bits; idling, an application's own setting and a display are none.
 SLOWDOWNS = {
     0x4: "power cap",
@@ -90,15 +92,21 @@ def state(device: torch.device) -> dict[str, Any]:
 
 
 class Rates:
-    """As `machine.Rates`, of a GPU. A copy reads and writes buffers that together are eight times its L2."""
+    """As `machine.Rates`, of a GPU. A copy reads and writes buffers that together are eight times its L2. Products are those
+    of torch's matrix product in the dtype, as it is set up: of float32 without TF32, unless somebody allowed it."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, multiplied: Sequence[str] = ()):
+        self.multiply: dict[str, list[float]] = {name: [] for name in multiplied}
         self.exp2: list[float] = []
         self.copy: list[float] = []
         self.states: list[dict[str, Any]] = []
         self._device = device
         self._source = torch.ones(4 * l2_bytes(device), dtype=torch.uint8, device=device)
         self._target = torch.empty_like(self._source)
+        # Normal numbers: on zeros a GPU draws less power, and so keeps a higher clock than on what is timed.
+        self._factors = {name: torch.randn(SIDE, SIDE, dtype=getattr(torch, name), device=device) for name in self.multiply}
+        for factor in self._factors.values():
+            torch.matmul(factor, factor)  # loads the library
 
     def measure(self) -> None:
         """Adds one measurement of each, and the state of the GPU."""
@@ -107,4 +115,6 @@ class Rates:
         if part is None:
             raise RuntimeError(reason)
         self.exp2.append(part.exp2_rate(self._device.index))
+        for name, factor in self._factors.items():
+            self.multiply[name].append(2 * SIDE**3 / seconds(partial(torch.matmul, factor, factor)))
         self.states.append(state(self._device))

@@ -129,8 +129,10 @@ class Measured:
         self.traffic[dtype] = {"forward": total, "backward": 2 * total - inputs["out"].nbytes}
 
     def floor(self, dtype: str, direction: str) -> dict[str, float]:
-        """Seconds that exponentials and that memory traffic take at the least, at the median rates of the run."""
+        """Seconds that products, exponentials and memory traffic each take at the least, at the median rates of the run."""
+        operations = self.case.flops(direction)
         return {
+            "multiply": operations / statistics.median(self.rates.multiply[dtype]) if operations else 0.0,
             "exp2": self.case.exponentials / statistics.median(self.rates.exp2),
             "memory": self.traffic[dtype][direction] / statistics.median(self.rates.copy),
         }
@@ -219,20 +221,29 @@ def contenders(
 ) -> Iterator[Contender]:  # fmt: skip
     """The op and its peers in each pass, gated; their copies are not there yet. Adds peers that do not fit to `absent`."""
     ours = Peer(OURS, benchmark.function, backward=True)
+    options = case.options_on(device_of(gate.inputs))
     for peer in (ours, *peers):
-        function = partial(peer.function, **case.options)
+        function = partial(peer.function, **options)
         backward = peer.backward and "backward" in passes
         try:
             errors = gate.errors(function, backward, channels_first if peer.channel_first else torch.clone)
-        except torch.OutOfMemoryError:
+        except RuntimeError as refused:
             if peer is ours:
                 raise
-            absent[peer.name] = "does not fit into the memory of the GPU"
+            absent[peer.name] = refusal(refused, dtype)
             continue
         for direction, error in zip(PASSES, errors, strict=False):
             if direction in passes:
                 result = Result(peer.name, str(dtype).removeprefix("torch."), direction, error, TOLERANCES[dtype])
                 yield Contender(function, [], direction == "backward", peer.channel_first, result)
+
+
+def refusal(error: RuntimeError, dtype: torch.dtype) -> str:
+    """Why a peer did not take the inputs, in its own words."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "does not fit into the memory of the GPU"
+    first = str(error).strip().partition("\n")[0]
+    return f"does not take these inputs in {str(dtype).removeprefix('torch.')}: {first}"
 
 
 def run_rounds(runners: Sequence[Contender], rates: Rates | gpu.Rates, runs: int) -> None:
@@ -257,15 +268,18 @@ def measure(
     absent |= {peer.name: f"does not run on {device.type}" for peer in peers if device.type not in peer.devices}
     absent |= {peer.name: "does not take this case" for peer in peers if not peer.accepts(case)}
     present = [peer for peer in peers if peer.name not in absent]
-    measured = Measured(case, absent, gpu.Rates(device) if device.type == "cuda" else Rates())
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    multiplied = [name for name in names if any(case.flops(direction) for direction in passes)]
+    rates = gpu.Rates(device, multiplied) if device.type == "cuda" else Rates(multiplied)
+    measured = Measured(case, absent, rates)
+    options = case.options_on(device)
     runners: list[Contender] = []
-    for dtype in dtypes:
-        name = str(dtype).removeprefix("torch.")
+    for name, dtype in zip(names, dtypes, strict=True):
         inputs = case.make_inputs(dtype)
         shape = [getattr(case, axis) for axis in case.axes["out"]]
         inputs["out"] = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         inputs = {key: value.to(device) for key, value in inputs.items()}
-        gate = Gate(case, partial(benchmark.reference, **case.options), inputs)
+        gate = Gate(case, partial(benchmark.reference, **options), inputs)
         measured.checked = gate.checked
         mine = list(contenders(benchmark, case, dtype, passes, present, gate, absent))
         measured.results += [runner.result for runner in mine]
@@ -279,6 +293,6 @@ def measure(
         runners += mine
         measured.add_sizes(name, inputs, copies)
         if "backward" in passes:
-            measured.memory[name] = peak_memory(partial(benchmark.function, **case.options), inputs)
+            measured.memory[name] = peak_memory(partial(benchmark.function, **options), inputs)
     run_rounds(runners, measured.rates, runs)
     return measured

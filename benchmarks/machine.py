@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,12 @@ class Rates:
     """The rates of the machine, measured again and again between the timings, so that they share the machine's ups and
     downs.
 
-    A copy reads and writes buffers that together are twice the last-level cache.
+    A copy reads and writes buffers that together are twice the last-level cache. `multiplied`: the dtypes whose products
+    are timed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, multiplied: Sequence[str] = ()) -> None:
+        self.multiply: dict[str, list[float]] = {name: [] for name in multiplied}  # operations per second, all threads
         self.exp2: list[float] = []  # float32 evaluations per second, all threads
         self.copy: list[float] = []  # bytes read and written per second
         self.states: list[dict[str, Any]] = []  # of a GPU, at each measurement
@@ -104,4 +107,7 @@ class Rates:
         self.copy.append(2 * self._source.nbytes / (time.perf_counter() - begin))
         # OpenMP's threads spin for a while after their work, and would take a fifth of the next figure.
         time.sleep(0.02)
-        self.exp2.append(_C.exp2_rate(torch.get_num_threads()))
+        threads = torch.get_num_threads()
+        self.exp2.append(_C.exp2_rate(threads))
+        for name, found in self.multiply.items():
+            found.append(_C.multiply_rate(name, threads))

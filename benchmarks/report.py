@@ -31,8 +31,10 @@ def figures(measured: Measured) -> dict[str, dict[str, Any]]:
     """The figures that matter, by dtype and pass.
 
     `times_as_long`: the time of each peer over that of the op. `fastest_peer`: the first of them. `of_floor`: the floor over
-    the time of the op; `floor_seconds` its two parts. `times_forward`: backward over forward. `peak_memory`: peak bytes of a
-    forward and backward over the bytes of the inputs and the output. `times_float32`: the time over that of float32.
+    the time of the op; `floor_seconds` its parts. `times_forward`: backward over forward. `peak_memory`: peak bytes of a
+    forward and backward over the bytes of the inputs and the output. `times_float32`: the time over that of float32. Of an
+    op of products, `operations`: those that the pass cannot do without; `operations_per_second`; `of_multiply`: that over
+    the rate at which the machine multiplies.
     """
     found: dict[str, dict[str, Any]] = {}
     for dtype, passes in measured.traffic.items():
@@ -57,6 +59,9 @@ def _of_pass(measured: Measured, mine: Result) -> dict[str, Any]:
         "times_as_long": {peer.contender: peer.median / mine.median for peer in peers},
         "fastest_peer": peers[0].contender if peers else None,
     }
+    if operations := measured.case.flops(direction):
+        found |= {"operations": operations, "operations_per_second": operations / mine.median}
+        found["of_multiply"] = floor["multiply"] / mine.median
     forward, single = ours(measured, dtype, "forward"), ours(measured, "float32", direction)
     if direction == "backward" and forward:
         found["times_forward"] = mine.median / forward.median
@@ -71,6 +76,8 @@ def show(op: str, measured: Measured, console: Console) -> None:
     cold = "not found in cache" if measured.cold else "still in the last-level cache"
     console.print(f"\n[bold]{op}[/bold] {measured.case}", highlight=False)
     console.print(f"checked: {measured.checked}; copies of the inputs: {copies}, {cold}", highlight=False)
+    if measured.case.formula:
+        console.print(f"operations: {measured.case.formula}", highlight=False)
     for dtype, passes in measured.traffic.items():
         for direction in passes:
             _show_pass(measured, [r for r in measured.results if (r.dtype, r.direction) == (dtype, direction)], console)
@@ -83,7 +90,10 @@ def show(op: str, measured: Measured, console: Console) -> None:
 def _show_pass(measured: Measured, results: Sequence[Result], console: Console) -> None:
     if not results:
         return
-    table = Table("contender", "error", "median", "min", "quartiles", "/ ours", "floor", box=None, title_justify="left")
+    columns = ["contender", "error", "median", "min", "quartiles", "/ ours", "floor"]
+    if measured.case.flops(results[0].direction):
+        columns += ["GFLOP/s", "multiply"]
+    table = Table(*columns, box=None, title_justify="left")
     table.title = f"{results[0].dtype} {results[0].direction}, in ms"
     table.columns[0].no_wrap = True
     for result in results:
@@ -99,8 +109,11 @@ def _row(measured: Measured, result: Result) -> list[str]:
     row += [milliseconds(result.median), milliseconds(min(result.seconds)), f"{milliseconds(low)} - {milliseconds(high)}"]
     mine = ours(measured, result.dtype, result.direction)
     row.append(f"{result.median / mine.median:.2f}" if mine else "")
-    floor = max(measured.floor(result.dtype, result.direction).values())
-    return [*row, f"{floor / result.median:.1%}"]
+    floor = measured.floor(result.dtype, result.direction)
+    row.append(f"{max(floor.values()) / result.median:.1%}")
+    if operations := measured.case.flops(result.direction):
+        row += [f"{operations / result.median / 1e9:.4g}", f"{floor['multiply'] / result.median:.1%}"]
+    return row
 
 
 def _summary(measured: Measured) -> list[str]:
@@ -115,6 +128,9 @@ def _summary(measured: Measured) -> list[str]:
             lines.append(f"{dtype} peak memory of forward and backward: {times} ({sizes})")
     exp2, copy = statistics.median(measured.rates.exp2), statistics.median(measured.rates.copy)
     lines.append(f"floor from {exp2 / 1e9:.2f} G exp2/s and {copy / 1e9:.2f} GB/s of copying, measured between the runs")
+    for dtype, rates in measured.rates.multiply.items():
+        low, high = speed(min(rates)), speed(max(rates))  # far apart where others used the machine
+        lines.append(f"multiplying {dtype}: {speed(statistics.median(rates))}, from {low} to {high} between the runs")
     return lines + _gpu_lines(measured.rates.states)
 
 
@@ -132,6 +148,8 @@ def _gpu_lines(states: Sequence[dict[str, Any]]) -> list[str]:
 
 def _sentence(found: dict[str, Any]) -> str:
     parts = [f"{found['of_floor']:.1%} of the floor"]
+    if "of_multiply" in found:
+        parts.append(f"{speed(found['operations_per_second'])}, {found['of_multiply']:.1%} of the rate of multiplying")
     if "times_forward" in found:
         parts.append(f"{found['times_forward']:.2f} times the forward")
     if "times_float32" in found:
@@ -147,6 +165,11 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
 
 
+def speed(operations: float) -> str:
+    """Operations per second, with three digits or more."""
+    return f"{operations / 1e12:.4g} TFLOP/s" if operations >= 1e12 else f"{operations / 1e9:.3g} GFLOP/s"
+
+
 def quartiles(values: Sequence[float]) -> list[float]:
     """Lower quartile, median, upper quartile."""
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
@@ -158,8 +181,9 @@ def write_json(path: Path, op: str, machine: dict[str, str], cases: Sequence[Mea
     Keys: `schema` (1); `op`; `machine` (text by name); `cases`, each with `case` (its fields), `checked`, `copies`, `cold`,
     `absent` (reasons by peer), `results` (`contender`, `dtype`, `direction`, `error`, `tolerance`, `seconds` of each run,
     and `median`, `minimum`, `lower_quartile`, `upper_quartile` where there are any), `traffic_bytes`,
-    `peak_memory_bytes`, `rates` (`exp2_per_second`, `copy_bytes_per_second`, every measurement), `gpu_states` (clocks,
-    power and slowdowns at each of them; empty on a CPU) and `figures` (see :func:`figures`).
+    `peak_memory_bytes`, `rates` (`exp2_per_second`, `copy_bytes_per_second`, and by dtype `multiply_per_second`, the
+    operations of products; every measurement), `gpu_states` (clocks, power and slowdowns at each of them; empty on a CPU)
+    and `figures` (see :func:`figures`).
     """
     text = json.dumps({"schema": SCHEMA, "op": op, "machine": machine, "cases": [_record(m) for m in cases]}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +207,11 @@ def _record(measured: Measured) -> dict[str, Any]:
         "results": results,
         "traffic_bytes": measured.traffic,
         "peak_memory_bytes": measured.memory,
-        "rates": {"exp2_per_second": measured.rates.exp2, "copy_bytes_per_second": measured.rates.copy},
+        "rates": {
+            "exp2_per_second": measured.rates.exp2,
+            "copy_bytes_per_second": measured.rates.copy,
+            "multiply_per_second": measured.rates.multiply,
+        },
         "gpu_states": measured.rates.states,
         "figures": figures(measured),
     }

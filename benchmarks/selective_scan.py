@@ -65,6 +65,10 @@ class ScanCase(Case):
         return tuple(axis for axis in axes if axis != "groups" or self.groups > 1)
 
     @property
+    def independent(self) -> Axes:
+        return ("dim",) if self.groups == 1 else ("groups", "dim")
+
+    @property
     def exponentials(self) -> int:
         return self.batch * self.seqlen * self.dim * self.dstate
 

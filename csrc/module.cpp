@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -28,6 +29,19 @@ std::map<std::string, std::string> build_info() {
   for (const std::string& name : names(madkernels::compiled_isas())) isas += (isas.empty() ? "" : ",") + name;
   return {{"version", MADKERNELS_VERSION}, {"compiler", MADKERNELS_COMPILER},         {"build_type", MADKERNELS_BUILD_TYPE},
           {"torch", MADKERNELS_TORCH},     {"torch_target", MADKERNELS_TORCH_TARGET}, {"isas", isas}};
+}
+
+double multiply_rate(const std::string& dtype, int threads) {
+  using madkernels::DType;
+  static const std::map<std::string, DType> known = {{"float32", DType::kFloat32},
+                                                     {"bfloat16", DType::kBFloat16},
+                                                     {"float16", DType::kFloat16},
+                                                     {"float64", DType::kFloat64}};
+  const auto found = known.find(dtype);
+  if (found == known.end())
+    throw std::invalid_argument("dtype is " + dtype + "; expected float32, bfloat16, float16 or float64");
+  pybind11::gil_scoped_release others_run;
+  return madkernels::multiply_rate(found->second, threads);
 }
 
 // How the CPU computes a causal convolution of `length` outputs.
@@ -88,6 +102,9 @@ PYBIND11_MODULE(_C, m) {
         "Whether pairs of bfloat16 are multiplied as such (AVX512_BF16), where they would otherwise be widened first.");
   m.def("exp2_rate", &madkernels::exp2_rate, pybind11::arg("threads"), pybind11::call_guard<pybind11::gil_scoped_release>(),
         "float32 evaluations of 2^x a second, in registers, all threads together.");
+  m.def("multiply_rate", &multiply_rate, pybind11::arg("dtype"), pybind11::arg("threads"),
+        "Multiplications and additions a second, in registers, all threads together, with the instruction that products of "
+        "float32, float64, float16 (float32's) or bfloat16 (dot products of pairs, if cpu_bfloat16_dot) take.");
   m.def(
       "fft_conv_plan", &fft_conv_plan, pybind11::arg("length"), pybind11::arg("filter_len"), pybind11::arg("history") = 0,
       "How the CPU computes a causal long convolution: the complex points of its transforms (0: tap by tap), the outputs of "

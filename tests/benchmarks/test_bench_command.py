@@ -154,6 +154,41 @@ def test_figures() -> None:
     assert found["bfloat16"]["forward"]["times_float32"] == pytest.approx(0.5)
 
 
+def test_speed_of_an_op_of_products(tmp_path: Path) -> None:
+    """Operations a second, the formula once, and their share of the rate of multiplying."""
+    entry = {"name": "small", "batch": 1, "seqlen": 12, "heads": 2, "kv_heads": 1, "head_dim": 8, "head_dim_v": 8}
+    out = tmp_path / "out.json"
+    shapes = shapes_file(tmp_path, [entry | {"causal": True, "documents": 2}])
+    text = run("attention", "--shapes", shapes, "--dtype", "float32,bfloat16", "--json", str(out))
+    assert text.count("operations: forward 2 (head_dim + head_dim_v), backward 2 (3 head_dim + 2 head_dim_v)") == 1
+    assert "multiplying float32: 100 GFLOP/s, from 100 GFLOP/s to 100 GFLOP/s between the runs" in text
+    assert "multiplying bfloat16: 100 GFLOP/s, from 100 GFLOP/s to 100 GFLOP/s between the runs" in text
+    assert "of the rate of multiplying" in text
+    assert "not run: sdpa: does not take this case" in text
+    (case,) = json.loads(out.read_text())["cases"]
+    assert {result["contender"] for result in case["results"]} == {"madkernels", "sdpa-mask", "reference"}
+    backward = case["figures"]["bfloat16"]["backward"]
+    assert backward["operations"] == 2 * 5 * 8 * 2 * 2 * 21  # two heads, two documents
+    assert backward["operations_per_second"] == pytest.approx(backward["operations"] / backward["seconds"])
+    assert backward["of_multiply"] == pytest.approx(backward["operations_per_second"] / 1e11)
+    assert set(case["rates"]["multiply_per_second"]) == {"float32", "bfloat16"}
+    assert set(case["rates"]["multiply_per_second"]["float32"]) == {1e11}
+
+
+def test_an_op_of_no_products_has_no_such_speed(tmp_path: Path) -> None:
+    text = run("causal_conv", "--shapes", shapes_file(tmp_path, SMALL), "--peers", "none")
+    assert "FLOP/s" not in text
+    assert "operations" not in text
+
+
+@pytest.mark.parametrize(
+    ("operations", "text"),
+    [(5e6, "0.005 GFLOP/s"), (234.4e9, "234 GFLOP/s"), (1e12, "1 TFLOP/s"), (989.4e12, "989.4 TFLOP/s")],
+)
+def test_speeds_are_written_in_a_unit_that_fits(operations: float, text: str) -> None:
+    assert report.speed(operations) == text
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_a_case_to_begin_with(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `madkernels bench OP` times with nothing else said."""

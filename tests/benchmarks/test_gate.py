@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from madkernels import OPS, causal_conv, reference, selective_scan
+from madkernels import OPS, attention, causal_conv, reference, selective_scan
 from madkernels.benchmarks import gate as gate_module
+from madkernels.benchmarks.attention import BENCHMARK as ATTENTION
+from madkernels.benchmarks.attention import AttentionCase
 from madkernels.benchmarks.cases import Case, Inputs
 from madkernels.benchmarks.causal_conv import ConvCase
-from madkernels.benchmarks.gate import TOLERANCES, Gate
+from madkernels.benchmarks.gate import TOLERANCES, Gate, picked
 from madkernels.benchmarks.harness import Benchmark, Peer, benchmark_of, channels_first
 from madkernels.benchmarks.selective_scan import BENCHMARK as SCAN
 from madkernels.benchmarks.selective_scan import ScanCase
@@ -115,6 +117,79 @@ def test_wrong_gradient_is_caught(cut: bool, name: str, monkeypatch: pytest.Monk
     forward, backward = gate_of(SCAN_CASE).errors(partial(wrong_gradient_of(name), **SCAN_CASE.options), True, torch.clone)
     assert forward <= 1e-5
     assert backward == pytest.approx(0.5, rel=1e-3)
+
+
+def test_cut_takes_whole_groups_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ScanCase(name="some", batch=2, seqlen=20, dim=40, dstate=4, groups=5)
+    monkeypatch.setattr(gate_module, "WHOLE", 0)
+    gate = gate_of(case)
+    assert gate.checked == "2 of 5 groups, 16 of 40 channels, 1 of 2 sequences"
+    assert gate.index["groups"].tolist() == [4, 0]
+    assert gate.index["dim"].tolist() == [*range(32, 40), *range(8)]
+    assert max(gate.errors(partial(selective_scan, **case.options), True, torch.clone)) <= 1e-5
+    for name in ("B", "C", "A"):
+        errors = gate.errors(partial(wrong_gradient_of(name), **case.options), True, torch.clone)
+        assert errors[1] == pytest.approx(0.5, rel=1e-3)
+
+
+def attention_with(change: Callable[[Tensor], Tensor], **inputs: Any) -> Tensor:
+    out = attention(**inputs).clone()
+    change(out)
+    return out
+
+
+def wrong_key_head(q: Tensor, k: Tensor, **inputs: Any) -> Tensor:
+    """Query heads take key heads in turn, rather than blocks of them one key head."""
+    return attention(q, k[:, :, [1, 0]], **inputs)
+
+
+def sees_too_much(**inputs: Any) -> Tensor:
+    return attention(**inputs | {"causal": False})
+
+
+def half_the_gradient_of_keys(k: Tensor, **inputs: Any) -> Tensor:
+    return attention(k=k / 2 + (k / 2).detach(), **inputs)
+
+
+HEADS_CASE = AttentionCase(
+    name="some", batch=2, seqlen=21, heads=8, kv_heads=2, head_dim=12, head_dim_v=9,
+    causal=True, alibi_slopes=True, sink=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", [1 << 24, 8 * 21 * 21], ids=["all heads", "one key head"])
+def test_cut_compares_heads(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With memory for the scores of one sequence or of half of it: two key heads or one, with their query heads."""
+    monkeypatch.setattr(gate_module, "WHOLE", 0)
+    monkeypatch.setattr(gate_module, "LARGEST", memory // 2)
+    gate = gate_of(HEADS_CASE)
+    heads = 2 if memory == 1 << 24 else 1
+    assert gate.checked == f"{heads} of 2 key heads, {4 * heads} of 8 heads, 1 of 2 sequences"
+    assert gate.index["heads"].tolist()[:4] == [4, 5, 6, 7]
+    assert gate.exact["k"].shape == (1, 21, heads, 12)
+    assert gate.exact["alibi_slopes"].shape == (1, 4 * heads)
+    assert gate.exact["sink"].shape == (4 * heads,)
+
+    def errors(function: Callable[..., Any]) -> list[float]:
+        return gate.errors(partial(function, **HEADS_CASE.options), True, torch.clone)
+
+    assert max(errors(attention)) <= 1e-5
+    assert errors(partial(attention_with, lambda out: out[-1, :, 5].mul_(1.001)))[0] > 1e-5
+    assert errors(partial(attention_with, lambda out: out[-1, 0, 7].zero_()))[0] > 1e-5
+    assert errors(wrong_key_head)[0] > 1e-1
+    assert errors(sees_too_much)[0] > 1e-1
+    assert errors(half_the_gradient_of_keys)[1] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_what_is_compared_of_the_cases_of_attention() -> None:
+    """As many heads as there is memory for, of whole groups; one group where there is not."""
+    counts = {case.name: picked(case) for case in ATTENTION.cases}
+    taken = {name: len(index["heads"]) if index else None for name, index in counts.items()}
+    assert taken["512-64"] is None
+    assert taken["2k-64"] == 4
+    assert taken["8k-128"] == taken["window"] == 1
+    assert taken["gqa"] == 4
+    assert counts["gqa"]["kv_heads"].tolist() == [7]
 
 
 def test_cut_catches_a_gradient_that_leaks_between_channels(monkeypatch: pytest.MonkeyPatch) -> None:

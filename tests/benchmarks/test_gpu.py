@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,6 +56,30 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "ops_with_kernels", lambda: frozenset({"causal_conv"}))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12-34"))
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_rates_are_those_of_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU in the GPU's place, with every call a microsecond."""
+    called: list[Any] = []
+
+    def seconds(call: Callable[[], Any]) -> float:
+        called.append(call())
+        return 1e-6
+
+    part = SimpleNamespace(exp2_rate=lambda index: 5e12)
+    monkeypatch.setattr(cuda, "load", lambda: (part, ""))
+    monkeypatch.setattr(gpu, "seconds", seconds)
+    monkeypatch.setattr(gpu, "l2_bytes", lambda device: 16)
+    monkeypatch.setattr(gpu, "state", lambda device: {})
+    monkeypatch.setattr(gpu, "SIDE", 8)
+    rates = gpu.Rates(torch.device("cpu"), ["bfloat16", "float32"])
+    for _ in range(2):
+        rates.measure()
+    assert rates.multiply == {name: [pytest.approx(2 * 8**3 * 1e6)] * 2 for name in ("bfloat16", "float32")}
+    assert [out.dtype for out in called[1:3]] == [torch.bfloat16, torch.float32]
+    assert called[1].shape == (8, 8)
+    assert rates.exp2 == [5e12] * 2
 
 
 def text_of(states: list[dict[str, Any]]) -> str:

@@ -13,8 +13,9 @@ from fakes import FixedRates
 from rich.console import Console
 from torch import Tensor
 
-from madkernels import OPS
+from madkernels import _C, OPS
 from madkernels.benchmarks import harness, machine, report
+from madkernels.benchmarks.attention import BENCHMARK as ATTENTION
 from madkernels.benchmarks.causal_conv import BENCHMARK as CONV
 from madkernels.benchmarks.causal_conv import ConvCase
 from madkernels.benchmarks.harness import (
@@ -135,7 +136,19 @@ def test_floor() -> None:
     backward = 5 * rows + 4 * projections + 2 * decays  # u, delta, their gradients, that of out
     assert measured.traffic["bfloat16"] == {"forward": forward, "backward": backward}
     floor = measured.floor("bfloat16", "backward")
-    assert floor == {"exp2": pytest.approx(2 * 10 * 8 * 4 / 1e9), "memory": pytest.approx(backward / 1e10)}
+    exp2, memory = pytest.approx(2 * 10 * 8 * 4 / 1e9), pytest.approx(backward / 1e10)
+    assert floor == {"multiply": 0.0, "exp2": exp2, "memory": memory}
+
+
+def test_floor_of_products() -> None:
+    case = next(case for case in ATTENTION.cases if case.name == "odd")
+    measured = Measured(case, {}, FixedRates(["float32"]))  # type: ignore[arg-type]
+    measured.rates.measure()
+    measured.traffic = {"float32": {"forward": 1, "backward": 1}}
+    pairs = 6 * 203 * 204 // 2
+    floor = measured.floor("float32", "backward")
+    assert floor["multiply"] == pytest.approx(2 * 5 * 59 * pairs / 1e11)
+    assert floor["exp2"] == pytest.approx(pairs / 1e9)
 
 
 def test_wrong_contender_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +170,32 @@ def test_wrong_contender_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(r"off-by-one +\d\.\de.\d\d +wrong +not +timed", text)
     assert "not run: nowhere: no_such_thing is not installed" in text
+
+
+def test_peers_that_refuse_a_dtype_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "Rates", FixedRates)
+
+    def half_alone(x: Tensor, weight: Tensor, activation: str | None = None) -> Tensor:
+        if x.dtype == torch.float32:
+            raise RuntimeError("only bfloat16\nat line 7")
+        return CONV.function(x, weight, activation=activation)
+
+    peers = [Peer("half-alone", half_alone, backward=True)]
+    measured = measure(CONV, CASE, [torch.float32, torch.bfloat16], ["forward"], peers, runs=1)
+    assert measured.absent == {"half-alone": "does not take these inputs in float32: only bfloat16"}
+    timed = {(result.contender, result.dtype) for result in measured.results if result.seconds}
+    assert timed == {(harness.OURS, "float32"), (harness.OURS, "bfloat16"), ("half-alone", "bfloat16")}
+
+
+def test_an_op_that_refuses_its_case_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "Rates", FixedRates)
+
+    def never(**inputs: Tensor) -> Tensor:
+        raise RuntimeError("not today")
+
+    benchmark = Benchmark(CONV.name, never, CONV.reference, (CASE,), CASE, ())
+    with pytest.raises(RuntimeError, match="not today"):
+        measure(benchmark, CASE, [torch.float32], ["forward"], [], runs=1)
 
 
 def test_measures_dtypes_and_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,11 +234,25 @@ def test_channels_first_keeps_values() -> None:
 
 
 def test_rates_are_measured() -> None:
-    rates = machine.Rates()
+    rates = machine.Rates(["float32", "bfloat16"])
     rates.measure()
     assert len(rates.exp2) == len(rates.copy) == 1
+    assert {name: len(found) for name, found in rates.multiply.items()} == {"float32": 1, "bfloat16": 1}
     assert 1e7 < rates.exp2[0] < 1e14
     assert 1e7 < rates.copy[0] < 1e14
+
+
+def test_multiplying_is_as_fast_as_its_instruction() -> None:
+    """The best of several, since others share the machine: a wider number is slower, pairs of narrow ones faster."""
+    rates = {
+        name: max(_C.multiply_rate(name, 1) for _ in range(5)) for name in ("float64", "float32", "bfloat16", "float16")
+    }
+    assert all(1e8 < rate < 1e13 for rate in rates.values())
+    assert rates["float32"] > 1.4 * rates["float64"]
+    assert rates["bfloat16"] > (1.4 if _C.cpu_bfloat16_dot() else 0.6) * rates["float32"]
+    assert rates["float16"] > 0.6 * rates["float32"]
+    with pytest.raises(ValueError, match="dtype is int8; expected float32, bfloat16, float16 or float64"):
+        _C.multiply_rate("int8", 1)
 
 
 def test_machine_is_described() -> None:
