@@ -1,7 +1,5 @@
 // Copies from global to shared memory that arrive later (cp.async): start some, commit them as a group, wait until at most
 // so many groups are under way. Other threads see what has arrived after a barrier.
-//
-// Not used yet but by its tests: it waits for the attention and mixture-of-experts kernels.
 #pragma once
 
 #include "common/device.h"
@@ -12,7 +10,7 @@ namespace madkernels::device {
 template <int kBytes, class T>
 __device__ __forceinline__ void copy_async(T* to, const T* from) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const uint32_t address = shared_address(to);
   if constexpr (kBytes == 16) {  // past the first cache: it would hold a second copy
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
   } else {
