@@ -31,7 +31,8 @@ struct Shape {
   static constexpr int kBlocks = kDim == 64 || (kDim == 128 && !kWide) ? 2 : 1;
   static constexpr bool kOneByOne = kDim == 256 || (kDim == 128 && kWide);  // dK and dV
   static constexpr int kTiles = (2 * kRows + 4 * kColumns) * kDim;          // elements
-  static constexpr int kBytes = kTiles * static_cast<int>(sizeof(T)) + 4 * kColumns * static_cast<int>(sizeof(float));
+  static constexpr int kBytes =
+      kTiles * static_cast<int>(sizeof(T)) + (4 * kColumns + 2 * kRows) * static_cast<int>(sizeof(float));
 };
 
 // ---- of each query's row: delta, and lse in units of 2^x ----
@@ -64,24 +65,14 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_rows(AttentionBackward 
 
 // ---- a tile of scores ----
 
-// lse and delta of the queries of a tile: of the rows of a lane, or of its columns, in shared memory.
+// lse and delta of queries, in shared memory: of a lane's rows, or of its columns.
 template <bool kOwnKeys>
-struct Statistics;
+struct Statistics {
+  const float *lse, *delta;  // [rows of the warp], or [columns]
 
-template <>
-struct Statistics<false> {
-  float lse[2], delta[2];
-
-  __device__ __forceinline__ float lse_of(int, int e) const { return lse[e / 2]; }
-  __device__ __forceinline__ float delta_of(int, int e) const { return delta[e / 2]; }
-};
-
-template <>
-struct Statistics<true> {
-  const float *lse, *delta;  // [columns]
-
-  __device__ __forceinline__ float lse_of(int n, int e) const { return lse[column_of(n, e)]; }
-  __device__ __forceinline__ float delta_of(int n, int e) const { return delta[column_of(n, e)]; }
+  static __device__ __forceinline__ int index(int n, int e) { return kOwnKeys ? column_of(n, e) : row_of(0, e); }
+  __device__ __forceinline__ float lse_of(int n, int e) const { return lse[index(n, e)]; }
+  __device__ __forceinline__ float delta_of(int n, int e) const { return delta[index(n, e)]; }
 };
 
 // Products into weights, and the gradient of weights into that of scores.
@@ -98,13 +89,35 @@ __device__ __forceinline__ void differentiate(float (&s)[1][kBlocks][4], float (
   }
 }
 
+// Of each row of a lane, sums over keys: dS |i - j|, P |i - j| and dS. The last should be dlse_i, but delta comes from an
+// output that was rounded, and a slope's gradient is what is left of sums that cancel: it takes out the error of delta,
+// times the second.
+struct SlopeSums {
+  float of_gradients[2], of_weights[2], error[2];
+
+  // Of all rows of the warp. dlse: of the rows of this lane.
+  __device__ float gradient(const float (&dlse)[2]) {
+    float sum = 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+      for (int bits = 1; bits <= 2; bits *= 2) {
+        of_weights[half] += shuffle_xor(of_weights[half], bits), error[half] += shuffle_xor(error[half], bits);
+        of_gradients[half] += shuffle_xor(of_gradients[half], bits);
+      }
+      sum += (error[half] - dlse[half]) * of_weights[half] - of_gradients[half];
+    }
+    return warp_sum(lane() % 4 == 0 ? sum : 0.f);
+  }
+};
+
 // The same where scores are more than products, and the gradients of what is added to them. i, j: the first query and key of
 // the part. dbias: [queries, keys] of the document, one row after dbias_stride numbers; or null.
 template <class T, bool kOwnKeys, int kBlocks>
 __device__ __forceinline__ void differentiate_options(float (&s)[1][kBlocks][4], float (&ds)[1][kBlocks][4],
                                                       const Statistics<kOwnKeys>& rows, const Scores<T>& scores,
                                                       const Sight& sight, int i, int j, float* dbias, int64_t dbias_stride,
-                                                      float& dslope) {
+                                                      SlopeSums& slope) {
 #pragma unroll
   for (int n = 0; n < kBlocks; n++) {
 #pragma unroll
@@ -119,7 +132,9 @@ __device__ __forceinline__ void differentiate_options(float (&s)[1][kBlocks][4],
       const float gradient = s[0][n][e] * (ds[0][n][e] - rows.delta_of(n, e));
       ds[0][n][e] = gradient * scores.kept(capped);
       if (kOwnKeys) continue;
-      dslope -= gradient * static_cast<float>(distance < 0 ? -distance : distance);
+      const float apart = static_cast<float>(distance < 0 ? -distance : distance);
+      slope.of_gradients[e / 2] += gradient * apart, slope.of_weights[e / 2] += s[0][n][e] * apart;
+      slope.error[e / 2] += gradient;
       if (dbias != nullptr && seen) dbias[query * dbias_stride + key] = gradient;
     }
   }
@@ -158,18 +173,19 @@ struct Walk {
   }
 };
 
-// Starts to copy the statistics of queries first .. first + count - 1 of a head, [kColumns] each.
-template <int kColumns>
+// Starts to copy lse2 and delta of queries first .. first + count - 1 of a head, [kRows] each. Those behind have weights of
+// 0.
+template <int kRows>
 __device__ __forceinline__ void start_statistics(float* to, const Attention& p, const float* lse2, const float* delta, int b,
                                                  int head, int first, int count) {
   const int i = static_cast<int>(threadIdx.x);
-  if (i >= kColumns) return;
+  if (i >= kRows) return;
   if (i < count) {
     const int64_t at = (b * p.heads + head) * p.queries() + first + i;
     copy_async<4>(to + i, lse2 + at);
-    copy_async<4>(to + kColumns + i, delta + at);
+    copy_async<4>(to + kRows + i, delta + at);
   } else {
-    to[i] = INFINITY, to[kColumns + i] = 0;
+    to[i] = INFINITY, to[kRows + i] = 0;
   }
 }
 
@@ -201,6 +217,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kThreads, Shape<T, kDim>::kBlo
     return Tile<T, kDim>{dynamic_shared<T>(0) + (2 * S::kRows + (stage * 2 + which) * S::kColumns) * kDim};
   };
   float* const statistics = dynamic_shared<float>(S::kTiles * static_cast<int>(sizeof(T)));
+  float* const own_statistics = statistics + 4 * S::kColumns;
   const auto start = [&](int item, int stage) {
     const int head = kOwnKeys ? walk.head_of(item) : walk.key_head, column = walk.column_of(item), count = walk.end - column;
     const int from = (kOwnKeys ? walk.queries : walk.keys).begin + column;
@@ -216,22 +233,14 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kThreads, Shape<T, kDim>::kBlo
 
   Registers<1, kDim> first, second;
   clear(first), clear(second);
-  Statistics<false> of_rows{};
-  if (!kOwnKeys) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int i = row + row_of(0, half * 2);
-      const int64_t index = (part.batch * p.heads + at.head) * p.queries() + part.begin + i;
-      of_rows.lse[half] = i < own_count ? lse2[index] : INFINITY, of_rows.delta[half] = i < own_count ? delta[index] : 0;
-    }
-  }
-  float dslope = 0;
+  SlopeSums slope{};
   const float unit = unit_of_scores(p);
   if (walk.items > 0) {
     const HeadRows<T> own_first(kOwnKeys ? p.k : p.q, part.batch, at.head, p.head_dim);
     const HeadRows<T> own_second(kOwnKeys ? p.v : q.dout, part.batch, at.head, p.value_dim);
     start_copy<S::kRows, S::kThreads>(own_tile(0), own_first, part.begin, own_count);
     if (kGivesFirst) start_copy<S::kRows, S::kThreads>(own_tile(1), own_second, part.begin, own_count);
+    if (!kOwnKeys) start_statistics<S::kRows>(own_statistics, p, lse2, delta, part.batch, at.head, part.begin, own_count);
     start(0, 0);
   }
   int stage = 0;
@@ -246,12 +255,9 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kThreads, Shape<T, kDim>::kBlo
     clear(s), clear(ds);
     multiply_by_rows(s, own_tile(0), row, other_first);
     if (kGivesFirst) multiply_by_rows(ds, own_tile(1), row, other_second);
-    Statistics<kOwnKeys> rows;
-    if constexpr (kOwnKeys) {
-      rows = {statistics + stage * 2 * S::kColumns, statistics + (stage * 2 + 1) * S::kColumns};
-    } else {
-      rows = of_rows;
-    }
+    const float* of_tile = statistics + stage * 2 * S::kColumns;
+    const Statistics<kOwnKeys> rows{kOwnKeys ? of_tile : own_statistics + row,
+                                    kOwnKeys ? of_tile + S::kColumns : own_statistics + S::kRows + row};
     if (p.plain()) {
       if (!walk.all_see(column, S::kRows)) hide<kOwnKeys>(s, walk.sight, own, column);
       differentiate<kOwnKeys>(s, ds, rows, unit);
@@ -264,7 +270,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kThreads, Shape<T, kDim>::kBlo
                 ((part.batch * p.heads + head) * p.queries() + walk.queries.begin) * p.keys();
       }
       differentiate_options<T, kOwnKeys>(s, ds, rows, scores, walk.sight, kOwnKeys ? column : own, kOwnKeys ? own : column,
-                                         dbias, p.keys(), dslope);
+                                         dbias, p.keys(), slope);
     }
     if (kGivesSecond) multiply_by_columns(second, s, other_second);
     if (kGivesFirst) multiply_by_columns(first, ds, other_first);
@@ -274,7 +280,14 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kThreads, Shape<T, kDim>::kBlo
   if (kGivesFirst) store_gradient<kDim / 8, T>(kOwnKeys ? q.dk : q.dq, part, at.head, row, p.head_dim, scale, first);
   if (kGivesSecond) store_gradient<kDim / 8, T>(q.dv, part, at.head, row, p.value_dim, 1.f, second);
   if (!kOwnKeys && q.dalibi_parts != nullptr) {
-    const float sum = warp_sum(dslope);
+    float dlse[2] = {0, 0};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int64_t index = (part.batch * p.heads + at.head) * p.queries() + part.begin + row + row_of(0, half * 2);
+      if (q.dlse != nullptr && row + row_of(0, half * 2) < own_count && lse2[index] != INFINITY)
+        dlse[half] = static_cast<const float*>(q.dlse)[index];
+    }
+    const float sum = slope.gradient(dlse);
     const int place = static_cast<int>(blockIdx.x) % places * S::kWarps + warp_index();
     if (lane() == 0) static_cast<float*>(q.dalibi_parts)[(place * p.batch + part.batch) * p.heads + at.head] = sum;
   }
