@@ -59,33 +59,40 @@ struct HeadRows {
   const T* data;
   int64_t row_stride, dim_stride;
   int width;
-  bool vectors;  // whether chunks can be copied whole
+  bool vectors;  // whether it is made of chunks that can be copied whole
 
   __device__ HeadRows(const Heads& heads, int b, int head, int64_t width)
       : data(heads.at<T>(b, 0, head)),
         row_stride(heads.time_stride),
         dim_stride(heads.dim_stride),
         width(static_cast<int>(width)),
-        vectors(dim_stride == 1 && row_stride % kChunk<T> == 0 && is_aligned<kChunk<T>>(data)) {}
+        vectors(dim_stride == 1 && row_stride % kChunk<T> == 0 && width % kChunk<T> == 0 && is_aligned<kChunk<T>>(data)) {}
 };
 
-// Starts to copy rows first .. first + count - 1. Rows up to kRows, and columns up to kDim, are zero.
+// Starts to copy rows first .. first + count - 1. Rows up to kRows, and columns up to kDim, are zero. A thread takes a chunk
+// of every so manieth row: 5 instructions each, where chunks are copied whole.
 template <int kRows, int kThreads, class T, int kDim>
 __device__ __forceinline__ void start_copy(const Tile<T, kDim>& to, const HeadRows<T>& from, int first, int count) {
-  constexpr int kInRow = kDim / kChunk<T>;
-#pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kInRow; i += kThreads) {
-    const int row = i / kInRow, column = i % kInRow * kChunk<T>, left = row < count ? from.width - column : 0;
-    const T* source = from.data + (first + row) * from.row_stride + column * from.dim_stride;
-    T* target = to.at(row, column);
-    if (from.vectors && left >= kChunk<T>) {
-      copy_async<16>(target, source);
-      continue;
+  constexpr int kInRow = kDim / kChunk<T>, kStep = kThreads / kInRow;
+  static_assert(kThreads % kInRow == 0 && kRows % kStep == 0);
+  const int thread = computed_again(static_cast<int>(threadIdx.x)), column = thread % kInRow * kChunk<T>;
+  const int first_row = thread / kInRow;
+  const T* source = from.data + (first + first_row) * from.row_stride + column * from.dim_stride;
+  if (from.vectors) {
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; i++, source += kStep * from.row_stride) {
+      const int row = first_row + i * kStep;
+      copy_async_or_zero(to.at(row, column), source, row < count && column < from.width);
     }
+    return;
+  }
+#pragma unroll 1
+  for (int row = first_row; row < kRows; row += kStep, source += kStep * from.row_stride) {
+    const int left = row < count ? from.width - column : 0;
     Vector<T, kChunk<T>> chunk;
 #pragma unroll
     for (int k = 0; k < kChunk<T>; k++) chunk[k] = k < left ? source[k * from.dim_stride] : T{};
-    store_vector<kChunk<T>>(target, chunk);
+    store_vector<kChunk<T>>(to.at(row, column), chunk);
   }
 }
 
@@ -386,7 +393,7 @@ __device__ inline float unit_of_scores(const Attention& p) {
 // From the product of a query and a key to their score.
 template <class T>
 struct Scores {
-  float scale, softcap, slope;
+  float scale, softcap, inverse_softcap, slope;
   const T* bias;
   int64_t query_stride, key_stride;
 
@@ -394,6 +401,7 @@ struct Scores {
   __device__ Scores(const Attention& p, int b, int head, int queries, int keys)
       : scale(static_cast<float>(p.scale)),
         softcap(static_cast<float>(p.softcap)),
+        inverse_softcap(softcap != 0 ? 1 / softcap : 0.f),
         slope(p.slope<float>(b, head)),
         bias(p.bias.data != nullptr ? p.bias.at<T>(b, head, queries, keys) : nullptr),
         query_stride(p.bias.query_stride),
@@ -401,11 +409,11 @@ struct Scores {
 
   __device__ __forceinline__ float capped(float product) const {
     const float score = product * scale;
-    return softcap != 0 ? softcap * tanhf(score / softcap) : score;
+    return softcap != 0 ? softcap * tanhf(score * inverse_softcap) : score;
   }
   // What softcap leaves of a gradient, of a capped score.
   __device__ __forceinline__ float kept(float capped) const {
-    const float t = softcap != 0 ? capped / softcap : 0.f;
+    const float t = capped * inverse_softcap;
     return 1 - t * t;
   }
   __device__ __forceinline__ float finished(float capped, int i, int j, int distance) const {

@@ -18,6 +18,13 @@ __device__ __forceinline__ void copy_async(T* to, const T* from) {
   }
 }
 
+// 16 bytes, or zeros; then `from` is any address.
+template <class T>
+__device__ __forceinline__ void copy_async_or_zero(T* to, const T* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>
