@@ -17,7 +17,7 @@ from madkernels import causal_conv, fft_conv, selective_scan
 
 pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.backends("ptx")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CONV, LONG, SCAN = (CASES_OF_OPS[name] for name in ("causal_conv", "fft_conv", "selective_scan"))
+ATTENTION, CONV, LONG, SCAN = (CASES_OF_OPS[n] for n in ("attention", "causal_conv", "fft_conv", "selective_scan"))
 MANY_MULTIPROCESSORS = 1000  # more than any row here can use: time is split as far as it goes
 
 
@@ -56,8 +56,8 @@ def case(op: OpCase, *shape: int, by_time: bool = False) -> Run:
 
 def packed_case(op: OpCase, lengths: tuple[int, ...], *sizes: int) -> Run:
     def run(dtype: torch.dtype) -> dict[str, Tensor]:
-        inputs, offsets = op.packed(lengths, *sizes, dtype=dtype), offsets_of(lengths)
-        return with_gradients(lambda **t: op.call(**t, **op.options, cu_seqlens=offsets), from_nothing(op, inputs))
+        inputs, documents = op.packed(lengths, *sizes, dtype=dtype), op.documents(lengths)
+        return with_gradients(lambda **t: op.call(**t, **op.options, **documents), from_nothing(op, inputs))
 
     return run
 
@@ -86,6 +86,10 @@ CASES: dict[str, Run] = {
     "long convolution of 200": on_one_multiprocessor(case(LONG, 3, 200, 5, 1, 150)),
     "long convolution of 2200": on_one_multiprocessor(case(LONG, 3, 2200, 3, 1, 2150)),
     "long convolution of two levels": on_one_multiprocessor(case(LONG, 3, 16500, 1, 1, 16450)),
+    "attention of 20": case(ATTENTION, 1, 130, 20, 2, 1, 20),
+    "attention of 70": case(ATTENTION, 1, 70, 70, 1, 1, 65),
+    "attention of 130": case(ATTENTION, 1, 70, 130, 1, 1, 5),
+    "attention of documents": packed_case(ATTENTION, (5, 1, 0, 64, 33), 20, 2, 2, 20),
     "long convolution of documents": on_one_multiprocessor(packed_case(LONG, (80, 800, 20), 2, 2, 500)),
 }
 SEEDED = (("reverse", 0), ("warps", 7), ("lanes", 11), ("lanes", 12))
@@ -190,7 +194,7 @@ def test_malformed_offsets_end_and_stay_inside(op: OpCase, offsets: list[int]) -
     inputs = op.draw(1, 120, *op.little, docs=len(offsets) - 1)
     leaves = {k: t.requires_grad_() for k, t in inputs.items()}
     with backends.without_races() if backends.device().type == "cpu" else contextlib.nullcontext():
-        outputs = op.call(**leaves, cu_seqlens=cu_seqlens)
+        outputs = op.call(**leaves, **dict.fromkeys(op.offsets, cu_seqlens))
         torch.autograd.grad([o.sum() for o in outputs], list(leaves.values()))
 
 

@@ -248,6 +248,7 @@ def float_cases() -> dict[str, Case]:
             }  # fmt: skip
         cases |= {
             f"div.rn.{t}": (t, [t, t], np.divide), f"rcp.rn.{t}": (t, [t], lambda a: 1 / a),
+            f"copysign.{t}": (t, [t, t], lambda a, b: np.copysign(b, a)),
             f"sqrt.rn.{t}": (t, [t], np.sqrt), f"neg.{t}": (t, [t], np.negative), f"abs.{t}": (t, [t], np.abs),
             f"min.{t}": (t, [t, t], least), f"max.{t}": (t, [t, t], lambda a, b: -least(-a, -b)),
             f"setp.eq.{t}": ("pred", [t, t], np.equal), f"setp.ne.{t}": ("pred", [t, t], lambda a, b: (a < b) | (a > b)),

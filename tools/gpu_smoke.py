@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from madkernels import causal_conv, causal_conv_step, fft_conv, fft_conv_step, selective_scan, selective_scan_step
+from madkernels import attention, causal_conv, causal_conv_step, fft_conv, fft_conv_step, selective_scan, selective_scan_step
 
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -57,6 +57,23 @@ def long_conv(dtype: torch.dtype, batch: int, seqlen: int, dim: int, taps: int, 
     fft_conv_step(state, u[:, 0], filters, skip=skip, pre_gate=pre[:, 0], post_gate=post[:, 0])
 
 
+def attend(dtype: torch.dtype, queries: int, keys: int, head_dim: int, docs: list[int] | None = None) -> None:
+    q = leaf(1, queries, 4, head_dim, dtype=dtype)
+    k, v = leaf(1, keys, 2, head_dim, dtype=dtype), leaf(1, keys, 2, head_dim + 3, dtype=dtype)
+    offsets = None if docs is None else torch.tensor(docs, dtype=torch.int32, device=DEVICE)
+    plain = {"causal": True, "cu_seqlens_q": offsets}
+    added = {
+        "bias": leaf(queries, keys, dtype=dtype),
+        "alibi_slopes": leaf(4),
+        "sink": leaf(4),
+        "softcap": 3.0,
+        "window": 40,
+    }
+    for options in (plain, plain | added):
+        out, lse = attention(q, k, v, return_lse=True, **options)
+        (out.float().sum() + lse.clamp(min=0).sum()).backward()
+
+
 def main() -> None:
     for dtype, (seqlen, dstate) in itertools.product(DTYPES, ((41, 16), (70, 19), (900, 3))):
         scan(dtype, 2, seqlen, 67, dstate)
@@ -67,6 +84,11 @@ def main() -> None:
     for dtype, (seqlen, dim) in itertools.product(DTYPES, ((41, 37), (1100, 9), (20000, 2))):
         long_conv(dtype, 2, seqlen, dim, seqlen)
     long_conv(torch.bfloat16, 1, 100, 9, 70, [0, 40, 40, 100])
+    for dtype, (queries, keys, head_dim) in itertools.product(
+        DTYPES, ((70, 150, 59), (150, 70, 64), (80, 80, 125), (70, 70, 160))
+    ):
+        attend(dtype, queries, keys, head_dim)
+    attend(torch.bfloat16, 100, 100, 64, [0, 40, 40, 100])
 
 
 if __name__ == "__main__":

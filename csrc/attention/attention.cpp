@@ -5,6 +5,10 @@
 #include <tuple>
 
 #include "common/check.h"
+#if MADKERNELS_GPU
+#include "common/launch.h"
+#include "common/stream.h"
+#endif
 
 namespace madkernels {
 namespace {
@@ -58,6 +62,10 @@ Arguments check(const char* op, const Tensor& q, const Tensor& k, const Tensor& 
   p.kv_heads = k.size(2), p.value_dim = v.size(3);
   const int64_t queries = q.size(1), keys = k.size(1), all = queries + keys;
   MK_CHECK(p.head_dim >= 1 && p.value_dim >= 1, op, ": a head_dim is 0; expected 1 at least");
+  MK_CHECK(!MADKERNELS_GPU || most(p.head_dim, p.value_dim) <= kMostHeadDimOnGpu, op, ": a head_dim is ",
+           most(p.head_dim, p.value_dim), "; a GPU takes up to ", kMostHeadDimOnGpu);
+  MK_CHECK(!MADKERNELS_GPU || all <= kMostStepsOnGpu, op, ": there are ", all, " queries and keys; a GPU takes up to ",
+           kMostStepsOnGpu);
   MK_CHECK(p.kv_heads >= 1 && p.heads % p.kv_heads == 0, op, ": k has ", p.kv_heads, " heads; expected a divisor of the ",
            p.heads, " heads of q");
   checks.activation("k", k, {p.batch, keys, p.kv_heads, p.head_dim});
@@ -84,6 +92,21 @@ Arguments check(const char* op, const Tensor& q, const Tensor& k, const Tensor& 
   a.params.bias = bias_of(bias), a.params.alibi_slopes = data_or_null(a.alibi_slopes);
   return a;
 }
+
+#if MADKERNELS_GPU
+
+void run_forward(const Arguments& a) { gpu::attention_forward(a.params, OnDevice(a.q).stream()); }
+
+int64_t slope_parts(const Attention& p) { return gpu::attention_slope_parts(p); }
+
+void run_backward(const Arguments& a, const AttentionBackward& q) {
+  const Attention& p = a.params;
+  const OnDevice on(a.q);
+  const Tensor workspace = empty({2, p.batch, p.heads, p.queries()}, ScalarType::Float, a.q);
+  gpu::attention_backward(q, static_cast<float*>(workspace.data_ptr()), on.stream());
+}
+
+#else
 
 // ---- the CPU's work ----
 
@@ -160,8 +183,11 @@ int64_t splits_of(const Attention& p) {
       1, least<int64_t>(kMost, static_cast<int64_t>(kItems * longest / (all * static_cast<double>(p.kv_heads)))));
 }
 
-void run_backward(const Arguments& a, const AttentionBackward& q, int64_t splits) {
+int64_t slope_parts(const Attention& p) { return splits_of(p) * (p.q_docs.cu_seqlens ? p.q_docs.count : 1); }
+
+void run_backward(const Arguments& a, const AttentionBackward& q) {
   const Attention& p = a.params;
+  const int64_t splits = splits_of(p);
   const AttentionBackwardKernels& kernels = attention_backward_cpu();
   const std::vector<Span> parts = parts_of(p.q_docs, kernels.queries);
   AttentionWork work{.q_parts = parts.data(),
@@ -199,6 +225,8 @@ int64_t longest_seen(const char* op, const AttentionStep& p, int64_t pages) {
   return longest;
 }
 
+#endif
+
 // ---- the ops ----
 
 // -> out (batch, queries, heads, value_dim), lse (batch, heads, queries)
@@ -235,10 +263,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const OptionalTensor dense_dlse = contiguous(dlse);
   a.params.out = heads_of(out), a.params.lse = kept_lse.data_ptr();
 
-  const int64_t splits = splits_of(p), slope_parts = splits * (cu_seqlens_q ? p.q_docs.count : 1);
   Tensor dq = empty(shape_of(q), type, q), dk = empty(shape_of(k), type, q), dv = empty(shape_of(v), type, q);
   Tensor dbias = empty(bias ? a.shape_of_bias() : Shape{0}, wide, q);
-  Tensor slopes = empty(alibi_slopes ? Shape{slope_parts, p.batch, p.heads} : Shape{0}, wide, q);
+  Tensor slopes = empty(alibi_slopes ? Shape{slope_parts(p), p.batch, p.heads} : Shape{0}, wide, q);
   torch::stable::zero_(dbias);
   torch::stable::zero_(slopes);
   const AttentionBackward grads{.forward = p,
@@ -249,9 +276,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
                                 .dv = heads_of(dv),
                                 .dbias = bias ? dbias.data_ptr() : nullptr,
                                 .dalibi_parts = alibi_slopes ? slopes.data_ptr() : nullptr};
-  run_backward(a, grads, splits);
+  run_backward(a, grads);
   return {dq, dk, dv, torch::stable::to(dbias, type), alibi_slopes ? sum_parts(slopes, 0) : empty({0}, wide, q)};
 }
+
+#if !MADKERNELS_GPU
 
 // One query a sequence over a cache, into which its key and value go first, if given.
 // -> out (batch, heads, value_dim), lse (batch, heads)
@@ -316,6 +345,8 @@ std::tuple<Tensor, Tensor> attention_step(Tensor q, Tensor k_cache, Tensor v_cac
   return {out, lse};
 }
 
+#endif
+
 }  // namespace
 
 #if MADKERNELS_DEFINES_SCHEMA
@@ -328,17 +359,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
       "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, "
       "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, int? left, int? right, float? softmax_scale, "
       "float? softcap, Tensor out, Tensor lse) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dalibi_slopes)");
+#if !MADKERNELS_GPU
   m.def(
       "attention_step(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor cache_seqlens, "
       "Tensor? block_table, Tensor? alibi_slopes, int? left, float? softmax_scale, float? softcap) "
       "-> (Tensor out, Tensor lse)");
+#endif
 }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(MADKERNELS_LIBRARY, MADKERNELS_KEY, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+#if !MADKERNELS_GPU
   m.impl("attention_step", TORCH_BOX(&attention_step));
+#endif
 }
 
 }  // namespace madkernels

@@ -167,4 +167,17 @@ MADKERNELS_DECLARE_CPU_KERNELS(AttentionKernels, attention)
 MADKERNELS_DECLARE_CPU_KERNELS(AttentionStepKernels, attention_step)
 MADKERNELS_DECLARE_CPU_KERNELS(AttentionBackwardKernels, attention_backward)
 
+// ---- GPU ----
+
+constexpr int64_t kMostHeadDimOnGpu = 256;
+constexpr int64_t kMostStepsOnGpu = int64_t{1} << 30;  // queries and keys together: distances are int
+
+namespace gpu {
+// float32, bfloat16 and float16; left and right are at most queries + keys.
+void attention_forward(const Attention& p, void* stream);
+// dalibi_parts: [attention_slope_parts, batch, heads], zeroed. workspace: floats, [2, batch, heads, queries].
+void attention_backward(const AttentionBackward& q, float* workspace, void* stream);
+int64_t attention_slope_parts(const Attention& p);
+}  // namespace gpu
+
 }  // namespace madkernels

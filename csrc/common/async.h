@@ -1,7 +1,5 @@
 // Copies from global to shared memory that arrive later (cp.async): start some, commit them as a group, wait until at most
 // so many groups are under way. Other threads see what has arrived after a barrier.
-//
-// Not used yet but by its tests: it waits for the attention and mixture-of-experts kernels.
 #pragma once
 
 #include "common/device.h"
@@ -12,12 +10,19 @@ namespace madkernels::device {
 template <int kBytes, class T>
 __device__ __forceinline__ void copy_async(T* to, const T* from) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const uint32_t address = shared_address(to);
   if constexpr (kBytes == 16) {  // past the first cache: it would hold a second copy
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes) : "memory");
   }
+}
+
+// 16 bytes, or zeros; then `from` is any address.
+template <class T>
+__device__ __forceinline__ void copy_async_or_zero(T* to, const T* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
+               : "memory");
 }
 
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

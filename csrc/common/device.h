@@ -16,6 +16,11 @@ __device__ __forceinline__ T* dynamic_shared(int offset) {
   return reinterpret_cast<T*>(madkernels_dynamic_shared + offset);
 }
 
+// Where something lies in shared memory, in 32 bits.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 }  // namespace madkernels::device
 
 #include "common/math.h"

@@ -24,6 +24,10 @@ __device__ __forceinline__ float computed_again(float x) {
   asm volatile("" : "+f"(x));
   return x;
 }
+__device__ __forceinline__ int computed_again(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // ---- between the dtypes; narrowing rounds to nearest even ----
 

@@ -7,13 +7,28 @@
 //
 // and of tf32, one number a register: A [16, 8] a[0] (g, q), a[1] (g + 8, q), a[2] (g, q + 4), a[3] (g + 8, q + 4); B [8, 8]
 // b[0] (q, g), b[1] (q + 4, g).
-//
-// Not used yet but by its tests: it waits for the attention and mixture-of-experts kernels.
 #pragma once
 
 #include "common/warp.h"
 
 namespace madkernels::device {
+
+// Two numbers in one register, `low` in its lower half, rounded to nearest even. T: BFloat16 or Float16.
+template <class T>
+__device__ __forceinline__ uint32_t pair_of(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pair_of<BFloat16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+__device__ __forceinline__ uint32_t pair_of<Float16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
 
 // c += A B; T: BFloat16 or Float16.
 template <class T>
@@ -42,10 +57,9 @@ __device__ __forceinline__ void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&
 // kCount (1, 2, 4) matrices of 8 x 8 16-bit numbers: register m holds of matrix m (g, 2q) and (g, 2q + 1), or transposed
 // (2q, g) and (2q + 1, g). Lane l gives the address of row l % 8 of matrix l / 8, aligned to 16 bytes; lanes behind the last
 // matrix any.
-template <int kCount, bool kTransposed = false, class T>
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[kCount], const T* row) {
-  static_assert(sizeof(T) == 2 && (kCount == 1 || kCount == 2 || kCount == 4));
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+template <int kCount, bool kTransposed = false>
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[kCount], uint32_t address) {
+  static_assert(kCount == 1 || kCount == 2 || kCount == 4);
   if constexpr (kCount == 1 && !kTransposed) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(to[0]) : "r"(address) : "memory");
   } else if constexpr (kCount == 1) {
@@ -71,6 +85,12 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[kCount], const T* r
                  : "r"(address)
                  : "memory");
   }
+}
+
+template <int kCount, bool kTransposed = false, class T>
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[kCount], const T* row) {
+  static_assert(sizeof(T) == 2);
+  load_matrices<kCount, kTransposed>(to, shared_address(row));
 }
 
 }  // namespace madkernels::device

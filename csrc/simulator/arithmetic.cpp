@@ -172,6 +172,7 @@ void add_floats(Table& t, const std::string& type) {
   t["sqrt.rn." + type] = each([](T a) { return std::sqrt(a); });
   t["neg." + type] = each([](T a) { return -a; });
   t["abs." + type] = each([](T a) { return std::fabs(a); });
+  t["copysign." + type] = each([](T a, T b) { return std::copysign(b, a); });  // the sign is the first operand's
   t["min." + type] = each([](T a, T b) { return smaller(a, b); });
   t["max." + type] = each([](T a, T b) { return larger(a, b); });
   // 9.7.6: false where either is NaN, but for ne and those that end in u

@@ -49,6 +49,16 @@ __global__ void copies_later(const float* from, float* to) {
   to[192 + t] = buffer[192 + (t + 1) % 32];
 }
 
+// What is not there is zero, and not read.
+__global__ void copies_of_some(const float* from, float* to, int count) {
+  __shared__ __align__(16) float buffer[32 * 4];
+  const int t = static_cast<int>(threadIdx.x);
+  copy_async_or_zero(buffer + 4 * t, from + 4 * t, t < count);
+  copy_async_commit();
+  copy_async_wait<0>();
+  for (int i = 0; i < 4; i++) to[4 * t + i] = buffer[4 * t + i];
+}
+
 template <class T>
 __global__ void move_steps(Rows from, Rows to, int count) {
   float v[16];
@@ -66,6 +76,13 @@ __global__ void find_documents(Documents docs, int* found) {
 __global__ void read_far_away(Rows rows, float* out) { *out = *rows.at<float>(0, 2, 0); }
 
 }  // namespace
+
+TEST(copies_of_some) {
+  harness::Array<float> from(5 * 4), to(32 * 4);
+  for (int i = 0; i < 20; i++) from[i] = static_cast<float>(i + 1);
+  harness::run(copies_of_some, 1, 32, 0, from.get(), to.get(), 5);
+  for (int i = 0; i < 128; i++) EXPECT(to[i] == (i < 20 ? static_cast<float>(i + 1) : 0.f));
+}
 
 TEST(vectors) {
   check_copies<float, 4>();

@@ -29,6 +29,22 @@ __global__ void multiply(const float* a, const float* b, float* c) {
   c[(g + 8) * 8 + 2 * q] = sums[2], c[(g + 8) * 8 + 2 * q + 1] = sums[3];
 }
 
+template <class T>
+__global__ void pairs(const float* from, uint32_t* to) {
+  const T low = from_float<T>(from[2 * lane()]), high = from_float<T>(from[2 * lane() + 1]);
+  const uint32_t found = pair_of<T>(from[2 * lane()], from[2 * lane() + 1]);
+  to[lane()] = found ^ (static_cast<uint32_t>(high.bits) << 16 | low.bits);
+}
+
+template <class T>
+void check_pairs() {
+  harness::Array<float> from(64);
+  harness::Array<uint32_t> to(32);
+  for (int i = 0; i < 64; i++) from[i] = static_cast<float>(i) * 0.37f - 9.f;
+  harness::run(pairs<T>, 1, 32, 0, from.get(), to.get());
+  for (int i = 0; i < 32; i++) EXPECT(to[i] == 0);
+}
+
 // C [16, 8] += A [16, 8] B [8, 8].
 __global__ void multiply_tf32(const float* a, const float* b, float* c) {
   const int g = lane() / 4, q = lane() % 4;
@@ -65,6 +81,11 @@ void check_multiply() {
 }
 
 }  // namespace
+
+TEST(pairs) {
+  check_pairs<BFloat16>();
+  check_pairs<Float16>();
+}
 
 TEST(mma_of_bfloat16) { check_multiply<BFloat16>(); }
 TEST(mma_of_float16) { check_multiply<Float16>(); }
