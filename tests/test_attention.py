@@ -16,7 +16,8 @@ from torch import Tensor
 
 from madkernels import attention, attention_step, reference
 
-pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.backends("cpu")]
+pytestmark = pytest.mark.usefixtures("backend")
+on_cpu = pytest.mark.backends("cpu")  # where alone steps run, and float64
 
 
 def drawn(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -59,6 +60,7 @@ def test_fewer_and_more_keys_than_queries(
     check_attention(qkv(1, queries, keys, heads, kv_heads, head_dim, dtype=dtype), causal=causal)
 
 
+@on_cpu
 @settings(max_examples=40)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, max_size=5),
@@ -142,6 +144,7 @@ def test_large_scores(dtype: torch.dtype) -> None:
     check_attention(inputs, causal=True)
 
 
+@on_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_sequences(dtype: torch.dtype) -> None:
     """8,192 keys in float32: sums of many, of a value that does not average out."""
@@ -182,6 +185,7 @@ def test_special_values_stay_in_their_document() -> None:
             assert torch.equal(a[:, 53:], b[:, 53:])
 
 
+@on_cpu
 def test_memory_is_linear() -> None:
     """Twice the length takes about twice the memory."""
     from madkernels.benchmarks.harness import peak_memory
@@ -196,6 +200,7 @@ def test_memory_is_linear() -> None:
 # ---- sinks, against the plain way: one more score
 
 
+@on_cpu
 def test_a_sink_is_one_more_score_without_a_value() -> None:
     inputs = qkv(2, 30, 40, 4, 2, 16, dtype=torch.float64)
     [sink] = drawn((4,), dtype=torch.float64)
@@ -257,6 +262,7 @@ def check_step(inputs: dict[str, Tensor], **options: Any) -> None:
         assert torch.equal(given[name].double(), wanted[name])
 
 
+@on_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "window"), [(4, 2, 64, None), (6, 1, 59, 5), (3, 3, 7, 300), (8, 2, 128, 1)]
@@ -275,6 +281,7 @@ def test_step_of_unequal_lengths(heads: int, kv_heads: int, head_dim: int, windo
     assert all(relative_rms(a, b) <= 2 * torch.finfo(dtype).eps for a, b in zip(found, exact, strict=True))
 
 
+@on_cpu
 def test_step_in_pages_equals_the_whole() -> None:
     lengths = torch.tensor([0, 7, 30, 47], dtype=torch.int32)
     whole = cache(4, 48, 4, 2, 16, torch.float32)
@@ -291,6 +298,7 @@ def test_step_in_pages_equals_the_whole() -> None:
     )
 
 
+@on_cpu
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("capacity", [6, 8, 40])
 def test_step_by_step_equals_the_whole(capacity: int, window: int | None) -> None:
@@ -309,6 +317,7 @@ def test_step_by_step_equals_the_whole(capacity: int, window: int | None) -> Non
     assert relative_rms(torch.stack(found, 1), wanted) < 1e-6
 
 
+@on_cpu
 def test_step_without_a_new_key_sees_the_cache_alone() -> None:
     inputs = cache(2, 20, 4, 2, 16, torch.float32)
     lengths = torch.tensor([0, 11], dtype=torch.int32)
@@ -319,6 +328,7 @@ def test_step_without_a_new_key_sees_the_cache_alone() -> None:
     assert relative_rms(out[1:], attention(q[1:, None], k_cache[1:, :11], v_cache[1:, :11])[:, 0]) < 1e-6
 
 
+@on_cpu
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -342,6 +352,7 @@ def test_step_refusals(change: dict[str, Any], message: str) -> None:
         attention_step(**inputs | change)
 
 
+@on_cpu
 def test_opcheck_step() -> None:
     inputs = cache(2, 9, 4, 2, 8, torch.float32)
     lengths = torch.tensor([0, 5], dtype=torch.int32)

@@ -77,7 +77,7 @@ def forward(
     options |= {"causal": causal and q.shape[1] > 1, "window": sliding_window}
     if attention_mask is not None:
         return _padded(q, k, v, attention_mask, options), None
-    if q.shape[1] == 1 and position_bias is None and not torch.is_grad_enabled():
+    if q.shape[1] == 1 and q.device.type == "cpu" and position_bias is None and not torch.is_grad_enabled():
         return _one_token(q, k, v, options), None
     options |= {"cu_seqlens_q": further.get("cu_seq_lens_q"), "cu_seqlens_k": further.get("cu_seq_lens_k")}
     return attention(q, k, v, **options), None

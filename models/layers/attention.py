@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels import attention, cuda
+from madkernels import attention
 from madkernels.models.layers.base import Layer, State, check_positive, document_of
 
 ROTARY_BASE = 10000.0
-DEVICES = {"cpu", "meta"} | ({"cuda"} if "attention" in cuda.ops_with_kernels() else set())  # that the op runs on
+DEVICES = {"cpu", "meta"}  # where the op is used; its CUDA kernels have not run on a GPU yet
 
 
 class Attention(Layer):
@@ -69,7 +69,7 @@ class Attention(Layer):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Causal attention, (batch, seqlen, heads, head_dim); by torch's own where the op has no kernel."""
+    """Causal attention, (batch, seqlen, heads, head_dim); by torch's own where the op is not used."""
     if q.device.type in DEVICES:
         return attention(q, k, v, causal=True, window=window, cu_seqlens_q=cu_seqlens)
     queries, keys = q.shape[1], k.shape[1]

@@ -152,7 +152,7 @@ def test_explicit_filters_keep_a_finite_state(name: str) -> None:
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_attention_by_torch_is_the_same(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the op has no kernel."""
+    """Where the op is not used."""
     q, k, v = torch.randn(3, 1, 12, 2, 8)
     for queries, offsets in ((12, None), (5, None), (12, torch.tensor([0, 5, 5, 12], dtype=torch.int32))):
         with monkeypatch.context() as elsewhere:
