@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING, Any
 from madkernels._version import __version__
 
 if TYPE_CHECKING:
-    from madkernels.ops.attention import attention as attention
-    from madkernels.ops.attention import attention_step as attention_step
-    from madkernels.ops.causal_conv import causal_conv as causal_conv
-    from madkernels.ops.causal_conv import causal_conv_step as causal_conv_step
-    from madkernels.ops.fft_conv import fft_conv as fft_conv
-    from madkernels.ops.fft_conv import fft_conv_step as fft_conv_step
-    from madkernels.ops.selective_scan import selective_scan as selective_scan
-    from madkernels.ops.selective_scan import selective_scan_step as selective_scan_step
+    from madkernels.ops.attention import attention as attention, attention_step as attention_step
+    from madkernels.ops.causal_conv import causal_conv as causal_conv, causal_conv_step as causal_conv_step
+    from madkernels.ops.fft_conv import fft_conv as fft_conv, fft_conv_step as fft_conv_step
+    from madkernels.ops.selective_scan import selective_scan as selective_scan, selective_scan_step as selective_scan_step
 
 OPS: dict[str, tuple[str, ...]] = {  # each with its public functions; an op's name is that of its files
     "attention": ("attention", "attention_step"),

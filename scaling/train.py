@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective_contexts
-from torch.utils.checkpoint import noop_context_fn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective_contexts, noop_context_fn
 
 from madkernels.fused import linear_cross_entropy
 from madkernels.models import HybridLM, counting

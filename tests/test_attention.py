@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases.attention import CASE, slack
 from checks import check, relative_rms
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from op_cases import DTYPES, offsets_of
 from torch import Tensor
 

@@ -16,8 +16,7 @@ import pytest
 import torch
 from cases import CASES
 from checks import far_apart, misaligned, relative_error, relative_rms, strided, transposed
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from op_cases import DTYPES, Inputs, OpCase, Shape, changed, offsets_of
 from torch import Tensor
 

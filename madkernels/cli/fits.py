@@ -159,8 +159,7 @@ def compare(
     force: Force = False,
 ) -> None:
     """Compare architectures with the first: exponent of the best size, least loss at each budget, where they cross."""
-    from madkernels.scaling.compare import BootstrapOptions, difference_table, frontier_table
-    from madkernels.scaling.compare import compare as differences
+    from madkernels.scaling.compare import BootstrapOptions, compare as differences, difference_table, frontier_table
     from madkernels.scaling.table import read_table
 
     _may_write(to_json, force)
@@ -199,8 +198,7 @@ def correlate(
 ) -> None:
     """Relate MAD scores to the least loss at a budget, for each task and their mean."""
     from madkernels.scaling.compare import BootstrapOptions
-    from madkernels.scaling.correlate import correlate as relate
-    from madkernels.scaling.correlate import correlation_table, labels_of, losses_at, read_scores
+    from madkernels.scaling.correlate import correlate as relate, correlation_table, labels_of, losses_at, read_scores
     from madkernels.scaling.table import read_table
 
     _may_write(to_json, force)

@@ -189,8 +189,7 @@ def normalise(
     from rich.console import Console
     from rich.table import Table
 
-    from madkernels.models import HybridLM, counting, parse
-    from madkernels.models import normalise as sizes
+    from madkernels.models import HybridLM, counting, normalise as sizes, parse
 
     load_plugins(plugin)
     table = Table(caption=f"At width {dim}; total state and forward FLOPs per token for a sequence of length {seqlen}.")

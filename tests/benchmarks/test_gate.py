@@ -12,14 +12,12 @@ from torch import Tensor
 
 from madkernels import OPS, attention, causal_conv, reference, selective_scan
 from madkernels.benchmarks import gate as gate_module
-from madkernels.benchmarks.attention import BENCHMARK as ATTENTION
-from madkernels.benchmarks.attention import AttentionCase
+from madkernels.benchmarks.attention import BENCHMARK as ATTENTION, AttentionCase
 from madkernels.benchmarks.cases import Case, Inputs
 from madkernels.benchmarks.causal_conv import ConvCase
 from madkernels.benchmarks.gate import TOLERANCES, Gate, picked
 from madkernels.benchmarks.harness import Benchmark, Peer, benchmark_of, channels_first
-from madkernels.benchmarks.selective_scan import BENCHMARK as SCAN
-from madkernels.benchmarks.selective_scan import ScanCase
+from madkernels.benchmarks.selective_scan import BENCHMARK as SCAN, ScanCase
 
 BENCHMARKS = [benchmark_of(op) for op in OPS]
 QUICK = [(benchmark, case) for benchmark in BENCHMARKS for case in benchmark.cases if case.quick]

@@ -16,8 +16,7 @@ from torch import Tensor
 from madkernels import _C, OPS
 from madkernels.benchmarks import harness, machine, report
 from madkernels.benchmarks.attention import BENCHMARK as ATTENTION
-from madkernels.benchmarks.causal_conv import BENCHMARK as CONV
-from madkernels.benchmarks.causal_conv import ConvCase
+from madkernels.benchmarks.causal_conv import BENCHMARK as CONV, ConvCase
 from madkernels.benchmarks.harness import (
     MIN_RUNS,
     SECONDS,

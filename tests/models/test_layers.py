@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from madkernels.models import HybridLM
-from madkernels.models.layers import LAYERS, Layer
-from madkernels.models.layers import attention as attention_layer
+from madkernels.models.layers import LAYERS, Layer, attention as attention_layer
 from madkernels.models.layers.attention import attend, rotate
 
 DIM, SEQLEN = 32, 21

@@ -12,8 +12,7 @@ from scaling_points import ARCHS, SURFACE, write_runs, write_scores
 from typer.testing import CliRunner
 
 from madkernels.cli.main import app
-from madkernels.scaling import correlate as related
-from madkernels.scaling import state
+from madkernels.scaling import correlate as related, state
 from madkernels.scaling.compare import BootstrapOptions, compare, frontiers
 from madkernels.scaling.isoflop import Best
 from madkernels.scaling.laws import Surface

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scaling_points import CHINCHILLA, SURFACE, grid, write_runs
 from typer.testing import CliRunner
 

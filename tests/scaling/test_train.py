@@ -22,8 +22,7 @@ from torch import Tensor
 
 from madkernels.models.layers import LAYERS, add_layer
 from madkernels.runs.engines import Diverged
-from madkernels.scaling import checkpoint
-from madkernels.scaling import train as training
+from madkernels.scaling import checkpoint, train as training
 from madkernels.scaling.data import Batch, Corpus, held_out
 from madkernels.scaling.prepare import Bytes, prepare
 from madkernels.scaling.recipe import LMRun, Recipe

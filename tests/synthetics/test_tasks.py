@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from madkernels.synthetics.protocol import load_protocol
 from madkernels.synthetics.tasks import IGNORE, TASKS, Task
