@@ -178,7 +178,7 @@ class BackwardItem {
   void finish(const ScoreBlock<A>& scores, int64_t query, int64_t count) {
     if (p_.bias.data) {
       const T* from = p_.bias.at<T>(part_.batch, head_, queries_.begin + query, part_.begin);
-      fill_bias<T, A>(bias_, kWidth, from, count, p_.bias.query_stride, part_.length(), p_.bias.key_stride);
+      fill_bias<T, A>(bias_, scores, from, count, p_.bias.query_stride, part_.length(), p_.bias.key_stride);
     }
     finish_scores<A>(scores, options_, p_.bias.data ? static_cast<A*>(bias_) : nullptr,
                      options_.softcap != 0 ? static_cast<A*>(kept_) : nullptr);

@@ -106,7 +106,7 @@ class ForwardPart {
   void finish(const ScoreBlock<A>& scores, int64_t key, int64_t count) {
     if (p_.bias.data) {
       const T* from = p_.bias.at<T>(part_.batch, head_, part_.begin, key_begin_ + key);
-      fill_bias<T, A>(bias_, kWidth, from, count, p_.bias.key_stride, part_.length(), p_.bias.query_stride);
+      fill_bias<T, A>(bias_, scores, from, count, p_.bias.key_stride, part_.length(), p_.bias.query_stride);
     }
     finish_scores<A>(scores, options_, p_.bias.data ? static_cast<A*>(bias_) : nullptr, nullptr);
   }

@@ -126,12 +126,15 @@ inline Vec<A> weight_of(Vec<A> score, A unit, Vec<A> offset) {
   return exp2_from<A>(rounded, x - (rounded - Exp2<A>::kRound));
 }
 
-// A part of the bias as [rows][lanes], zeros behind its end. T: of the activations.
+// A part of the bias for a block of scores, zeros where there are no queries or keys. T: of the activations.
 template <class T, class A>
-void fill_bias(A* to, int64_t stride, const T* from, int64_t rows, int64_t row_stride, int64_t lanes, int64_t lane_stride) {
-  for (int64_t row = 0; row < rows; row++) {
-    for (int64_t i = 0; i < stride; i++)
-      to[row * stride + i] = i < lanes ? load_one(from + row * row_stride + i * lane_stride) : A(0);
+void fill_bias(A* to, const ScoreBlock<A>& block, const T* from, int64_t rows, int64_t row_stride, int64_t lanes,
+               int64_t lane_stride) {
+  for (int64_t row = 0; row < block.rows; row++) {
+    for (int64_t i = 0; i < block.stride; i++) {
+      const bool there = row < rows && i < lanes;
+      to[row * block.stride + i] = there ? load_one(from + row * row_stride + i * lane_stride) : A(0);
+    }
   }
 }
 

@@ -318,7 +318,11 @@ template <class A>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<A*>(std::aligned_alloc(64, (ceil_div(static_cast<size_t>(count) * sizeof(A), 64) + 1) * 64))) {}
+      : data_(static_cast<A*>(std::aligned_alloc(64, (ceil_div(static_cast<size_t>(count) * sizeof(A), 64) + 1) * 64))) {
+#ifdef __SANITIZE_ADDRESS__  // NaN, so that reading what nobody wrote shows
+    std::memset(static_cast<void*>(data_), 0xff, static_cast<size_t>(count) * sizeof(A));
+#endif
+  }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

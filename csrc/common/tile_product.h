@@ -138,12 +138,13 @@ void pack_columns(typename P::Element* to, const RowsOf<T>& rows, int64_t width)
   using A = typename P::Acc;
   constexpr int n = kLanes<A>;
   const int64_t elements = ceil_div(rows.width, P::kGroup), part = least<int64_t>(width, n);
-  for (int64_t row = 0; row < rows.count; row += n) {
+  const int64_t filled = width == kTileRows ? kTileRows : n, padded = ceil_div(rows.count, filled) * filled;
+  for (int64_t row = 0; row < padded; row += n) {
     for (int64_t first = 0; first < elements; first += n) {
       Vec<A> square[n];
       for (int i = 0; i < n; i++) square[i] = load_elements<P>(rows, row + i, first);
       transpose<A>(square);
-      for (int64_t at = row; at < row + n && at < rows.count; at += part) {
+      for (int64_t at = row; at < row + n && at < padded; at += part) {
         typename P::Element* tile = to + (at / width * elements + first) * width + at % width;
         for (int64_t e = 0; e < n && first + e < elements; e++) {
           std::memcpy(tile + e * width, reinterpret_cast<const A*>(&square[e]) + (at - row), part * sizeof(A));
