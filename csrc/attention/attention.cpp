@@ -30,10 +30,10 @@ ScoreBias bias_of(const OptionalTensor& t) {
           .key_stride = t->stride(3)};
 }
 
-// The arguments after checks, held while kernels use their memory.
+// The arguments after checks, and what was made of them, held while kernels use its memory. The others are the caller's.
 struct Arguments {
-  Tensor q, k, v;
-  OptionalTensor bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k;
+  Tensor q;
+  OptionalTensor alibi_slopes;
   Attention params{};
 
   Shape shape_of_out() const { return {params.batch, params.queries(), params.heads, params.value_dim}; }
@@ -45,6 +45,18 @@ struct Arguments {
 int64_t reach(const char* op, const char* name, std::optional<int64_t> limit, int64_t all) {
   MK_CHECK(!limit || *limit >= 0, op, ": ", name, " is ", limit.value_or(0), "; expected 0 at least, or None");
   return least(limit.value_or(all), all);
+}
+
+// P: Attention or AttentionStep.
+template <class P>
+void check_heads(const char* op, const char* keys, const P& p) {
+  MK_CHECK(p.kv_heads >= 1 && p.heads % p.kv_heads == 0, op, ": ", keys, " has ", p.kv_heads,
+           " heads; expected a divisor of the ", p.heads, " heads of q");
+}
+template <class P>
+void set_scores(const char* op, P& p, std::optional<double> softmax_scale, std::optional<double> softcap) {
+  p.scale = softmax_scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim))), p.softcap = softcap.value_or(0);
+  MK_CHECK(p.softcap >= 0, op, ": softcap is ", p.softcap, "; expected 0 (none) or above");
 }
 
 Arguments check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& bias,
@@ -66,8 +78,7 @@ Arguments check(const char* op, const Tensor& q, const Tensor& k, const Tensor& 
            most(p.head_dim, p.value_dim), "; a GPU takes up to ", kMostHeadDimOnGpu);
   MK_CHECK(!MADKERNELS_GPU || all <= kMostStepsOnGpu, op, ": there are ", all, " queries and keys; a GPU takes up to ",
            kMostStepsOnGpu);
-  MK_CHECK(p.kv_heads >= 1 && p.heads % p.kv_heads == 0, op, ": k has ", p.kv_heads, " heads; expected a divisor of the ",
-           p.heads, " heads of q");
+  check_heads(op, "k", p);
   checks.activation("k", k, {p.batch, keys, p.kv_heads, p.head_dim});
   checks.activation("v", v, {p.batch, keys, p.kv_heads, p.value_dim});
   checks.activation("bias", bias, {p.batch, p.heads, queries, keys});
@@ -78,16 +89,8 @@ Arguments check(const char* op, const Tensor& q, const Tensor& k, const Tensor& 
   MK_CHECK(p.q_docs.count == p.k_docs.count, op, ": cu_seqlens_k has ", p.k_docs.count, " documents; expected the ",
            p.q_docs.count, " of cu_seqlens_q");
   p.left = reach(op, "left", left, all), p.right = causal ? 0 : reach(op, "right", right, all);
-  p.scale = softmax_scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim))), p.softcap = softcap.value_or(0);
-  MK_CHECK(p.softcap >= 0, op, ": softcap is ", p.softcap, "; expected 0 (none) or above");
-  Arguments a{.q = q,
-              .k = k,
-              .v = v,
-              .bias = bias,
-              .alibi_slopes = contiguous(alibi_slopes),
-              .cu_seqlens_q = cu_seqlens_q,
-              .cu_seqlens_k = cu_seqlens_k,
-              .params = p};
+  set_scores(op, p, softmax_scale, softcap);
+  Arguments a{.q = q, .alibi_slopes = contiguous(alibi_slopes), .params = p};
   a.params.q = heads_of(q), a.params.k = heads_of(k), a.params.v = heads_of(v);
   a.params.bias = bias_of(bias), a.params.alibi_slopes = data_or_null(a.alibi_slopes);
   return a;
@@ -216,8 +219,8 @@ int64_t longest_seen(const char* op, const AttentionStep& p, int64_t pages) {
     const Span seen = p.seen(b);
     MK_CHECK(seen.length() <= p.capacity, op, ": sequence ", b, " sees ", seen.length(), " positions, but the cache holds ",
              p.capacity, "; take a longer one, or a window");
-    for (int64_t t = seen.begin; p.block_table && t < seen.end; t++) {
-      const int32_t page = p.block_table[b * (p.capacity / p.page_size) + t % p.capacity / p.page_size];
+    for (int64_t t = seen.begin; p.block_table && t < seen.end; t += p.page_size - t % p.page_size) {
+      const int32_t page = p.page(b, p.slot(t));
       MK_CHECK(page >= 0 && page < pages, op, ": block_table names page ", page, " for sequence ", b, "; there are ", pages);
     }
     longest = most(longest, seen.length());
@@ -301,8 +304,7 @@ std::tuple<Tensor, Tensor> attention_step(Tensor q, Tensor k_cache, Tensor v_cac
   p.dtype = checks.dtype();
   p.batch = q.size(0), p.heads = q.size(1), p.head_dim = q.size(2);
   p.kv_heads = k_cache.size(2), p.value_dim = v_cache.size(3);
-  MK_CHECK(p.kv_heads >= 1 && p.heads % p.kv_heads == 0, op, ": k_cache has ", p.kv_heads,
-           " heads; expected a divisor of the ", p.heads, " heads of q");
+  check_heads(op, "k_cache", p);
   const int64_t rows = block_table ? k_cache.size(0) : p.batch, length = k_cache.size(1);
   checks.activation("k_cache", k_cache, {rows, length, p.kv_heads, p.head_dim});
   checks.activation("v_cache", v_cache, {rows, length, p.kv_heads, p.value_dim});
@@ -319,8 +321,7 @@ std::tuple<Tensor, Tensor> attention_step(Tensor q, Tensor k_cache, Tensor v_cac
   MK_CHECK(!block_table || length >= 1, op, ": k_cache has pages of 0 positions; expected 1 at least");
   p.page_size = block_table ? length : 0, p.capacity = block_table ? block_table->size(1) * length : length;
   p.left = reach(op, "left", left, int64_t{1} << 40);
-  p.scale = softmax_scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim))), p.softcap = softcap.value_or(0);
-  MK_CHECK(p.softcap >= 0, op, ": softcap is ", p.softcap, "; expected 0 (none) or above");
+  set_scores(op, p, softmax_scale, softcap);
 
   const Tensor queries = torch::stable::contiguous(q), lengths = torch::stable::contiguous(cache_seqlens);
   const OptionalTensor keys = contiguous(k), values = contiguous(v), table = contiguous(block_table),

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "common/constants.h"
 #include "common/cpu.h"
 #include "common/dtype.h"
 #include "common/integers.h"
@@ -35,6 +36,11 @@ struct Attention {
   MADKERNELS_ANYWHERE int64_t key_head(int64_t head) const { return head / (heads / kv_heads); }
   // Whether scores are products times a positive factor, so that their order is that of the products.
   MADKERNELS_ANYWHERE bool plain() const { return scale > 0 && softcap == 0 && !bias.data && !alibi_slopes; }
+  // What 2^x takes for a score of 1: plain scores are not scaled yet.
+  template <class A>
+  MADKERNELS_ANYWHERE A unit_of_scores() const {
+    return kLog2e<A> * (plain() ? static_cast<A>(scale) : A(1));
+  }
   template <class A>
   MADKERNELS_ANYWHERE A* lse_of(int64_t b, int64_t head) const {
     return static_cast<A*>(lse) + (b * heads + head) * queries();
@@ -43,6 +49,33 @@ struct Attention {
   MADKERNELS_ANYWHERE A slope(int64_t b, int64_t head) const {
     return alibi_slopes ? static_cast<const A*>(alibi_slopes)[b * heads + head] : A(0);
   }
+};
+
+// Which keys of a document its queries see. Query i stands `behind` keys further than key i. I: int on a GPU.
+template <class I>
+struct SightOf {
+  I queries, keys, behind, left, right;
+
+  MADKERNELS_ANYWHERE SightOf(const Attention& p, I doc)
+      : queries(p.q_docs.span(doc).length()),
+        keys(p.k_docs.span(doc).length()),
+        behind(keys - queries),
+        left(static_cast<I>(p.left)),
+        right(static_cast<I>(p.right)) {}
+  // How far query i stands behind key j.
+  MADKERNELS_ANYWHERE I distance(I i, I j) const { return i + behind - j; }
+  MADKERNELS_ANYWHERE bool sees(I i, I j) const {
+    return distance(i, j) <= left && distance(i, j) >= -right && i < queries && j < keys;
+  }
+  // Whether every one of so many queries sees every one of so many keys.
+  MADKERNELS_ANYWHERE bool all_see(I i, I some_queries, I j, I some_keys) const {
+    return sees(i, j + some_keys - 1) && sees(i + some_queries - 1, j);
+  }
+  // The keys that any query i .. end - 1 sees, and the queries that see any key j .. end - 1.
+  MADKERNELS_ANYWHERE I first_key(I i) const { return most<I>(0, i + behind - left); }
+  MADKERNELS_ANYWHERE I end_of_keys(I end) const { return least<I>(keys, end + behind + right); }
+  MADKERNELS_ANYWHERE I first_query(I j) const { return most<I>(0, j - behind - right); }
+  MADKERNELS_ANYWHERE I end_of_queries(I end) const { return least<I>(queries, end - behind + left); }
 };
 
 struct AttentionBackward {
@@ -80,19 +113,23 @@ struct AttentionStep {
     const int64_t end = cache_seqlens[b] + (k ? 1 : 0);
     return {b, b, most<int64_t>(0, end - 1 - left), end};
   }
+  MADKERNELS_ANYWHERE int64_t slot(int64_t position) const { return position < capacity ? position : position % capacity; }
+  MADKERNELS_ANYWHERE int32_t page(int64_t b, int64_t slot) const {
+    return block_table[b * (capacity / page_size) + slot / page_size];
+  }
   template <class T>
-  MADKERNELS_ANYWHERE T* slot(const Heads& cache, int64_t b, int64_t position, int64_t head) const {
-    const int64_t at = position < capacity ? position : position % capacity;
+  MADKERNELS_ANYWHERE T* in(const Heads& cache, int64_t b, int64_t position, int64_t head) const {
+    const int64_t at = slot(position);
     if (!block_table) return cache.at<T>(b, at, head);
-    return cache.at<T>(block_table[b * (capacity / page_size) + at / page_size], at % page_size, head);
+    return cache.at<T>(page(b, at), at % page_size, head);
   }
   template <class T>
   MADKERNELS_ANYWHERE T* key(int64_t b, int64_t position, int64_t head) const {
-    return slot<T>(k_cache, b, position, head);
+    return in<T>(k_cache, b, position, head);
   }
   template <class T>
   MADKERNELS_ANYWHERE T* value(int64_t b, int64_t position, int64_t head) const {
-    return slot<T>(v_cache, b, position, head);
+    return in<T>(v_cache, b, position, head);
   }
   template <class A>
   MADKERNELS_ANYWHERE A slope(int64_t b, int64_t head) const {
@@ -109,6 +146,10 @@ struct PackedRows {
 
   int64_t begin(const Documents& docs, int64_t doc) const {
     return docs.cu_seqlens ? ceil_div(docs.begin(doc), unit) * unit + doc * unit : doc * ceil_div(docs.seqlen, unit) * unit;
+  }
+  // Of the first step of a part.
+  int64_t row(const Documents& docs, const Span& part) const {
+    return begin(docs, part.doc) + part.begin - docs.begin(part.doc);
   }
   int64_t count(const Documents& docs) const {
     return docs.count > 0

@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kThreads, Shape<T, kDim>::kBlo
   Registers<1, kDim> first, second;
   clear(first), clear(second);
   SlopeSums slope{};
-  const float unit = unit_of_scores(p);
+  const float unit = p.unit_of_scores<float>();
   if (walk.items > 0) {
     const HeadRows<T> own_first(kOwnKeys ? p.k : p.q, part.batch, at.head, p.head_dim);
     const HeadRows<T> own_second(kOwnKeys ? p.v : q.dout, part.batch, at.head, p.value_dim);

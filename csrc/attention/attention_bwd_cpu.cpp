@@ -49,11 +49,10 @@ struct PackedQueries {
 template <class T, class A>
 void reduce_rows(const AttentionBackward& q, const Span& part, int64_t head, A* delta, A* lse, int64_t padded) {
   const Attention& p = q.forward;
-  const A infinity = static_cast<A>(__builtin_inff());
   const A* found = p.lse_of<A>(part.batch, head) + part.begin;
   const A* dlse = q.dlse ? static_cast<const A*>(q.dlse) + (found - static_cast<A*>(p.lse)) : nullptr;
   for (int64_t i = 0; i < padded; i++) {
-    delta[i] = A(0), lse[i] = infinity;
+    delta[i] = A(0), lse[i] = kInfinity<A>;
     if (i >= part.length()) continue;
     const RowsOf<T> out{p.out.at<T>(part.batch, part.begin + i, head), 0, p.out.dim_stride, 1, p.value_dim};
     const RowsOf<T> dout{q.dout.at<T>(part.batch, part.begin + i, head), 0, q.dout.dim_stride, 1, p.value_dim};
@@ -62,20 +61,20 @@ void reduce_rows(const AttentionBackward& q, const Span& part, int64_t head, A* 
       sum += load_elements<Multiply<A>>(out, 0, d) * load_elements<Multiply<A>>(dout, 0, d);
     }
     delta[i] = sum_lanes<A>(sum) - (dlse ? dlse[i] : A(0));
-    if (found[i] != -infinity) lse[i] = found[i] * kLog2e<A>;
+    if (found[i] != -kInfinity<A>) lse[i] = found[i] * kLog2e<A>;
   }
 }
 
 template <class T, class P>
 void pack_part(const AttentionBackward& q, const PackedQueries<P>& packed, const Span& part, int64_t head) {
   const Attention& p = q.forward;
-  const int64_t row = PackedRows{kQueryBlock}.begin(p.q_docs, part.doc) + part.begin - p.q_docs.begin(part.doc);
+  const int64_t row = PackedRows{kQueryBlock}.row(p.q_docs, part);
   const int64_t at = head * packed.rows + row, padded = ceil_div(part.length(), kTileRows) * kTileRows;
   const auto queries = rows_of<T>(p.q, part, head, p.head_dim), douts = rows_of<T>(q.dout, part, head, p.value_dim);
   pack_columns<P>(packed.q_as_columns + at * packed.q_elements, queries, kTileRows);
   pack_columns<P>(packed.dout_as_columns + at * packed.dout_elements, douts, kTileRows);
-  pack_padded_rows<P>(packed.q_as_rows + at / P::kGroup * packed.q_columns, queries, packed.q_columns, padded);
-  pack_padded_rows<P>(packed.dout_as_rows + at / P::kGroup * packed.dout_columns, douts, packed.dout_columns, padded);
+  pack_rows<P>(packed.q_as_rows + at / P::kGroup * packed.q_columns, queries, packed.q_columns, padded);
+  pack_rows<P>(packed.dout_as_rows + at / P::kGroup * packed.dout_columns, douts, packed.dout_columns, padded);
   reduce_rows<T>(q, part, head, packed.delta + at, packed.lse + at, padded);
 }
 
@@ -111,8 +110,8 @@ class BackwardItem {
     split_ = first, splits_ = splits, queries_ = p_.q_docs.span(doc), keys_ = p_.k_docs.span(doc);
     packed_row_ = PackedRows{kQueryBlock}.begin(p_.q_docs, doc);
     for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
-      A* dq = packed_.dq_at(p_, split_, head, packed_row_);
-      for (int64_t i = 0; i < ceil_div(queries_.length(), kTileRows) * kTileRows * packed_.dq_columns; i++) dq[i] = A(0);
+      const int64_t rows = ceil_div(queries_.length(), kTileRows) * kTileRows;
+      zero(packed_.dq_at(p_, split_, head, packed_row_), rows * packed_.dq_columns);
     }
     for (int64_t key = first * kWidth; key < keys_.length(); key += splits * kWidth) {
       begin(Span{doc, keys_.batch, keys_.begin + key, keys_.begin + least(key + kWidth, keys_.length())}, key_head);
@@ -125,22 +124,21 @@ class BackwardItem {
   void begin(const Span& part, int64_t key_head) {
     part_ = part;
     const auto keys = rows_of<T>(p_.k, part, key_head, p_.head_dim), values = rows_of<T>(p_.v, part, key_head, p_.value_dim);
-    zero(k_columns_, packed_.q_elements * kWidth), zero(v_columns_, packed_.dout_elements * kWidth);
+    zero<Element>(k_columns_, packed_.q_elements * kWidth), zero<Element>(v_columns_, packed_.dout_elements * kWidth);
     pack_columns<P>(k_columns_, keys, kWidth);
     pack_columns<P>(v_columns_, values, kWidth);
-    pack_padded_rows<P>(k_rows_, keys, packed_.dq_columns, kWidth);
-    zero(dk_, packed_.q_columns * kWidth), zero(dv_, packed_.dout_columns * kWidth);
+    pack_rows<P>(k_rows_, keys, packed_.dq_columns, kWidth);
+    zero<A>(dk_, packed_.q_columns * kWidth), zero<A>(dv_, packed_.dout_columns * kWidth);
   }
 
   // The queries that see any key of the part.
   void walk_queries(int64_t key, int64_t head) {
-    const int64_t ahead = keys_.length() - queries_.length();
-    const int64_t first = most<int64_t>(0, key - ahead - p_.right);
-    const int64_t end = least(queries_.length(), key + part_.length() - ahead + p_.left);
+    const SightOf<int64_t> sight(p_, part_.doc);
+    const int64_t first = sight.first_query(key) / kTileRows * kTileRows, end = sight.end_of_queries(key + part_.length());
     head_ = head, options_ = options_of<A>(p_, part_.batch, head);
     Vec<A> dslope{};
-    for (int64_t query = first / kTileRows * kTileRows; query < end; query += kQueryBlock) {
-      block(query, least(kQueryBlock, end - query), query + ahead - key, dslope);
+    for (int64_t query = first; query < end; query += kQueryBlock) {
+      block(sight, query, least(kQueryBlock, end - query), key, dslope);
     }
     if (q_.dalibi_parts) dslope_of(head) += sum_lanes<A>(dslope);
   }
@@ -150,18 +148,20 @@ class BackwardItem {
     return static_cast<A*>(q_.dalibi_parts)[(part * p_.batch + part_.batch) * p_.heads + head];
   }
 
-  // Queries query .. query + count - 1 of the document; `distance` from the first key of the part to the first of them.
-  void block(int64_t query, int64_t count, int64_t distance, Vec<A>& dslope) {
+  // Queries query .. query + count - 1 of the document; the part begins with its key `key`.
+  void block(const SightOf<int64_t>& sight, int64_t query, int64_t count, int64_t key, Vec<A>& dslope) {
     const int64_t rows = ceil_div(count, kTileRows) * kTileRows, at = head_ * packed_.rows + packed_row_ + query;
-    const ScoreBlock<A> scores{scores_, kWidth, rows, kVectors, distance, 1, -1};
+    const ScoreBlock<A> scores{scores_, kWidth, rows, kVectors, sight.distance(query, key), 1, -1};
     multiply_rows(scores_, packed_.q_as_columns + at * packed_.q_elements, k_columns_, rows, packed_.q_elements);
     if (!p_.plain()) finish(scores, query, count);
-    if (distance + rows - 1 > p_.left || distance - (kWidth - 1) < -p_.right || part_.length() < kWidth) hide(scores);
+    if (!sight.all_see(query, rows, key, kWidth)) hide(scores);
     multiply_rows(dscores_, packed_.dout_as_columns + at * packed_.dout_elements, v_columns_, rows, packed_.dout_elements);
     differentiate(scores, packed_.lse + at, packed_.delta + at, query, count, dslope);
     narrow_scores(rows);
-    add_columns(dv_, packed_.dout_columns, packed_.dout_as_rows + at / P::kGroup * packed_.dout_columns, weights(), rows);
-    add_columns(dk_, packed_.q_columns, packed_.q_as_rows + at / P::kGroup * packed_.q_columns, dscores(), rows);
+    add_columns(dv_, packed_.dout_columns, packed_.dout_as_rows + at / P::kGroup * packed_.dout_columns,
+                elements_of<P>(scores_, weight_pairs_), rows);
+    add_columns(dk_, packed_.q_columns, packed_.q_as_rows + at / P::kGroup * packed_.q_columns,
+                elements_of<P>(dscores_, dscore_pairs_), rows);
     add_queries(packed_.dq_at(p_, split_, head_, packed_row_ + query), rows);
   }
 
@@ -186,14 +186,14 @@ class BackwardItem {
   void hide(const ScoreBlock<A>& scores) {
     hide_unseen<A>(scores, options_);
     for (int64_t row = 0; row < scores.rows; row++) {
-      for (int64_t i = part_.length(); i < kWidth; i++) scores_[row * kWidth + i] = -static_cast<A>(__builtin_inff());
+      for (int64_t i = part_.length(); i < kWidth; i++) scores_[row * kWidth + i] = -kInfinity<A>;
     }
   }
 
   // Scores into weights, and the gradient of weights into that of the products.
   void differentiate(const ScoreBlock<A>& scores, const A* lse, const A* delta, int64_t query, int64_t count,
                      Vec<A>& dslope) {
-    const A unit = kLog2e<A> * (p_.plain() ? options_.scale : A(1));
+    const A unit = p_.unit_of_scores<A>();
     for (int64_t row = 0; row < scores.rows; row++) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; j++) {
@@ -241,28 +241,6 @@ class BackwardItem {
       }
     }
   }
-  const Element* weights() const {
-    if constexpr (P::kGroup > 1) {
-      return weight_pairs_;
-    } else {
-      return scores_;
-    }
-  }
-  const Element* dscores() const {
-    if constexpr (P::kGroup > 1) {
-      return dscore_pairs_;
-    } else {
-      return dscores_;
-    }
-  }
-  const Element* dscore_rows() const {
-    if constexpr (P::kGroup > 1) {
-      return dscore_rows_;
-    } else {
-      return dscores_;
-    }
-  }
-
   // to [columns][keys] += a^T b, where a [rows][columns] are rows.
   static void add_columns(A* to, int64_t columns, const Element* a, const Element* b, int64_t rows) {
     for (int64_t column = 0; column < columns; column += kTileRows) {
@@ -280,7 +258,7 @@ class BackwardItem {
       for (int64_t v = 0; v < vectors;) {
         const int64_t left = vectors - v, count = left == 4 || left == 2 ? 2 : left == 1 ? 1 : 3;
         A* to = dq + row * packed_.dq_columns + v * kLanes<A>;
-        const Element *a = dscore_rows() + row * kPairs, *b = k_rows_ + v * kLanes<A>;
+        const Element *a = elements_of<P>(dscores_, dscore_rows_) + row * kPairs, *b = k_rows_ + v * kLanes<A>;
         count == 3 ? add_query_tile<3>(to, a, b) : count == 2 ? add_query_tile<2>(to, a, b) : add_query_tile<1>(to, a, b);
         v += count;
       }
@@ -305,11 +283,6 @@ class BackwardItem {
     }
   }
 
-  template <class N>
-  static void zero(const Scratch<N>& to, int64_t count) {
-    for (int64_t i = 0; i < count; i++) to[i] = N{};
-  }
-
   const AttentionBackward& q_;
   const Attention& p_;
   const PackedQueries<P>& packed_;
@@ -330,7 +303,7 @@ void write_queries(const AttentionBackward& q, const PackedQueries<P>& packed, c
                    int64_t splits) {
   using A = typename P::Acc;
   const Attention& p = q.forward;
-  const int64_t row = PackedRows{kQueryBlock}.begin(p.q_docs, part.doc) + part.begin - p.q_docs.begin(part.doc);
+  const int64_t row = PackedRows{kQueryBlock}.row(p.q_docs, part);
   for (int64_t i = 0; i < part.length(); i++) {
     for (int64_t d = 0; d < p.head_dim; d += kLanes<A>) {
       Vec<A> sum{};

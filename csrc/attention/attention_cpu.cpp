@@ -37,9 +37,9 @@ struct PackedKeys {
 
 template <class T, class P>
 void pack_part(const Attention& p, const PackedKeys<P>& packed, const Span& part, int64_t head) {
-  const int64_t row = PackedRows{kKeyBlock}.begin(p.k_docs, part.doc) + part.begin - p.k_docs.begin(part.doc);
+  const int64_t row = PackedRows{kKeyBlock}.row(p.k_docs, part);
   pack_columns<P>(packed.keys(head, row), rows_of<T>(p.k, part, head, p.head_dim), kTileRows);
-  pack_rows<P>(packed.values(head, row), rows_of<T>(p.v, part, head, p.value_dim), packed.value_columns);
+  pack_rows<P>(packed.values(head, row), rows_of<T>(p.v, part, head, p.value_dim), packed.value_columns, part.length());
 }
 
 // One head of one part of a document. kVectors: of queries.
@@ -61,32 +61,31 @@ class ForwardPart {
 
   void run(const Span& part, int64_t head) {
     begin(part, head);
-    const int64_t first = most<int64_t>(0, behind_ - p_.left);  // of the keys that any query of the part sees
-    const int64_t end = least(p_.k_docs.span(part.doc).length(), behind_ + part.length() - 1 + p_.right + 1);
-    for (int64_t key = first / kTileRows * kTileRows; key < end; key += kKeyBlock) block(key, least(kKeyBlock, end - key));
+    const SightOf<int64_t> sight(p_, part.doc);
+    const int64_t query = part.begin - p_.q_docs.begin(part.doc);
+    const int64_t first = sight.first_key(query) / kTileRows * kTileRows, end = sight.end_of_keys(query + part.length());
+    for (int64_t key = first; key < end; key += kKeyBlock) block(sight, query, key, least(kKeyBlock, end - key));
     write();
   }
 
  private:
   void begin(const Span& part, int64_t head) {
     part_ = part, head_ = head, key_head_ = p_.key_head(head);
-    const Span queries = p_.q_docs.span(part.doc), keys = p_.k_docs.span(part.doc);
-    behind_ = part.begin - queries.begin + keys.length() - queries.length();
     packed_row_ = PackedRows{kKeyBlock}.begin(p_.k_docs, part.doc);
-    key_begin_ = keys.begin;
+    key_begin_ = p_.k_docs.begin(part.doc);
     options_ = options_of<A>(p_, part.batch, head);
     pack_columns<P>(q_, rows_of<T>(p_.q, part, head, p_.head_dim), kWidth);
-    for (int64_t i = 0; i < packed_.value_columns * kWidth; i++) out_[i] = A(0);
-    for (int j = 0; j < kVectors; j++) highest_[j] = broadcast(-infinity()), sum_[j] = Vec<A>{};
+    zero<A>(out_, packed_.value_columns * kWidth);
+    for (int j = 0; j < kVectors; j++) highest_[j] = broadcast(-kInfinity<A>), sum_[j] = Vec<A>{};
   }
 
-  // Keys key .. key + count - 1 of the document.
-  void block(int64_t key, int64_t count) {
+  // Keys key .. key + count - 1 of the document; the part begins with its query `query`.
+  void block(const SightOf<int64_t>& sight, int64_t query, int64_t key, int64_t count) {
     const int64_t rows = ceil_div(count, kTileRows) * kTileRows;
     multiply_scores(key, rows);
-    const ScoreBlock<A> scores{scores_, kWidth, rows, kVectors, behind_ - key, -1, 1};
+    const ScoreBlock<A> scores{scores_, kWidth, rows, kVectors, sight.distance(query, key), -1, 1};
     if (!p_.plain()) finish(scores, key, count);
-    if (partly_seen(key, rows, count)) hide(scores, count);
+    if (!sight.all_see(query, part_.length(), key, rows)) hide(scores, count);
     Vec<A> factor[kVectors];
     weigh(rows, factor);
     multiply_values(key, count, factor);
@@ -111,21 +110,14 @@ class ForwardPart {
     finish_scores<A>(scores, options_, p_.bias.data ? static_cast<A*>(bias_) : nullptr, nullptr);
   }
 
-  // Whether some query of the part does not see some key of the block's rows.
-  bool partly_seen(int64_t key, int64_t rows, int64_t count) const {
-    return rows > count || behind_ + part_.length() - 1 - key > p_.left || behind_ - (key + rows - 1) < -p_.right;
-  }
   void hide(const ScoreBlock<A>& scores, int64_t count) {
     hide_unseen<A>(scores, options_);
-    for (int64_t i = count * kWidth; i < scores.rows * kWidth; i++) scores_[i] = -infinity();
+    for (int64_t i = count * kWidth; i < scores.rows * kWidth; i++) scores_[i] = -kInfinity<A>;
   }
-
-  // What 2^x takes for a score of 1: plain scores are not scaled yet.
-  A unit_of_score() const { return kLog2e<A> * (p_.plain() ? options_.scale : A(1)); }
 
   // Scores into weights 2^(unit (score - highest)), beside the factor that brings earlier ones to the new maximum.
   void weigh(int64_t rows, Vec<A> (&factor)[kVectors]) {
-    const A unit = unit_of_score();
+    const A unit = p_.unit_of_scores<A>();
     Vec<A> offset[kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; j++) {
@@ -134,7 +126,7 @@ class ForwardPart {
         const Vec<A> score = widen(scores_ + row * kWidth + j * kLanes<A>);
         highest = score > highest ? score : highest;
       }
-      const Vec<A> finite = highest > -infinity() ? highest : Vec<A>{};  // none seen so far
+      const Vec<A> finite = highest > -kInfinity<A> ? highest : Vec<A>{};  // none seen so far
       offset[j] = finite * unit;
       factor[j] = exp2<A>(highest_[j] * unit - offset[j]);
       sum_[j] *= factor[j];
@@ -160,12 +152,7 @@ class ForwardPart {
 
   void multiply_values(int64_t key, int64_t count, const Vec<A> (&factor)[kVectors]) {
     const Element* values = packed_.values(key_head_, packed_row_ + key);
-    const Element* weights;
-    if constexpr (P::kGroup == 1) {
-      weights = scores_;
-    } else {
-      weights = weights_;
-    }
+    const Element* weights = elements_of<P>(scores_, weights_);
     for (int64_t column = 0; column < packed_.value_columns; column += kTileRows) {
       Vec<A> tile[kTileRows][kVectors];
       load_tile(tile, out_ + column * kWidth, kWidth);
@@ -180,22 +167,20 @@ class ForwardPart {
   }
 
   void write() {
-    const A unit = kLn2<A> * unit_of_score();
+    const A unit = kLn2<A> * p_.unit_of_scores<A>();
     A* lse = p_.lse_of<A>(part_.batch, head_) + part_.begin;
     for (int j = 0; j < kVectors; j++) {
       const int64_t first = j * kLanes<A>, count = least<int64_t>(part_.length() - first, kLanes<A>);
       for (int64_t i = 0; i < count; i++) {
         const A sum = sum_[j][i];
         lse[first + i] =
-            sum == 0 ? -infinity() : highest_[j][i] * unit + static_cast<A>(__builtin_log(static_cast<double>(sum)));
+            sum == 0 ? -kInfinity<A> : highest_[j][i] * unit + static_cast<A>(__builtin_log(static_cast<double>(sum)));
       }
       const Vec<A> inverse = sum_[j] == A(0) ? Vec<A>{} : A(1) / sum_[j];
       store_columns<T>(p_.out, Span{part_.doc, part_.batch, part_.begin + first, part_.begin + first + count}, head_,
                        p_.value_dim, out_ + first, kWidth, inverse);
     }
   }
-
-  static constexpr A infinity() { return static_cast<A>(__builtin_inff()); }
 
   const Attention& p_;
   const PackedKeys<P>& packed_;
@@ -205,7 +190,7 @@ class ForwardPart {
   Scratch<A> out_;            // [value_dim][queries]
   Scratch<A> bias_;           // [keys][queries]
   Span part_{};
-  int64_t head_ = 0, key_head_ = 0, behind_ = 0, packed_row_ = 0, key_begin_ = 0;
+  int64_t head_ = 0, key_head_ = 0, packed_row_ = 0, key_begin_ = 0;
   ScoreOptions<A> options_{};
   Vec<A> highest_[kVectors], sum_[kVectors];
 };

@@ -95,19 +95,12 @@ struct Softmax {
 template <class T, int kTiles, int kBlocks>
 __device__ __forceinline__ void finish(float (&s)[kTiles][kBlocks][4], const Scores<T>& scores, const Sight& sight, int i,
                                        int j) {
-#pragma unroll
-  for (int t = 0; t < kTiles; t++) {
-#pragma unroll
-    for (int n = 0; n < kBlocks; n++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int row = i + row_of(t, e), column = j + column_of(n, e);
-        if (sight.sees(row, column)) {
-          s[t][n][e] = scores.finished(scores.capped(s[t][n][e]), row, column, sight.distance(row, column));
-        }
-      }
+  for_elements(s, [&](int t, int n, int e) {
+    const int row = i + row_of(t, e), column = j + column_of(n, e);
+    if (sight.sees(row, column)) {
+      s[t][n][e] = scores.finished(scores.capped(s[t][n][e]), row, column, sight.distance(row, column));
     }
-  }
+  });
 }
 
 // The warp's rows: outputs divided by the sums of weights, and lse.
@@ -139,7 +132,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kThreads, Shape<T, kDim>::kBlo
   const Part queries = p.q_docs.span(part.doc), keys = p.k_docs.span(part.doc);
   const int key_head = at.head / static_cast<int>(p.heads / p.kv_heads);
   const Sight sight(p, part.doc);
-  const float unit = unit_of_scores(p);
+  const float unit = p.unit_of_scores<float>();
   const int first = part.begin - queries.begin, row = warp_index() * S::kTiles * 16;
   const int begin = sight.first_key(first), end = sight.end_of_keys(first + part.length());
 

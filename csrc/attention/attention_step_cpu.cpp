@@ -66,7 +66,7 @@ class StepItem {
     if (first >= end) return;
     const T* from = static_cast<const T*>(p_.q) + b * p_.heads * p_.head_dim;
     for (int64_t i = 0; i < p_.heads * p_.head_dim; i++) q_[i] = load_one(from + i);
-    for (int64_t i = 0; i < p_.heads * columns_; i++) out_[i] = A(0);
+    zero<A>(out_, p_.heads * columns_);
     for (int64_t at = first; at < end; at += n) score(b, at, end, at - first);
     for (int64_t head = 0; head < p_.heads; head++) weigh(b, head, first, end, partial<A>(p_, b, head, range));
     for (int64_t at = first; at < end; at += n) add_values(b, at, end, at - first);
@@ -92,20 +92,19 @@ class StepItem {
 
   // Scores of a head into weights, 0 behind the end; notes their maximum and sum.
   void weigh(int64_t b, int64_t head, int64_t first, int64_t end, A* out) {
-    const A infinity = static_cast<A>(__builtin_inff());
     A* scores = scores_ + head * kScores;
     const int64_t rows = ceil_div(end - first, n), query = p_.seen(b).end - 1;
     const ScoreOptions<A> options{static_cast<A>(p_.scale), static_cast<A>(p_.softcap), p_.slope<A>(b, head), 0, 0};
     finish_scores<A>(ScoreBlock<A>{scores, n, rows, 1, query - first, -n, -1}, options, nullptr, nullptr);
-    for (int64_t i = end - first; i < rows * n; i++) scores[i] = -infinity;
-    Vec<A> tops = broadcast(-infinity), sums{};
+    for (int64_t i = end - first; i < rows * n; i++) scores[i] = -kInfinity<A>;
+    Vec<A> tops = broadcast(-kInfinity<A>), sums{};
     for (int64_t row = 0; row < rows; row++) {
       const Vec<A> score = widen(scores + row * n);
       tops = score > tops ? score : tops;
     }
-    A highest = -infinity;
+    A highest = -kInfinity<A>;
     for (int i = 0; i < n; i++) highest = tops[i] > highest ? tops[i] : highest;
-    const A offset = highest > -infinity ? highest * kLog2e<A> : A(0);
+    const A offset = highest > -kInfinity<A> ? highest * kLog2e<A> : A(0);
     for (int64_t row = 0; row < rows; row++) {
       const Vec<A> weight = weight_of<A>(widen(scores + row * n), kLog2e<A>, broadcast(offset));
       sums += weight;
@@ -177,12 +176,12 @@ template <class T>
 void join(const AttentionStep& p, int64_t b, int64_t head) {
   using A = Acc<T>;
   const int64_t ranges = ceil_div(p.seen(b).length(), kRange);
-  A highest = -static_cast<A>(__builtin_inff()), sum = 0;
+  A highest = -kInfinity<A>, sum = 0;
   for (int64_t r = 0; r < ranges; r++) {
     const A found = partial<A>(p, b, head, r)[p.value_dim];
     highest = found > highest || found != found ? found : highest;
   }
-  const A offset = highest > -static_cast<A>(__builtin_inff()) || highest != highest ? highest : A(0);
+  const A offset = highest > -kInfinity<A> || highest != highest ? highest : A(0);
   Scratch<A> factors(ranges + 1);
   for (int64_t r = 0; r < ranges; r++) {
     const A* part = partial<A>(p, b, head, r);
@@ -197,7 +196,7 @@ void join(const AttentionStep& p, int64_t b, int64_t head) {
     store(out + d, sum == A(0) ? Vec<A>{} : total / sum, count);
   }
   static_cast<A*>(p.lse)[b * p.heads + head] =
-      sum == A(0) ? -static_cast<A>(__builtin_inff()) : highest + static_cast<A>(__builtin_log(static_cast<double>(sum)));
+      sum == A(0) ? -kInfinity<A> : highest + static_cast<A>(__builtin_log(static_cast<double>(sum)));
 }
 
 void append_keys(const AttentionStep& p) {

@@ -41,6 +41,21 @@ void store_columns(const Heads& to, const Span& part, int64_t head, int64_t widt
   }
 }
 
+// Numbers as the next product takes them: themselves, or the pairs that were made of them.
+template <class P>
+const typename P::Element* elements_of(const typename P::Acc* numbers, const typename P::Element* pairs) {
+  if constexpr (P::kGroup == 1) {
+    return numbers;
+  } else {
+    return pairs;
+  }
+}
+
+template <class N>
+void zero(N* to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) to[i] = N{};
+}
+
 // What of a head is read in scores.
 template <class A>
 struct ScoreOptions {
@@ -68,7 +83,7 @@ struct ScoreBlock {
   inline A* at(int64_t row, int vector) const { return data + row * stride + vector * kLanes<A>; }
   inline Distances<A> distances(int64_t row, int vector) const {
     using Distance = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-    Distances<A> lanes;
+    Distances<A> lanes{};
     for (int i = 0; i < kLanes<A>; i++) lanes[i] = static_cast<Distance>(i) * lane_step;
     return lanes + static_cast<Distance>(distance + row * row_step + vector * kLanes<A> * lane_step);
   }
@@ -113,7 +128,7 @@ void hide_unseen(const ScoreBlock<A>& block, const ScoreOptions<A>& options) {
     for (int v = 0; v < block.vectors; v++) {
       const Distances<A> distance = block.distances(row, v);
       const auto seen = (distance <= left) & (distance >= right);
-      narrow(block.at(row, v), seen ? widen(block.at(row, v)) : broadcast(-static_cast<A>(__builtin_inff())));
+      narrow(block.at(row, v), seen ? widen(block.at(row, v)) : broadcast(-kInfinity<A>));
     }
   }
 }

@@ -237,16 +237,22 @@ struct Product<float> {
 template <int kTiles, int kColumns>
 using Registers = float[kTiles][kColumns / 8][4];
 
-template <int kTiles, int kBlocks>
-__device__ __forceinline__ void clear(float (&c)[kTiles][kBlocks][4]) {
+// Calls f(tile, block, element) for all that a lane has.
+template <int kTiles, int kBlocks, class F>
+__device__ __forceinline__ void for_elements(const float (&)[kTiles][kBlocks][4], F&& f) {
 #pragma unroll
   for (int t = 0; t < kTiles; t++) {
 #pragma unroll
     for (int n = 0; n < kBlocks; n++) {
 #pragma unroll
-      for (int e = 0; e < 4; e++) c[t][n][e] = 0;
+      for (int e = 0; e < 4; e++) f(t, n, e);
     }
   }
+}
+
+template <int kTiles, int kBlocks>
+__device__ __forceinline__ void clear(float (&c)[kTiles][kBlocks][4]) {
+  for_elements(c, [&](int t, int n, int e) { c[t][n][e] = 0; });
 }
 
 template <class T, int kDim, int kTiles, int kBlocks>
@@ -359,36 +365,7 @@ struct Place {
 
 // ---- scores ----
 
-// Of the queries of a document and its keys. Query i stands `behind` keys further than key i.
-struct Sight {
-  int queries, keys, behind, left, right;
-
-  __device__ Sight(const Attention& p, int doc)
-      : queries(p.q_docs.span(doc).length()),
-        keys(p.k_docs.span(doc).length()),
-        behind(keys - queries),
-        left(static_cast<int>(p.left)),
-        right(static_cast<int>(p.right)) {}
-  // How far query i stands behind key j.
-  __device__ __forceinline__ int distance(int i, int j) const { return i + behind - j; }
-  __device__ __forceinline__ bool sees(int i, int j) const {
-    return distance(i, j) <= left && distance(i, j) >= -right && i < queries && j < keys;
-  }
-  // Whether every one of so many queries sees every one of so many keys.
-  __device__ bool all_see(int i, int some_queries, int j, int some_keys) const {
-    return sees(i, j + some_keys - 1) && sees(i + some_queries - 1, j);
-  }
-  // The keys that any query i .. end - 1 sees, and the queries that see any key j .. end - 1.
-  __device__ int first_key(int i) const { return most(0, i + behind - left); }
-  __device__ int end_of_keys(int end) const { return least(keys, end + behind + right); }
-  __device__ int first_query(int j) const { return most(0, j - behind - right); }
-  __device__ int end_of_queries(int end) const { return least(queries, end - behind + left); }
-};
-
-// What 2^x takes for a score of 1: plain scores are not scaled yet.
-__device__ inline float unit_of_scores(const Attention& p) {
-  return kLog2e<float> * (p.plain() ? static_cast<float>(p.scale) : 1.f);
-}
+using Sight = SightOf<int>;
 
 // From the product of a query and a key to their score.
 template <class T>
@@ -427,17 +404,10 @@ struct Scores {
 // Hides what is not seen. row, column: where the part begins; rows are keys, or queries.
 template <bool kRowsAreKeys, int kTiles, int kBlocks>
 __device__ __forceinline__ void hide(float (&s)[kTiles][kBlocks][4], const Sight& sight, int row, int column) {
-#pragma unroll
-  for (int t = 0; t < kTiles; t++) {
-#pragma unroll
-    for (int n = 0; n < kBlocks; n++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int at_row = row + row_of(t, e), at_column = column + column_of(n, e);
-        if (!(kRowsAreKeys ? sight.sees(at_column, at_row) : sight.sees(at_row, at_column))) s[t][n][e] = -INFINITY;
-      }
-    }
-  }
+  for_elements(s, [&](int t, int n, int e) {
+    const int at_row = row + row_of(t, e), at_column = column + column_of(n, e);
+    if (!(kRowsAreKeys ? sight.sees(at_column, at_row) : sight.sees(at_row, at_column))) s[t][n][e] = -INFINITY;
+  });
 }
 
 // ---- launches ----

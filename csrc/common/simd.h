@@ -73,12 +73,12 @@ using Word = VectorOf<uint32_t, kLanes<float>>::type;
 
 inline Vec<float> widen_bfloat16(Half bits) { return bit_cast<Vec<float>>(__builtin_convertvector(bits, Word) << 16); }
 
-inline Half narrow_bfloat16(Vec<float> x) {
-  const Word bits = bit_cast<Word>(x);
-  const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const Word quiet_nan = (bits >> 16) | 0x40u;
-  return __builtin_convertvector(x == x ? rounded : quiet_nan, Half);
+// The bits in the upper half, rounded to nearest, ties to even; what the lower half holds is to be ignored.
+inline Word rounded_bfloat16(Vec<float> x) {
+  const Word bits = bit_cast<Word>(x), quiet_nan = bits | 0x400000u;
+  return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : quiet_nan;
 }
+inline Half narrow_bfloat16(Vec<float> x) { return __builtin_convertvector(rounded_bfloat16(x) >> 16, Half); }
 
 #if defined(__AVX512F__)
 inline Vec<float> widen_float16(Half bits) { return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits); }

@@ -17,11 +17,7 @@ namespace madkernels::MADKERNELS_ISA {
 
 // C fills most of the registers: 24 of 32, or 12 of 16.
 constexpr int kTileVectors = 3;
-#if defined(__AVX512F__)
-constexpr int kTileRows = 8;
-#else
-constexpr int kTileRows = 4;
-#endif
+constexpr int kTileRows = kVectorBytes == 64 ? 8 : 4;
 
 template <class A>
 constexpr int kTileLanes = kTileVectors * kLanes<A>;
@@ -161,10 +157,11 @@ inline uint32_t pair_of(const RowsOf<T>& rows, int64_t row, int64_t column) {
   return low | high << 16;
 }
 
-// Rows as they are: [count / group][padded], zeros behind the last column.
+// Rows as they are: [count / group][padded], zeros behind the last column, and from the last row to `count`.
 template <class P, class T>
-void pack_rows(typename P::Element* to, const RowsOf<T>& rows, int64_t padded) {
+void pack_rows(typename P::Element* to, const RowsOf<T>& rows, int64_t padded, int64_t count) {
   using A = typename P::Acc;
+  const typename P::Element* const end = to + count / P::kGroup * padded;
   for (int64_t row = 0; row < rows.count; row += P::kGroup, to += padded) {
     int64_t column = 0;
     if constexpr (P::kGroup == 1) {
@@ -177,24 +174,12 @@ void pack_rows(typename P::Element* to, const RowsOf<T>& rows, int64_t padded) {
       for (; column < padded; column++) to[column] = 0;
     }
   }
-}
-
-// The same, and rows of zeros up to `count`.
-template <class P, class T>
-void pack_padded_rows(typename P::Element* to, const RowsOf<T>& rows, int64_t padded, int64_t count) {
-  pack_rows<P>(to, rows, padded);
-  for (int64_t i = ceil_div(rows.count, P::kGroup) * padded; i < count / P::kGroup * padded; i++) to[i] = {};
+  for (; to < end; to++) *to = {};
 }
 
 // ---- what was computed, as the next product takes it ----
 
 #if defined(__AVX512F__)
-// Bits of bfloat16 in the upper half, rounded to nearest, ties to even.
-inline Word rounded_bfloat16(Vec<float> x) {
-  const Word bits = bit_cast<Word>(x);
-  const Word rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return x == x ? rounded : bits | 0x400000u;
-}
 // (low, high) of each lane.
 inline Word pairs_of(Vec<float> low, Vec<float> high) {
   return rounded_bfloat16(low) >> 16 | (rounded_bfloat16(high) & 0xffff0000u);
