@@ -164,7 +164,12 @@ void pack_columns(typename P::Element* to, const RowsOf<T>& rows, int64_t width)
       for (int64_t at = row; at < row + n && at < padded; at += part) {
         typename P::Element* tile = to + (at / width * elements + first) * width + at % width;
         for (int64_t e = 0; e < n && first + e < elements; e++) {
-          std::memcpy(tile + e * width, reinterpret_cast<const A*>(&square[e]) + (at - row), part * sizeof(A));
+          const A* from = reinterpret_cast<const A*>(&square[e]) + (at - row);
+          if (part == n) {  // sizes that the compiler knows
+            std::memcpy(tile + e * width, from, n * sizeof(A));
+          } else {
+            std::memcpy(tile + e * width, from, kTileRows * sizeof(A));
+          }
         }
       }
     }
