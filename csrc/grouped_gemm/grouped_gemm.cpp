@@ -129,13 +129,12 @@ void gradient_of_x(const Arguments& a, const Tensor& dh, const Tensor& dx) {
 }
 
 // Gradients of x, weight and bias; of an absent bias (0,).
-std::tuple<Tensor, Tensor, Tensor> grouped_gemm_backward(Tensor dy, OptionalTensor dh_given, Tensor x, Tensor weight,
-                                                         Tensor offsets, OptionalTensor bias, OptionalTensor gather,
+std::tuple<Tensor, Tensor, Tensor> grouped_gemm_backward(Tensor dy, Tensor x, Tensor weight, Tensor offsets,
+                                                         OptionalTensor bias, OptionalTensor gather,
                                                          std::optional<std::string> activation, bool transpose, Tensor h) {
   const char* op = "grouped_gemm_backward";
   const Arguments a = check(op, x, weight, offsets, bias, gather, activation, transpose);
   const Checks checks(op, "x", x);
-  MK_CHECK(!dh_given, op, ": h, what the backward keeps, has no derivative of its own");
   checks.activation("dy", dy, {a.rows, a.features()});
   if (a.epilogue.activation != Activation::kNone) checks.activation("h", h, {a.rows, a.weight.outputs});
   const ScalarType type = x.scalar_type();
@@ -165,7 +164,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
       "grouped_gemm(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, Tensor? gather, str? activation, "
       "bool transpose, bool keep) -> (Tensor y, Tensor h)");
   m.def(
-      "grouped_gemm_backward(Tensor dy, Tensor? dh, Tensor x, Tensor weight, Tensor offsets, Tensor? bias, "
+      "grouped_gemm_backward(Tensor dy, Tensor x, Tensor weight, Tensor offsets, Tensor? bias, "
       "Tensor? gather, str? activation, bool transpose, Tensor h) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 }
 #endif

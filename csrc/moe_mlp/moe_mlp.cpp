@@ -160,12 +160,11 @@ std::tuple<Tensor, Tensor> gradients_of_rows(const Arguments& a, const Tensor& d
 
 // Gradients; of an absent bias (0,).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
-    Tensor dy, OptionalTensor dh_given, Tensor x, Tensor weights, Tensor slots, Tensor rows, Tensor offsets, Tensor gate_up,
-    Tensor down, OptionalTensor gate_up_bias, OptionalTensor down_bias, std::optional<std::string> activation, Tensor h) {
+    Tensor dy, Tensor x, Tensor weights, Tensor slots, Tensor rows, Tensor offsets, Tensor gate_up, Tensor down,
+    OptionalTensor gate_up_bias, OptionalTensor down_bias, std::optional<std::string> activation, Tensor h) {
   const char* op = "moe_mlp_backward";
   const Arguments a = check(op, x, weights, slots, rows, offsets, gate_up, down, gate_up_bias, down_bias, activation);
   const Checks checks(op, "x", x);
-  MK_CHECK(!dh_given, op, ": h, what the backward keeps, has no derivative of its own");
   checks.activation("dy", dy, shape_of(x));
   checks.activation("h", h, {a.row_count(), a.gate_up.outputs});
   const ScalarType type = x.scalar_type();
@@ -210,7 +209,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
       "moe_mlp(Tensor x, Tensor weights, Tensor slots, Tensor rows, Tensor offsets, Tensor gate_up, Tensor down, "
       "Tensor? gate_up_bias, Tensor? down_bias, str? activation, bool keep) -> (Tensor y, Tensor h)");
   m.def(
-      "moe_mlp_backward(Tensor dy, Tensor? dh, Tensor x, Tensor weights, Tensor slots, Tensor rows, Tensor offsets, "
+      "moe_mlp_backward(Tensor dy, Tensor x, Tensor weights, Tensor slots, Tensor rows, Tensor offsets, "
       "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, str? activation, Tensor h) -> (Tensor dx, "
       "Tensor dweights, Tensor dgate_up, Tensor ddown, Tensor dgate_up_bias, Tensor ddown_bias)");
 }
