@@ -82,6 +82,7 @@ class ForwardPart {
   // Keys key .. key + count - 1 of the document; the part begins with its query `query`.
   void block(const SightOf<int64_t>& sight, int64_t query, int64_t key, int64_t count) {
     const int64_t rows = ceil_div(count, kTileRows) * kTileRows;
+    see(sight, query, key, rows);
     multiply_scores(key, rows);
     const ScoreBlock<A> scores{scores_, kWidth, rows, kVectors, sight.distance(query, key), -1, 1};
     if (!p_.plain()) finish(scores, key, count);
@@ -91,15 +92,29 @@ class ForwardPart {
     multiply_values(key, count, factor);
   }
 
-  void multiply_scores(int64_t key, int64_t rows) {
-    const int64_t elements = packed_.key_elements;
-    const Element* keys = packed_.keys(key_head_, packed_row_ + key);
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      Vec<A> tile[kTileRows][kVectors];
-      clear<P>(tile);
-      multiply<P>(tile, keys + row * elements, kTileRows, static_cast<Element*>(q_), kWidth, elements);
-      store_tile(scores_ + row * kWidth, kWidth, tile);
+  // The rows of a block that some query of vector j sees, or one of a vector before it, end at seen_[j].
+  void see(const SightOf<int64_t>& sight, int64_t query, int64_t key, int64_t rows) {
+    for (int j = 0; j < kVectors; j++) {
+      const int64_t end = sight.end_of_keys(query + (j + 1) * kLanes<A>) - key;
+      seen_[j] = j == kVectors - 1 ? rows : least(rows, most<int64_t>(0, ceil_div(end, kTileRows) * kTileRows));
     }
+  }
+
+  void multiply_scores(int64_t key, int64_t rows) {
+    for (int64_t row = 0; row < rows; row += kTileRows) score_tile<0>(key, row);
+  }
+  // Rows of keys, by the queries that may see them: those from vector kFirst on.
+  template <int kFirst>
+  void score_tile(int64_t key, int64_t row) {
+    if constexpr (kFirst + 1 < kVectors) {
+      if (row >= seen_[kFirst]) return score_tile<kFirst + 1>(key, row);
+    }
+    const int64_t elements = packed_.key_elements;
+    Vec<A> tile[kTileRows][kVectors];
+    clear<P>(tile);
+    multiply<P, kVectors, 1, kFirst>(tile, packed_.keys(key_head_, packed_row_ + key + row), kTileRows,
+                                     static_cast<const Element*>(q_), kWidth, elements);
+    store_tile(scores_ + row * kWidth, kWidth, tile);
   }
 
   void finish(const ScoreBlock<A>& scores, int64_t key, int64_t count) {
@@ -161,8 +176,20 @@ class ForwardPart {
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; j++) tile[i][j] *= factor[j];
       }
-      multiply<P>(tile, values + column, packed_.value_columns, weights, kWidth, ceil_div(count, P::kGroup));
+      add_values<0>(tile, values + column, weights, 0, ceil_div(count, P::kGroup));
       store_tile(out_ + column * kWidth, kWidth, tile);
+    }
+  }
+  // Weighted values of elements begin .. end - 1, by the queries that may see them: those from vector kFirst on.
+  template <int kFirst>
+  inline __attribute__((always_inline)) void add_values(Vec<A> (&tile)[kTileRows][kVectors], const Element* values,
+                                                        const Element* weights, int64_t begin, int64_t end) {
+    const int64_t columns = packed_.value_columns,
+                  until = kFirst + 1 < kVectors ? least(end, seen_[kFirst] / P::kGroup) : end;
+    multiply<P, kVectors, 1, kFirst>(tile, values + begin * columns, columns, weights + begin * kWidth, kWidth,
+                                     until - begin);
+    if constexpr (kFirst + 1 < kVectors) {
+      if (until < end) add_values<kFirst + 1>(tile, values, weights, until, end);
     }
   }
 
@@ -192,6 +219,7 @@ class ForwardPart {
   Span part_{};
   int64_t head_ = 0, key_head_ = 0, packed_row_ = 0, key_begin_ = 0;
   ScoreOptions<A> options_{};
+  int64_t seen_[kVectors];
   Vec<A> highest_[kVectors], sum_[kVectors];
 };
 
@@ -207,7 +235,7 @@ void pack_keys(const Attention& p, const AttentionWork& work, int64_t begin, int
   dispatch_product(p.dtype, [&]<class T, class P>() {
     const PackedKeys<P> packed(p, work.packed);
     for (int64_t item = begin; item < end; item++) {
-      pack_part<T, P>(p, packed, work.k_parts[item % work.k_part_count], item / work.k_part_count);
+      pack_part<T, P>(p, packed, work.k_parts[item / p.kv_heads], item % p.kv_heads);
     }
   });
 }
