@@ -113,10 +113,10 @@ void run_backward(const Arguments& a, const AttentionBackward& q) {
 
 // ---- the CPU's work ----
 
-// Documents in parts of at most `length` steps.
-std::vector<Span> parts_of(const Documents& docs, int64_t length) {
+// Some documents in parts of at most `length` steps.
+std::vector<Span> parts_of(const Documents& docs, const Slice& some, int64_t length) {
   std::vector<Span> parts;
-  for (int64_t doc = 0; doc < docs.count; doc++) {
+  for (int64_t doc = some.begin; doc < some.end; doc++) {
     const Span whole = docs.span(doc);
     for (int64_t t = whole.begin; t < whole.end; t += length) {
       parts.push_back({doc, whole.batch, t, least(t + length, whole.end)});
@@ -155,21 +155,50 @@ void in_turns(int64_t count, int64_t each, F&& f) {
   torch::stable::parallel_for(0, count, grain(each), [&](int64_t, int64_t) { f(turns); });
 }
 
+// Documents and key heads in rounds, each of which packs what stays in cache until it is used: of several documents all
+// heads, or of one document some.
+std::vector<AttentionWork> rounds_of(const Attention& p, const AttentionKernels& kernels) {
+  constexpr int64_t kBytes = int64_t{8} << 20;
+  const auto work_on = [](const Slice& docs, const Slice& heads) {
+    return AttentionWork{.docs = docs, .kv_heads = heads, .splits = 1};
+  };
+  std::vector<AttentionWork> rounds;
+  for (int64_t doc = 0; doc < p.k_docs.count;) {
+    const int64_t bytes = kernels.bytes(p, work_on({doc, doc + 1}, {0, p.kv_heads}));
+    const int64_t heads = bytes <= kBytes ? p.kv_heads : most<int64_t>(1, p.kv_heads * kBytes / bytes);
+    int64_t end = doc + 1;
+    while (heads == p.kv_heads && end < p.k_docs.count && kernels.bytes(p, work_on({doc, end + 1}, {0, heads})) <= kBytes) {
+      end++;
+    }
+    for (int64_t g = 0; g < p.kv_heads; g += heads) rounds.push_back(work_on({doc, end}, {g, least(p.kv_heads, g + heads)}));
+    doc = end;
+  }
+  return rounds;
+}
+
+void run_round(const Attention& p, const AttentionKernels& kernels, AttentionWork& work) {
+  const std::vector<Span> q_parts = parts_of(p.q_docs, work.docs, kernels.queries(p.dtype)),
+                          k_parts = parts_of(p.k_docs, work.docs, kernels.keys);
+  work.q_parts = q_parts.data(), work.q_part_count = count_of(q_parts);
+  work.k_parts = k_parts.data(), work.k_part_count = count_of(k_parts);
+  const int64_t kv_heads = work.kv_heads.length();
+  torch::stable::parallel_for(0, kv_heads * work.k_part_count, grain(kernels.keys * (p.head_dim + p.value_dim)),
+                              [&](int64_t begin, int64_t end) { kernels.pack_keys(p, work, begin, end); });
+  in_turns(kv_heads * (p.heads / p.kv_heads) * work.q_part_count, kernels.queries(p.dtype) * operations(p) / 8,
+           [&](const Turns& turns) { kernels.forward(p, work, turns); });
+}
+
 void run_forward(const Arguments& a) {
   const Attention& p = a.params;
   const AttentionKernels& kernels = attention_cpu();
-  const std::vector<Span> q_parts = parts_of(p.q_docs, kernels.queries(p.dtype)), k_parts = parts_of(p.k_docs, kernels.keys);
-  const Packed packed(kernels.bytes(p), a.q);
-  const AttentionWork work{.q_parts = q_parts.data(),
-                           .k_parts = k_parts.data(),
-                           .q_part_count = count_of(q_parts),
-                           .k_part_count = count_of(k_parts),
-                           .splits = 1,
-                           .packed = packed.data()};
-  torch::stable::parallel_for(0, p.kv_heads * work.k_part_count, grain(kernels.keys * (p.head_dim + p.value_dim)),
-                              [&](int64_t begin, int64_t end) { kernels.pack_keys(p, work, begin, end); });
-  in_turns(p.heads * work.q_part_count, kernels.queries(p.dtype) * operations(p) / 8,
-           [&](const Turns& turns) { kernels.forward(p, work, turns); });
+  std::vector<AttentionWork> rounds = rounds_of(p, kernels);
+  int64_t bytes = 0;
+  for (const AttentionWork& work : rounds) bytes = most(bytes, kernels.bytes(p, work));
+  const Packed packed(bytes, a.q);
+  for (AttentionWork& work : rounds) {
+    work.packed = packed.data();
+    run_round(p, kernels, work);
+  }
 }
 
 // Into how many items the keys of a document are cut: enough that the longest document does not leave threads without work,
@@ -192,13 +221,8 @@ void run_backward(const Arguments& a, const AttentionBackward& q) {
   const Attention& p = a.params;
   const int64_t splits = splits_of(p);
   const AttentionBackwardKernels& kernels = attention_backward_cpu();
-  const std::vector<Span> parts = parts_of(p.q_docs, kernels.queries);
-  AttentionWork work{.q_parts = parts.data(),
-                     .k_parts = nullptr,
-                     .q_part_count = count_of(parts),
-                     .k_part_count = 0,
-                     .splits = splits,
-                     .packed = nullptr};
+  const std::vector<Span> parts = parts_of(p.q_docs, {0, p.q_docs.count}, kernels.queries);
+  AttentionWork work{.q_parts = parts.data(), .q_part_count = count_of(parts), .splits = splits};
   const Packed packed(kernels.bytes(q, work), a.q);
   work.packed = packed.data();
   const int64_t items = p.heads * work.q_part_count, each = grain(kernels.queries * (p.head_dim + p.value_dim) * 2);

@@ -139,6 +139,12 @@ struct AttentionStep {
 
 // ---- CPU ----
 
+struct Slice {
+  int64_t begin, end;
+
+  int64_t length() const { return end - begin; }
+};
+
 // A CPU's kernels read q, k and v from packed copies. Those of a document begin at a multiple of `unit` rows, and rows up to
 // the next multiple are theirs.
 struct PackedRows {
@@ -151,10 +157,11 @@ struct PackedRows {
   int64_t row(const Documents& docs, const Span& part) const {
     return begin(docs, part.doc) + part.begin - docs.begin(part.doc);
   }
-  int64_t count(const Documents& docs) const {
-    return docs.count > 0
-               ? begin(docs, docs.count - 1) + ceil_div(docs.end(docs.count - 1) - docs.begin(docs.count - 1), unit) * unit
-               : 0;
+  // Of some documents, one after another.
+  int64_t count(const Documents& docs, const Slice& some) const {
+    if (some.begin == some.end) return 0;
+    const int64_t last = some.end - 1;
+    return begin(docs, last) + ceil_div(docs.end(last) - docs.begin(last), unit) * unit - begin(docs, some.begin);
   }
 };
 
@@ -162,8 +169,9 @@ struct PackedRows {
 struct AttentionWork {
   const Span *q_parts, *k_parts;  // of at most as many steps as the kernels say
   int64_t q_part_count, k_part_count;
-  int64_t splits;  // backward: items of a document and key head
-  void* packed;    // as many bytes as the kernels say, aligned to 64
+  Slice docs, kv_heads;  // forward: those that are packed now
+  int64_t splits;        // backward: items of a document and key head
+  void* packed;          // as many bytes as the kernels say, aligned to 64
 };
 
 // Items that threads take in turn, since some are much longer than others.
@@ -177,8 +185,8 @@ struct Turns {
 struct AttentionKernels {
   int64_t (*queries)(DType);  // of a part
   int64_t keys;               // of a part
-  int64_t (*bytes)(const Attention&);
-  // Items: (key head, key part).
+  int64_t (*bytes)(const Attention&, const AttentionWork&);
+  // Items: (key part, key head).
   void (*pack_keys)(const Attention&, const AttentionWork&, int64_t begin, int64_t end);
   // Items: (query head, query part), once all keys are packed.
   void (*forward)(const Attention&, const AttentionWork&, const Turns&);

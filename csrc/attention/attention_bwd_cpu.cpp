@@ -24,7 +24,7 @@ struct PackedQueries {
   Element *q_as_columns, *q_as_rows, *dout_as_columns, *dout_as_rows;
 
   PackedQueries(const Attention& p, int64_t splits, void* memory) {
-    rows = PackedRows{kQueryBlock}.count(p.q_docs);
+    rows = PackedRows{kQueryBlock}.count(p.q_docs, {0, p.q_docs.count});
     q_elements = ceil_div(p.head_dim, P::kGroup), dout_elements = ceil_div(p.value_dim, P::kGroup);
     q_columns = ceil_div(p.head_dim, kTileRows) * kTileRows, dout_columns = ceil_div(p.value_dim, kTileRows) * kTileRows;
     dq_columns = ceil_div(p.head_dim, kLanes<A>) * kLanes<A>;

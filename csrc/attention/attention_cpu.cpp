@@ -19,20 +19,24 @@ using ElementOf = typename P::Element;
 // Where packed keys and values lie: of key head g, row r.
 template <class P>
 struct PackedKeys {
-  int64_t rows, key_elements, value_columns;
+  int64_t rows, first_row, first_head, heads, key_elements, value_columns;
   ElementOf<P>*k, *v;
 
-  PackedKeys(const Attention& p, void* memory)
-      : rows(PackedRows{kKeyBlock}.count(p.k_docs)),
+  PackedKeys(const Attention& p, const AttentionWork& work)
+      : rows(PackedRows{kKeyBlock}.count(p.k_docs, work.docs)),
+        first_row(PackedRows{kKeyBlock}.begin(p.k_docs, work.docs.begin)),
+        first_head(work.kv_heads.begin),
+        heads(work.kv_heads.length()),
         key_elements(ceil_div(p.head_dim, P::kGroup)),
         value_columns(ceil_div(p.value_dim, kTileRows) * kTileRows),
-        k(static_cast<ElementOf<P>*>(memory)),
-        v(k + p.kv_heads * rows * key_elements) {}
-  int64_t bytes(const Attention& p) const {
-    return p.kv_heads * rows * (key_elements + value_columns / P::kGroup) * static_cast<int64_t>(sizeof(*k));
+        k(static_cast<ElementOf<P>*>(work.packed)),
+        v(k + heads * rows * key_elements) {}
+  int64_t bytes() const {
+    return heads * rows * (key_elements + value_columns / P::kGroup) * static_cast<int64_t>(sizeof(*k));
   }
-  ElementOf<P>* keys(int64_t head, int64_t row) const { return k + (head * rows + row) * key_elements; }
-  ElementOf<P>* values(int64_t head, int64_t row) const { return v + (head * rows + row) / P::kGroup * value_columns; }
+  int64_t at(int64_t head, int64_t row) const { return (head - first_head) * rows + row - first_row; }
+  ElementOf<P>* keys(int64_t head, int64_t row) const { return k + at(head, row) * key_elements; }
+  ElementOf<P>* values(int64_t head, int64_t row) const { return v + at(head, row) / P::kGroup * value_columns; }
 };
 
 template <class T, class P>
@@ -225,17 +229,17 @@ class ForwardPart {
 
 int64_t queries(DType dtype) { return dtype == DType::kFloat64 ? kTileLanes<double> : kTileLanes<float>; }
 
-int64_t bytes(const Attention& p) {
+int64_t bytes(const Attention& p, const AttentionWork& work) {
   int64_t count = 0;
-  dispatch_product(p.dtype, [&]<class T, class P>() { count = PackedKeys<P>(p, nullptr).bytes(p); });
+  dispatch_product(p.dtype, [&]<class T, class P>() { count = PackedKeys<P>(p, work).bytes(); });
   return count;
 }
 
 void pack_keys(const Attention& p, const AttentionWork& work, int64_t begin, int64_t end) {
   dispatch_product(p.dtype, [&]<class T, class P>() {
-    const PackedKeys<P> packed(p, work.packed);
+    const PackedKeys<P> packed(p, work);
     for (int64_t item = begin; item < end; item++) {
-      pack_part<T, P>(p, packed, work.k_parts[item / p.kv_heads], item % p.kv_heads);
+      pack_part<T, P>(p, packed, work.k_parts[item / packed.heads], packed.first_head + item % packed.heads);
     }
   });
 }
@@ -243,14 +247,15 @@ void pack_keys(const Attention& p, const AttentionWork& work, int64_t begin, int
 void forward(const Attention& p, const AttentionWork& work, const Turns& turns) {
   dispatch_product(p.dtype, [&]<class T, class P>() {
     using A = typename P::Acc;
-    const PackedKeys<P> packed(p, work.packed);
+    const PackedKeys<P> packed(p, work);
     ForwardPart<T, P, 1> one(p, packed);
     ForwardPart<T, P, 2> two(p, packed);
     ForwardPart<T, P, 3> three(p, packed);
+    const int64_t first_head = packed.first_head * (p.heads / p.kv_heads);
     for (int64_t item = turns.next(); item < turns.count; item = turns.next()) {
       // The last part first: causal work grows along a sequence.
       const Span& part = work.q_parts[work.q_part_count - 1 - item % work.q_part_count];
-      const int64_t head = item / work.q_part_count, vectors = ceil_div(part.length(), kLanes<A>);
+      const int64_t head = first_head + item / work.q_part_count, vectors = ceil_div(part.length(), kLanes<A>);
       vectors == 1 ? one.run(part, head) : vectors == 2 ? two.run(part, head) : three.run(part, head);
     }
   });
