@@ -156,49 +156,56 @@ void in_turns(int64_t count, int64_t each, F&& f) {
 }
 
 // Documents and key heads in rounds, each of which packs what stays in cache until it is used: of several documents all
-// heads, or of one document some.
-std::vector<AttentionWork> rounds_of(const Attention& p, const AttentionKernels& kernels) {
-  constexpr int64_t kBytes = int64_t{8} << 20;
-  const auto work_on = [](const Slice& docs, const Slice& heads) {
-    return AttentionWork{.docs = docs, .kv_heads = heads, .splits = 1};
+// heads, or of one document some. bytes(work): what a round packs.
+template <class F>
+std::vector<AttentionWork> rounds_of(const Attention& p, int64_t splits, F&& bytes) {
+  const int64_t most_bytes = (int64_t{4} << 20) * torch::stable::get_num_threads();
+  const auto round = [&](const Slice& docs, const Slice& heads) {
+    return AttentionWork{.docs = docs, .kv_heads = heads, .splits = splits};
   };
   std::vector<AttentionWork> rounds;
   for (int64_t doc = 0; doc < p.k_docs.count;) {
-    const int64_t bytes = kernels.bytes(p, work_on({doc, doc + 1}, {0, p.kv_heads}));
-    const int64_t heads = bytes <= kBytes ? p.kv_heads : most<int64_t>(1, p.kv_heads * kBytes / bytes);
+    const int64_t needed = bytes(round({doc, doc + 1}, {0, p.kv_heads}));
+    const int64_t heads = needed <= most_bytes ? p.kv_heads : most<int64_t>(1, p.kv_heads * most_bytes / needed);
     int64_t end = doc + 1;
-    while (heads == p.kv_heads && end < p.k_docs.count && kernels.bytes(p, work_on({doc, end + 1}, {0, heads})) <= kBytes) {
-      end++;
-    }
-    for (int64_t g = 0; g < p.kv_heads; g += heads) rounds.push_back(work_on({doc, end}, {g, least(p.kv_heads, g + heads)}));
+    while (heads == p.kv_heads && end < p.k_docs.count && bytes(round({doc, end + 1}, {0, heads})) <= most_bytes) end++;
+    for (int64_t g = 0; g < p.kv_heads; g += heads) rounds.push_back(round({doc, end}, {g, least(p.kv_heads, g + heads)}));
     doc = end;
   }
   return rounds;
 }
 
-void run_round(const Attention& p, const AttentionKernels& kernels, AttentionWork& work) {
-  const std::vector<Span> q_parts = parts_of(p.q_docs, work.docs, kernels.queries(p.dtype)),
-                          k_parts = parts_of(p.k_docs, work.docs, kernels.keys);
-  work.q_parts = q_parts.data(), work.q_part_count = count_of(q_parts);
-  work.k_parts = k_parts.data(), work.k_part_count = count_of(k_parts);
-  const int64_t kv_heads = work.kv_heads.length();
-  torch::stable::parallel_for(0, kv_heads * work.k_part_count, grain(kernels.keys * (p.head_dim + p.value_dim)),
-                              [&](int64_t begin, int64_t end) { kernels.pack_keys(p, work, begin, end); });
-  in_turns(kv_heads * (p.heads / p.kv_heads) * work.q_part_count, kernels.queries(p.dtype) * operations(p) / 8,
-           [&](const Turns& turns) { kernels.forward(p, work, turns); });
+// Calls run(work) for one round after another, with memory for what it packs.
+template <class F, class G>
+void in_rounds(const Arguments& a, int64_t splits, F&& bytes, G&& run) {
+  std::vector<AttentionWork> rounds = rounds_of(a.params, splits, bytes);
+  int64_t needed = 0;
+  for (const AttentionWork& work : rounds) needed = most<int64_t>(needed, bytes(work));
+  const Packed packed(needed, a.q);
+  for (AttentionWork& work : rounds) {
+    work.packed = packed.data();
+    run(work);
+  }
 }
+
+// Query heads of a round.
+int64_t heads_of(const Attention& p, const AttentionWork& work) { return work.kv_heads.length() * (p.heads / p.kv_heads); }
 
 void run_forward(const Arguments& a) {
   const Attention& p = a.params;
   const AttentionKernels& kernels = attention_cpu();
-  std::vector<AttentionWork> rounds = rounds_of(p, kernels);
-  int64_t bytes = 0;
-  for (const AttentionWork& work : rounds) bytes = most(bytes, kernels.bytes(p, work));
-  const Packed packed(bytes, a.q);
-  for (AttentionWork& work : rounds) {
-    work.packed = packed.data();
-    run_round(p, kernels, work);
-  }
+  const auto run = [&](AttentionWork& work) {
+    const std::vector<Span> q_parts = parts_of(p.q_docs, work.docs, kernels.queries(p.dtype)),
+                            k_parts = parts_of(p.k_docs, work.docs, kernels.keys);
+    work.q_parts = q_parts.data(), work.q_part_count = count_of(q_parts);
+    work.k_parts = k_parts.data(), work.k_part_count = count_of(k_parts);
+    torch::stable::parallel_for(0, work.kv_heads.length() * work.k_part_count,
+                                grain(kernels.keys * (p.head_dim + p.value_dim)),
+                                [&](int64_t begin, int64_t end) { kernels.pack_keys(p, work, begin, end); });
+    in_turns(heads_of(p, work) * work.q_part_count, kernels.queries(p.dtype) * operations(p) / 8,
+             [&](const Turns& turns) { kernels.forward(p, work, turns); });
+  };
+  in_rounds(a, 1, [&](const AttentionWork& work) { return kernels.bytes(p, work); }, run);
 }
 
 // Into how many items the keys of a document are cut: enough that the longest document does not leave threads without work,
@@ -219,19 +226,20 @@ int64_t slope_parts(const Attention& p) { return splits_of(p) * (p.q_docs.cu_seq
 
 void run_backward(const Arguments& a, const AttentionBackward& q) {
   const Attention& p = a.params;
-  const int64_t splits = splits_of(p);
   const AttentionBackwardKernels& kernels = attention_backward_cpu();
-  const std::vector<Span> parts = parts_of(p.q_docs, {0, p.q_docs.count}, kernels.queries);
-  AttentionWork work{.q_parts = parts.data(), .q_part_count = count_of(parts), .splits = splits};
-  const Packed packed(kernels.bytes(q, work), a.q);
-  work.packed = packed.data();
-  const int64_t items = p.heads * work.q_part_count, each = grain(kernels.queries * (p.head_dim + p.value_dim) * 2);
-  torch::stable::parallel_for(0, items, each,
-                              [&](int64_t begin, int64_t end) { kernels.pack_queries(q, work, begin, end); });
-  in_turns(p.q_docs.count * p.kv_heads * splits,
-           usual_length(p.q_docs) * operations(p) / (4 * splits) * (p.heads / p.kv_heads),
-           [&](const Turns& turns) { kernels.backward(q, work, turns); });
-  torch::stable::parallel_for(0, items, each, [&](int64_t begin, int64_t end) { kernels.write_dq(q, work, begin, end); });
+  const auto run = [&](AttentionWork& work) {
+    const std::vector<Span> parts = parts_of(p.q_docs, work.docs, kernels.queries);
+    work.q_parts = parts.data(), work.q_part_count = count_of(parts);
+    const int64_t items = heads_of(p, work) * work.q_part_count;
+    const int64_t each = grain(kernels.queries * (p.head_dim + p.value_dim) * 2);
+    torch::stable::parallel_for(0, items, each,
+                                [&](int64_t begin, int64_t end) { kernels.pack_queries(q, work, begin, end); });
+    in_turns(work.docs.length() * work.kv_heads.length() * work.splits,
+             usual_length(p.q_docs) * operations(p) / (4 * work.splits) * (p.heads / p.kv_heads),
+             [&](const Turns& turns) { kernels.backward(q, work, turns); });
+    torch::stable::parallel_for(0, items, each, [&](int64_t begin, int64_t end) { kernels.write_dq(q, work, begin, end); });
+  };
+  in_rounds(a, splits_of(p), [&](const AttentionWork& work) { return kernels.bytes(q, work); }, run);
 }
 
 // Positions that the query of some sequence sees, at most. Looks at the lengths and the pages, which costs no

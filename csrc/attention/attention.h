@@ -169,7 +169,7 @@ struct PackedRows {
 struct AttentionWork {
   const Span *q_parts, *k_parts;  // of at most as many steps as the kernels say
   int64_t q_part_count, k_part_count;
-  Slice docs, kv_heads;  // forward: those that are packed now
+  Slice docs, kv_heads;  // those that are packed now
   int64_t splits;        // backward: items of a document and key head
   void* packed;          // as many bytes as the kernels say, aligned to 64
 };
@@ -195,11 +195,11 @@ struct AttentionKernels {
 struct AttentionBackwardKernels {
   int64_t queries;  // of a part
   int64_t (*bytes)(const AttentionBackward&, const AttentionWork&);
-  // Items: (query head, query part).
+  // Items: (query part, query head).
   void (*pack_queries)(const AttentionBackward&, const AttentionWork&, int64_t begin, int64_t end);
   // Items: (document, key head, split), once all queries are packed.
   void (*backward)(const AttentionBackward&, const AttentionWork&, const Turns&);
-  // Items: (query head, query part), after all of backward.
+  // Items: (query part, query head), after all of backward.
   void (*write_dq)(const AttentionBackward&, const AttentionWork&, int64_t begin, int64_t end);
 };
 
