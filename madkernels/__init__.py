@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     from madkernels.ops.attention import attention as attention, attention_step as attention_step
     from madkernels.ops.causal_conv import causal_conv as causal_conv, causal_conv_step as causal_conv_step
     from madkernels.ops.fft_conv import fft_conv as fft_conv, fft_conv_step as fft_conv_step
+    from madkernels.ops.grouped_gemm import grouped_gemm as grouped_gemm
+    from madkernels.ops.moe_mlp import moe_mlp as moe_mlp
     from madkernels.ops.selective_scan import selective_scan as selective_scan, selective_scan_step as selective_scan_step
 
 OPS: dict[str, tuple[str, ...]] = {  # each with its public functions; an op's name is that of its files
     "attention": ("attention", "attention_step"),
     "causal_conv": ("causal_conv", "causal_conv_step"),
     "fft_conv": ("fft_conv", "fft_conv_step"),
+    "grouped_gemm": ("grouped_gemm",),
+    "moe_mlp": ("moe_mlp",),
     "selective_scan": ("selective_scan", "selective_scan_step"),
 }
 _OWNERS = {function: op for op, functions in OPS.items() for function in functions}

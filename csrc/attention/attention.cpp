@@ -127,19 +127,6 @@ std::vector<Span> parts_of(const Documents& docs, const Slice& some, int64_t len
 
 int64_t count_of(const std::vector<Span>& parts) { return static_cast<int64_t>(parts.size()); }
 
-// Memory for packed copies, aligned to a cache line.
-class Packed {
- public:
-  Packed(int64_t bytes, const Tensor& like) : memory_(empty({bytes + 64}, ScalarType::Byte, like)) {}
-  void* data() const {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data_ptr());
-    return reinterpret_cast<void*>((address + 63) / 64 * 64);
-  }
-
- private:
-  Tensor memory_;
-};
-
 // The length of a document, on average.
 int64_t usual_length(const Documents& docs) {
   return docs.cu_seqlens ? docs.seqlen / most<int64_t>(docs.count, 1) : docs.seqlen;
@@ -147,13 +134,6 @@ int64_t usual_length(const Documents& docs) {
 
 // Operations of the products of one query with the keys of its document, all of them seen.
 int64_t operations(const Attention& p) { return (p.head_dim + p.value_dim) * usual_length(p.k_docs); }
-
-template <class F>
-void in_turns(int64_t count, int64_t each, F&& f) {
-  int64_t taken = 0;
-  const Turns turns{count, &taken};
-  torch::stable::parallel_for(0, count, grain(each), [&](int64_t, int64_t) { f(turns); });
-}
 
 // Documents and key heads in rounds, each of which packs what stays in cache until it is used: of several documents all
 // heads, or of one document some. bytes(work): what a round packs.

@@ -15,6 +15,7 @@
 #include "common/dtype.h"
 #include "common/integers.h"
 #include "common/strided.h"
+#include "common/turns.h"
 
 namespace madkernels {
 
@@ -172,14 +173,6 @@ struct AttentionWork {
   Slice docs, kv_heads;  // those that are packed now
   int64_t splits;        // backward: items of a document and key head
   void* packed;          // as many bytes as the kernels say, aligned to 64
-};
-
-// Items that threads take in turn, since some are much longer than others.
-struct Turns {
-  int64_t count;
-  int64_t* taken;
-
-  int64_t next() const { return __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED); }
 };
 
 struct AttentionKernels {

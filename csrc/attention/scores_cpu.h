@@ -7,21 +7,6 @@
 
 namespace madkernels::MADKERNELS_ISA {
 
-// Dispatches f.operator()<T, P>() on the dtype and how this CPU multiplies it.
-template <class F>
-inline void dispatch_product(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat32: return f.template operator()<float, Multiply<float>>();
-    case DType::kFloat16: return f.template operator()<Float16, Multiply<float>>();
-    case DType::kFloat64: return f.template operator()<double, Multiply<double>>();
-    case DType::kBFloat16:
-#if defined(__AVX512F__)
-      if (cpu_has_bfloat16_dot()) return f.template operator()<BFloat16, DotBFloat16>();
-#endif
-      return f.template operator()<BFloat16, Multiply<float>>();
-  }
-}
-
 template <class T>
 RowsOf<T> rows_of(const Heads& heads, const Span& part, int64_t head, int64_t width) {
   return {heads.at<T>(part.batch, part.begin, head), heads.time_stride, heads.dim_stride, part.length(), width};

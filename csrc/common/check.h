@@ -15,6 +15,7 @@
 
 #include "common/dtype.h"
 #include "common/strided.h"
+#include "common/turns.h"
 
 // An op's entry is compiled for up to three libraries: the CPU's, CUDA's, and the simulator's, which runs the CUDA kernels
 // without a GPU; its build gives MADKERNELS_LIBRARY, the namespace of its ops, and MADKERNELS_KEY. Only the registrations
@@ -243,5 +244,26 @@ void hand_on_states(const Documents& docs, const OptionalTensor& from, const Ten
 
 // Items a thread should take at least: about 100 microseconds of work where an item costs `operations`.
 inline int64_t grain(int64_t operations) { return operations >= 500000 ? 1 : 500000 / (operations + 1) + 1; }
+
+// f(turns) in every thread, over so many items of `each` operations.
+template <class F>
+void in_turns(int64_t count, int64_t each, F&& f) {
+  int64_t taken = 0;
+  const Turns turns{count, &taken};
+  torch::stable::parallel_for(0, count, grain(each), [&](int64_t, int64_t) { f(turns); });
+}
+
+// Memory for packed copies, aligned to a cache line.
+class Packed {
+ public:
+  Packed(int64_t bytes, const Tensor& like) : memory_(empty({bytes + 64}, ScalarType::Byte, like)) {}
+  void* data() const {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data_ptr());
+    return reinterpret_cast<void*>((address + 63) / 64 * 64);
+  }
+
+ private:
+  Tensor memory_;
+};
 
 }  // namespace madkernels

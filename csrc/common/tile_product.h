@@ -7,10 +7,12 @@
 //
 //   columns  [n / width][D / group][width]  contraction along D: A with width kTileRows, B with kVectors vectors
 //   rows     [n / group][D, padded]         contraction along n: A or B
+//   panels   [D / width][n / group][width]  the same, for long contractions: A with width kTileRows
 //
 // Include from *_cpu.cpp only (see cpu.h).
 #pragma once
 
+#include "common/cpu.h"
 #include "common/simd.h"
 
 namespace madkernels::MADKERNELS_ISA {
@@ -52,6 +54,21 @@ struct DotBFloat16 {
   static inline Vec<float> load(const BFloat16* p) { return widen(reinterpret_cast<const float*>(p)); }
 };
 #endif
+
+// Dispatches f.operator()<T, P>() on the dtype and how this CPU multiplies it.
+template <class F>
+inline void dispatch_product(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f.template operator()<float, Multiply<float>>();
+    case DType::kFloat16: return f.template operator()<Float16, Multiply<float>>();
+    case DType::kFloat64: return f.template operator()<double, Multiply<double>>();
+    case DType::kBFloat16:
+#if defined(__AVX512F__)
+      if (cpu_has_bfloat16_dot()) return f.template operator()<BFloat16, DotBFloat16>();
+#endif
+      return f.template operator()<BFloat16, Multiply<float>>();
+  }
+}
 
 // ---- the product ----
 
@@ -107,14 +124,18 @@ inline __attribute__((always_inline)) void store_tile(A* to, int64_t stride, con
 
 // ---- packing ----
 
-// Rows of T in memory: `count` rows of `width` numbers.
+// Rows of T in memory: `count` rows of `width` numbers, those that `index` names if there is one.
 template <class T>
 struct RowsOf {
   const T* data;
   int64_t row_stride, column_stride;
   int64_t count, width;
+  const int32_t* index = nullptr;  // [count]; -1: zeros
 
-  inline const T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
+  inline bool has(int64_t row) const { return row < count && (!index || index[row] >= 0); }
+  inline const T* at(int64_t row, int64_t column) const {
+    return data + (index ? index[row] : row) * row_stride + column * column_stride;
+  }
 };
 
 // Elements `first` and on of a row, as many as fit a vector, zeros behind its end.
@@ -122,7 +143,7 @@ template <class P, class T>
 inline Vec<typename P::Acc> load_elements(const RowsOf<T>& rows, int64_t row, int64_t first) {
   constexpr int kNumbers = kLanes<typename P::Acc> * P::kGroup;
   const int64_t column = first * P::kGroup;
-  if (row >= rows.count || column >= rows.width) return Vec<typename P::Acc>{};
+  if (!rows.has(row) || column >= rows.width) return Vec<typename P::Acc>{};
   if (rows.column_stride == 1 && column + kNumbers <= rows.width) return P::load(rows.at(row, column));
   T part[kNumbers] = {};
   for (int64_t i = 0; i < kNumbers && column + i < rows.width; i++) part[i] = *rows.at(row, column + i);
@@ -151,11 +172,29 @@ void pack_columns(typename P::Element* to, const RowsOf<T>& rows, int64_t width)
   }
 }
 
-// Two rows of bfloat16 into pairs; a row of zeros for one that is not there.
+// Numbers `column` and on of a row, as many as there are lanes, zeros behind its end.
 template <class T>
-inline uint32_t pair_of(const RowsOf<T>& rows, int64_t row, int64_t column) {
-  const uint32_t low = rows.at(row, column)->bits, high = row + 1 < rows.count ? rows.at(row + 1, column)->bits : 0;
-  return low | high << 16;
+inline Half load_halves(const RowsOf<T>& rows, int64_t row, int64_t column) {
+  Half halves{};
+  if (!rows.has(row) || column >= rows.width) return halves;
+  if (rows.column_stride == 1 && column + kLanes<float> <= rows.width) {
+    std::memcpy(&halves, rows.at(row, column), sizeof(halves));
+    return halves;
+  }
+  for (int i = 0; i < kLanes<float> && column + i < rows.width; i++) halves[i] = rows.at(row, column + i)->bits;
+  return halves;
+}
+
+// Elements `column` and on of kGroup rows from `row` on: of pairs, the low half is of the first.
+template <class P, class T>
+inline Vec<typename P::Acc> load_group(const RowsOf<T>& rows, int64_t row, int64_t column) {
+  if constexpr (P::kGroup == 1) {
+    return load_elements<P>(rows, row, column);
+  } else {
+    const Word low = __builtin_convertvector(load_halves(rows, row, column), Word);
+    const Word high = __builtin_convertvector(load_halves(rows, row + 1, column), Word);
+    return bit_cast<Vec<float>>(low | high << 16);
+  }
 }
 
 // Rows as they are: [count / group][padded], zeros behind the last column, and from the last row to `count`.
@@ -164,18 +203,30 @@ void pack_rows(typename P::Element* to, const RowsOf<T>& rows, int64_t padded, i
   using A = typename P::Acc;
   const typename P::Element* const end = to + count / P::kGroup * padded;
   for (int64_t row = 0; row < rows.count; row += P::kGroup, to += padded) {
-    int64_t column = 0;
-    if constexpr (P::kGroup == 1) {
-      for (; column < padded; column += kLanes<A>) {
-        store(to + column, load_elements<P>(rows, row, column),
-              static_cast<int>(least<int64_t>(padded - column, kLanes<A>)));
-      }
-    } else {
-      for (; column < rows.width; column++) to[column] = pair_of(rows, row, column);
-      for (; column < padded; column++) to[column] = 0;
+    for (int64_t column = 0; column < padded; column += kLanes<A>) {
+      store(reinterpret_cast<A*>(to) + column, load_group<P>(rows, row, column),
+            static_cast<int>(least<int64_t>(padded - column, kLanes<A>)));
     }
   }
   for (; to < end; to++) *to = {};
+}
+
+// The same in panels of kTileRows columns: [padded / kTileRows][count / group][kTileRows].
+template <class P, class T>
+void pack_panels(typename P::Element* to, const RowsOf<T>& rows, int64_t count) {
+  using A = typename P::Acc;
+  constexpr int64_t n = kLanes<A>, part = least<int64_t>(kTileRows, n);
+  const int64_t steps = count / P::kGroup, padded = ceil_div(rows.width, kTileRows) * kTileRows;
+  for (int64_t column = 0; column < padded; column += n) {
+    for (int64_t step = 0; step < steps; step++) {
+      const Vec<A> v = load_group<P>(rows, step * P::kGroup, column);
+      for (int64_t i = 0; i < n && column + i < padded; i += part) {
+        const int64_t at = column + i;
+        std::memcpy(to + (at / kTileRows * steps + step) * kTileRows + at % kTileRows, reinterpret_cast<const A*>(&v) + i,
+                    part * sizeof(A));
+      }
+    }
+  }
 }
 
 // ---- what was computed, as the next product takes it ----

@@ -60,6 +60,11 @@ def rows_like(t: Tensor) -> Tensor:
     return t.new_empty(t.shape)
 
 
+def needs_gradient(*values: Any) -> bool:
+    """Whether a backward may follow: what it needs is then kept."""
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
 Function = Callable[[Sequence[Any]], Sequence[Tensor]]
 
 _kept: list[Any] = []
@@ -269,6 +274,27 @@ def register_vmap(
         return tuple(t for t, _ in unfolded), tuple(dim for _, dim in unfolded)
 
     torch.library.register_vmap(name, rule)
+
+
+def register_vmap_one_by_one(name: str, op: Callable[..., Any] | None = None) -> None:
+    """Under vmap, one call a map: for an op whose maps cannot be told apart from one another in a single call.
+
+    Args:
+        name: what is registered.
+        op: what is called, if not the op itself.
+    """
+    call = op or overload(name)
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        maps = [_map(args, in_dims, i) for i in range(info.batch_size)]
+        found = [torch.stack(results) for results in zip(*(call(*values) for values in maps), strict=True)]
+        return tuple(found), (0,) * len(found)
+
+    torch.library.register_vmap(name, rule)
+
+
+def _map(args: Sequence[Any], dims: Sequence[int | None], i: int) -> list[Any]:
+    return [a if dim is None else a.select(dim, i) for a, dim in zip(args, dims, strict=True)]
 
 
 def _fold(value: Any, dim: int | None, axis: Axis, size: int) -> Any:

@@ -12,6 +12,7 @@ from madkernels import _C, reference
 from madkernels.ops.registration import (
     Axis,
     keep_under_recomputation,
+    needs_gradient,
     refuse_tangents,
     register_autocast,
     register_derivatives,
@@ -78,7 +79,7 @@ def selective_scan(
     same bits, whatever the number of threads.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    save = _needs_gradient(*tensors, initial_state)
+    save = needs_gradient(*tensors, initial_state)
     out, state, _ = _forward(*tensors, delta_softplus, initial_state, cu_seqlens, save)
     return (out, state) if return_final_state else out
 
@@ -115,13 +116,9 @@ def selective_scan_step(
     return out
 
 
-def _needs_gradient(*values: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
-
-
 def _forward_and_save(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """For vmap, under which the public function cannot see whether a gradient will be asked for."""
-    found: tuple[Tensor, Tensor, Tensor] = _forward(*arguments[:-1], arguments[-1] or _needs_gradient(*arguments))
+    found: tuple[Tensor, Tensor, Tensor] = _forward(*arguments[:-1], arguments[-1] or needs_gradient(*arguments))
     return found
 
 

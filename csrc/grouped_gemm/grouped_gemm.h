@@ -1,0 +1,147 @@
+// Products of groups of rows, each with the matrix of its group: what their kernels take. No torch here.
+//
+//   h_r = W_g x_r + b_g,   y_r = act(h_r)          for the rows r of group g
+//
+// A gated activation takes h in two halves, y_r = act(gate_r) up_r. An op is a few passes over all groups, each a loop over
+// items that threads share: rows are packed, multiplied by matrices, or multiplied by other rows into the gradient of a
+// matrix. moe_mlp is made of the same passes.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu.h"
+#include "common/dtype.h"
+#include "common/integers.h"
+#include "common/turns.h"
+
+namespace madkernels {
+
+enum class Activation { kNone, kSilu, kGelu, kRelu, kRelu2 };
+
+// What is applied to h: to all of it, or to a half that then multiplies the other.
+struct Epilogue {
+  Activation activation;
+  bool gated;
+
+  MADKERNELS_ANYWHERE int64_t halves() const { return gated ? 2 : 1; }
+};
+
+// Some rows of one group. Their packed copies begin at row `packed`, a multiple of kPackedRows, with zeros behind the last.
+struct GroupPart {
+  int64_t group, begin, end, packed;
+
+  MADKERNELS_ANYWHERE int64_t length() const { return end - begin; }
+};
+
+constexpr int64_t kPackedRows = 8;
+constexpr int64_t kPartRows = 512;  // at most: packing a matrix for them costs little beside the products
+
+struct GroupParts {
+  const GroupPart* parts;  // group by group
+  const int64_t* first;    // [groups + 1]: where the parts of each group begin
+  int64_t groups, count, packed_rows;
+};
+
+// Rows in memory, [rows, width]: those of `index`, if there is one.
+struct GroupRows {
+  const void* data;
+  int64_t row_stride, column_stride, width;
+  const int32_t* index;  // [rows] or null; -1: a row of zeros
+};
+
+// [groups, outputs, inputs], any strides.
+struct GroupWeight {
+  const void* data;
+  int64_t group_stride, output_stride, input_stride;
+  int64_t outputs, inputs;
+
+  template <class T>
+  MADKERNELS_ANYWHERE const T* at(int64_t group, int64_t output) const {
+    return static_cast<const T*>(data) + group * group_stride + output * output_stride;
+  }
+  MADKERNELS_ANYWHERE GroupWeight transposed() const {
+    return {data, group_stride, input_stride, output_stride, inputs, outputs};
+  }
+};
+
+struct GroupProduct {
+  DType dtype;
+  GroupParts parts;
+  GroupWeight weight;
+  Epilogue epilogue;
+  const void* packed;  // rows as columns, [packed_rows / 8][inputs / group][8]
+  const void* bias;    // [groups, outputs] or null
+  void* y;             // [rows, outputs / halves]
+  void* h;             // [rows, outputs] or null
+
+  MADKERNELS_ANYWHERE int64_t features() const { return weight.outputs / epilogue.halves(); }
+};
+
+// The gradient through an activation: dh [rows, outputs] of dy [rows, outputs / halves], any strides, and h.
+struct GroupActivation {
+  DType dtype;
+  Epilogue epilogue;
+  GroupRows dy;
+  const void* h;  // [rows, outputs]
+  void* dh;       // [rows, outputs]
+};
+
+// out_g = sum_r a_r b_r' over the rows of a group.
+struct GroupOuter {
+  DType dtype;
+  GroupParts parts;
+  const void* packed;  // a as panels, by part [a_width / 8][rows / group][8]
+  int64_t a_width;
+  GroupRows b;
+  void* out;  // [groups, a_width, b.width]
+};
+
+// Sums of rows that belong together, in order: y_t = sum_i weights[i] from[rows[i]] for first(t) <= i < first(t + 1).
+struct GroupSums {
+  DType dtype;
+  int64_t each;           // summands of each t, where `starts` is null
+  const int64_t* starts;  // [tokens + 1] or null
+  const int32_t* rows;    // -1: nothing
+  const void* weights;    // or null; accumulation type
+  const void* from;       // [rows, width]
+  int64_t width;
+  void* y;  // [tokens, width]
+
+  MADKERNELS_ANYWHERE int64_t first(int64_t t) const { return starts ? starts[t] : t * each; }
+};
+
+// The gradient of a bias: sums of the rows of each group, times `weights` if there are any.
+struct GroupBias {
+  DType dtype;
+  GroupParts parts;
+  GroupRows rows;
+  const void* weights;   // or null; accumulation type
+  const int32_t* slots;  // [rows]: which of `weights` is of a row
+  void* out;             // [groups, width]
+};
+
+// ---- CPU ----
+
+struct GroupKernels {
+  int64_t lanes;  // features of an item of float32 and 16-bit numbers
+  // Of packed copies of rows: columns for `multiply`, panels for `multiply_rows`.
+  int64_t (*bytes)(DType, int64_t packed_rows, int64_t width);
+  void (*pack_columns)(DType, const GroupRows&, const GroupParts&, void* to, int64_t begin, int64_t end);
+  void (*pack_panels)(DType, const GroupRows&, const GroupParts&, void* to, int64_t begin, int64_t end);
+  // Items: (part, features).
+  int64_t (*items)(DType, int64_t parts, int64_t features);
+  void (*multiply)(const GroupProduct&, const Turns&);
+  // Items: rows.
+  void (*activate_backward)(const GroupActivation&, int64_t begin, int64_t end);
+  // Items: (group, columns of b).
+  int64_t (*outer_items)(const GroupOuter&);
+  void (*outer)(const GroupOuter&, const Turns&);
+  // Items: tokens.
+  void (*sum)(const GroupSums&, int64_t begin, int64_t end);
+  // Items: groups.
+  void (*sum_bias)(const GroupBias&, int64_t begin, int64_t end);
+};
+
+MADKERNELS_DECLARE_CPU_KERNELS(GroupKernels, grouped_gemm)
+
+}  // namespace madkernels

@@ -1,0 +1,150 @@
+// The passes of grouped products over a CPU's threads, and what the entries of grouped_gemm and moe_mlp check alike.
+#pragma once
+
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/check.h"
+#include "grouped_gemm/grouped_gemm.h"
+
+namespace madkernels {
+
+// The groups of `offsets`, in parts.
+class Groups {
+ public:
+  Groups(const int32_t* offsets, int64_t groups) : begin_(offsets[0]), end_(offsets[groups]) {
+    for (int64_t group = 0; group < groups; group++) {
+      first_.push_back(static_cast<int64_t>(parts_.size()));
+      for (int64_t row = offsets[group]; row < offsets[group + 1]; row += kPartRows) {
+        const int64_t end = least<int64_t>(row + kPartRows, offsets[group + 1]);
+        parts_.push_back({group, row, end, packed_rows_});
+        packed_rows_ += ceil_div(end - row, kPackedRows) * kPackedRows;
+      }
+    }
+    first_.push_back(static_cast<int64_t>(parts_.size()));
+  }
+  GroupParts parts() const {
+    return {parts_.data(), first_.data(), static_cast<int64_t>(first_.size()) - 1, static_cast<int64_t>(parts_.size()),
+            packed_rows_};
+  }
+  // The rows that are in a group.
+  int64_t begin() const { return begin_; }
+  int64_t end() const { return end_; }
+
+ private:
+  std::vector<GroupPart> parts_;
+  std::vector<int64_t> first_;
+  int64_t packed_rows_ = 0, begin_, end_;
+};
+
+// ---- checks ----
+
+// int32 (groups + 1,): where each group begins, and where the last ends. Their values are looked at on the CPU only, where
+// that costs no synchronisation.
+inline void check_group_offsets(const char* op, const Checks& checks, const Tensor& offsets, int64_t groups, int64_t rows) {
+  checks.tensor("offsets", offsets, {groups + 1}, ScalarType::Int);
+  MK_CHECK(rows <= INT32_MAX, op, ": there are ", rows, " rows; offsets of int32 reach up to ", INT32_MAX);
+  const Tensor dense = torch::stable::contiguous(offsets);
+  const auto* values = static_cast<const int32_t*>(dense.data_ptr());
+  MK_CHECK(values[0] >= 0, op, ": offsets starts with ", values[0], "; expected 0 at least");
+  for (int64_t i = 0; i < groups; i++) {
+    MK_CHECK(values[i] <= values[i + 1], op, ": offsets falls from ", values[i], " to ", values[i + 1], " at index ", i + 1);
+  }
+  MK_CHECK(values[groups] <= rows, op, ": offsets ends with ", values[groups], "; there are ", rows, " rows");
+}
+
+// int32, of any shape, -1 to count - 1.
+inline void check_indices(const char* op, const char* name, const Tensor& indices, int64_t count) {
+  const auto* values = static_cast<const int32_t*>(indices.data_ptr());
+  for (int64_t i = 0; i < static_cast<int64_t>(indices.numel()); i++) {
+    MK_CHECK(values[i] >= -1 && values[i] < count, op, ": ", name, " names ", values[i], "; expected -1 to ", count - 1);
+  }
+}
+
+inline Epilogue epilogue_of(const char* op, const std::optional<std::string>& name) {
+  static constexpr std::pair<const char*, Epilogue> kKnown[] = {
+      {"silu", {Activation::kSilu, false}},   {"gelu", {Activation::kGelu, false}},  {"relu", {Activation::kRelu, false}},
+      {"relu2", {Activation::kRelu2, false}}, {"swiglu", {Activation::kSilu, true}}, {"geglu", {Activation::kGelu, true}},
+      {"reglu", {Activation::kRelu, true}}};
+  if (!name) return {Activation::kNone, false};
+  std::string names;
+  for (const auto& [known, epilogue] : kKnown) {
+    if (*name == known) return epilogue;
+    names += std::string(known) + ", ";
+  }
+  MK_CHECK(false, op, ": activation is \"", *name, "\"; it takes ", names, "or None");
+  return {};
+}
+
+// ---- tensors as the passes take them ----
+
+inline GroupRows group_rows(const Tensor& t, const int32_t* index = nullptr) {
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.size(1), index};
+}
+// (groups, outputs, inputs)
+inline GroupWeight group_weight(const Tensor& t) {
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.size(1), t.size(2)};
+}
+inline const int32_t* indices_or_null(const OptionalTensor& t) { return static_cast<const int32_t*>(data_or_null(t)); }
+
+// Rows of a contiguous (rows, width) that are in no group.
+inline void zero_other_rows(const Tensor& t, const Groups& groups) {
+  const auto bytes = static_cast<int64_t>(t.element_size()) * t.size(1);
+  char* data = static_cast<char*>(t.data_ptr());
+  std::memset(data, 0, static_cast<size_t>(groups.begin() * bytes));
+  std::memset(data + groups.end() * bytes, 0, static_cast<size_t>((t.size(0) - groups.end()) * bytes));
+}
+
+// ---- passes ----
+
+using PackRows = void (*)(DType, const GroupRows&, const GroupParts&, void*, int64_t, int64_t);
+
+inline Packed pack(PackRows kernel, DType dtype, const GroupRows& rows, const GroupParts& parts, const Tensor& like) {
+  Packed packed(grouped_gemm_cpu().bytes(dtype, parts.packed_rows, rows.width), like);
+  torch::stable::parallel_for(0, parts.count, grain(kPartRows * rows.width),
+                              [&](int64_t begin, int64_t end) { kernel(dtype, rows, parts, packed.data(), begin, end); });
+  return packed;
+}
+
+// f(turns) over the parts and features of a product.
+template <class F>
+void in_turns_of(const GroupProduct& p, F&& f) {
+  const GroupKernels& kernels = grouped_gemm_cpu();
+  const int64_t rows = p.parts.packed_rows / most<int64_t>(p.parts.count, 1);
+  in_turns(kernels.items(p.dtype, p.parts.count, p.features()), (rows + 1) * p.weight.inputs * kernels.lanes / 16, f);
+}
+
+// p without its packed rows.
+inline void multiply(GroupProduct p, const GroupRows& rows, const Tensor& like) {
+  const GroupKernels& kernels = grouped_gemm_cpu();
+  const Packed packed = pack(kernels.pack_columns, p.dtype, rows, p.parts, like);
+  p.packed = packed.data();
+  in_turns_of(p, [&](const Turns& turns) { kernels.multiply(p, turns); });
+}
+
+// out (groups, a.width, b.width)
+inline void outer(DType dtype, const GroupParts& parts, const GroupRows& a, const GroupRows& b, const Tensor& out) {
+  const GroupKernels& kernels = grouped_gemm_cpu();
+  const Packed packed = pack(kernels.pack_panels, dtype, a, parts, out);
+  const GroupOuter p{
+      .dtype = dtype, .parts = parts, .packed = packed.data(), .a_width = a.width, .b = b, .out = out.data_ptr()};
+  const int64_t rows = parts.packed_rows / most<int64_t>(parts.groups, 1);
+  in_turns(kernels.outer_items(p), (rows + 1) * a.width * kernels.lanes / 16,
+           [&](const Turns& turns) { kernels.outer(p, turns); });
+}
+
+inline void sum(const GroupSums& p, int64_t tokens, int64_t summands) {
+  const int64_t each = (summands / most<int64_t>(tokens, 1) + 1) * p.width;
+  torch::stable::parallel_for(0, tokens, grain(each),
+                              [&](int64_t begin, int64_t end) { grouped_gemm_cpu().sum(p, begin, end); });
+}
+
+inline void sum_bias(const GroupBias& p) {
+  const int64_t rows = p.parts.packed_rows / most<int64_t>(p.parts.groups, 1);
+  torch::stable::parallel_for(0, p.parts.groups, grain((rows + 1) * p.rows.width),
+                              [&](int64_t begin, int64_t end) { grouped_gemm_cpu().sum_bias(p, begin, end); });
+}
+
+}  // namespace madkernels

@@ -1,0 +1,161 @@
+// Products of groups on the CPU, which grouped_gemm and moe_mlp share.
+//
+// An item is a part of a group's rows and 48 features (of AVX-512), which lie across lanes. The matrix of these features is
+// packed into the second cache by the item itself, so that it is read once, and is never written to memory; then rows pass,
+// 8 at a time, each tile with the whole contraction in registers. Items do not depend on the threads, nor do results.
+#pragma once
+
+#include "common/tile_product.h"
+#include "grouped_gemm/grouped_gemm.h"
+
+namespace madkernels::MADKERNELS_ISA {
+
+static_assert(kPackedRows % kTileRows == 0);
+
+template <class T>
+RowsOf<T> rows_of(const GroupRows& rows, const GroupPart& part) {
+  const T* data = static_cast<const T*>(rows.data) + (rows.index ? 0 : part.begin * rows.row_stride);
+  return {data,          rows.row_stride, rows.column_stride,
+          part.length(), rows.width,      rows.index ? rows.index + part.begin : nullptr};
+}
+
+// Columns first .. first + count - 1 of rows.
+template <class T>
+RowsOf<T> columns_of(RowsOf<T> rows, int64_t first, int64_t count) {
+  rows.data += first * rows.column_stride, rows.width = count;
+  return rows;
+}
+
+inline int64_t rounded_up(int64_t count, int64_t unit) { return ceil_div(count, unit) * unit; }
+
+// ---- activations ----
+
+// erf, to 1.5e-7 in float32: Abramowitz and Stegun, 7.1.26.
+inline Vec<float> erf(Vec<float> x) {
+  const Vec<float> magnitude = x < 0.0f ? -x : x, t = 1.0f / (1.0f + 0.3275911f * magnitude);
+  const Vec<float> polynomial =
+      t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+  const Vec<float> positive = 1.0f - polynomial * exp<float>(-magnitude * magnitude);
+  return x < 0.0f ? -positive : positive;
+}
+inline Vec<double> erf(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; i++) x[i] = __builtin_erf(x[i]);
+  return x;
+}
+
+// The normal distribution up to x.
+template <class A>
+inline Vec<A> normal_below(Vec<A> x) {
+  return A(0.5) + A(0.5) * erf(x * A(0.70710678118654752440));
+}
+
+template <class A>
+inline Vec<A> relu(Vec<A> x) {
+  return x < A(0) ? Vec<A>{} : x;  // of NaN, NaN
+}
+
+template <class A>
+inline Vec<A> activate(Activation activation, Vec<A> x) {
+  switch (activation) {
+    case Activation::kSilu: return silu<A>(x);
+    case Activation::kGelu: return x * normal_below<A>(x);
+    case Activation::kRelu: return relu<A>(x);
+    case Activation::kRelu2: return relu<A>(x) * relu<A>(x);
+    case Activation::kNone: break;
+  }
+  return x;
+}
+
+// An activation and its derivative.
+template <class A>
+struct Activated {
+  Vec<A> value, slope;
+};
+
+template <class A>
+inline Activated<A> activate_with_slope(Activation activation, Vec<A> x) {
+  switch (activation) {
+    case Activation::kSilu: {
+      const Vec<A> gate = sigmoid<A>(x);
+      return {x * gate, gate * (A(1) + x * (A(1) - gate))};
+    }
+    case Activation::kGelu: {
+      const Vec<A> below = normal_below<A>(x), density = A(0.39894228040143267794) * exp<A>(A(-0.5) * x * x);
+      return {x * below, below + x * density};
+    }
+    case Activation::kRelu: return {relu<A>(x), x > A(0) ? broadcast(A(1)) : Vec<A>{}};
+    case Activation::kRelu2: return {relu<A>(x) * relu<A>(x), A(2) * relu<A>(x)};
+    case Activation::kNone: break;
+  }
+  return {x, broadcast(A(1))};
+}
+
+// ---- rows times the matrix of their group ----
+
+// Outputs first .. first + count - 1 as lanes, [inputs / group][width].
+template <class T, class P>
+void pack_weight(typename P::Element* to, const GroupWeight& weight, int64_t group, int64_t first, int64_t count,
+                 int64_t width) {
+  const T* data = weight.at<T>(group, first);
+  if (weight.input_stride == 1) {
+    pack_columns<P>(to, RowsOf<T>{data, weight.output_stride, 1, count, weight.inputs}, width);
+  } else {
+    pack_rows<P>(to, RowsOf<T>{data, weight.input_stride, weight.output_stride, weight.inputs, count}, width,
+                 rounded_up(weight.inputs, P::kGroup));
+  }
+}
+
+// c [kTileRows][...] = the product of so many steps, of 1 to kTileVectors vectors.
+template <class P, int kVectors = kTileVectors>
+inline void multiply_tile(typename P::Acc* c, int64_t stride, const typename P::Element* rows,
+                          const typename P::Element* lanes, int64_t steps, int64_t vectors) {
+  if constexpr (kVectors > 1) {
+    if (vectors < kVectors) return multiply_tile<P, kVectors - 1>(c, stride, rows, lanes, steps, vectors);
+  }
+  TileOf<P, kTileRows, kVectors> tile;
+  clear<P>(tile);
+  multiply<P>(tile, rows, kTileRows, lanes, kVectors * kLanes<typename P::Acc>, steps);
+  store_tile(c, stride, tile);
+}
+
+// What `finish` is given: h of rows begin .. begin + rows - 1 and of features first .. first + count - 1 of each half.
+template <class A>
+struct ProductTile {
+  int64_t group, begin, rows, first, count;
+  const A* data;  // [rows][halves][kTileLanes]
+  int64_t halves;
+
+  inline Vec<A> at(int64_t row, int64_t half, int64_t feature) const {
+    return widen(data + (row * halves + half) * kTileLanes<A> + feature);
+  }
+};
+
+template <class T, class P, class Finish>
+void multiply_groups(const GroupProduct& p, const Turns& turns, Finish&& finish) {
+  using A = typename P::Acc;
+  using Element = typename P::Element;
+  constexpr int64_t kWidth = kTileLanes<A>;
+  const int64_t steps = ceil_div(p.weight.inputs, P::kGroup), halves = p.epilogue.halves();
+  const int64_t features = p.features(), panels = ceil_div(features, kWidth);
+  Scratch<Element> weights(halves * steps * kWidth);
+  Scratch<A> products(kTileRows * halves * kWidth);
+  for (int64_t item = turns.next(); item < turns.count; item = turns.next()) {
+    const GroupPart& part = p.parts.parts[item / panels];
+    const int64_t first = item % panels * kWidth, count = least(kWidth, features - first);
+    const int64_t vectors = ceil_div(count, kLanes<A>);
+    for (int64_t half = 0; half < halves; half++) {
+      pack_weight<T, P>(weights + half * steps * kWidth, p.weight, part.group, half * features + first, count,
+                        vectors * kLanes<A>);
+    }
+    for (int64_t row = 0; row < part.length(); row += kTileRows) {
+      const Element* rows = static_cast<const Element*>(p.packed) + (part.packed + row) * steps;
+      for (int64_t half = 0; half < halves; half++) {
+        multiply_tile<P>(products + half * kWidth, halves * kWidth, rows, weights + half * steps * kWidth, steps, vectors);
+      }
+      finish(ProductTile<A>{part.group, part.begin + row, least<int64_t>(kTileRows, part.length() - row), first, count,
+                            products, halves});
+    }
+  }
+}
+
+}  // namespace madkernels::MADKERNELS_ISA
