@@ -12,12 +12,19 @@ if TYPE_CHECKING:
     from madkernels.ops.attention import attention as attention, attention_step as attention_step
     from madkernels.ops.causal_conv import causal_conv as causal_conv, causal_conv_step as causal_conv_step
     from madkernels.ops.fft_conv import fft_conv as fft_conv, fft_conv_step as fft_conv_step
+    from madkernels.ops.moe_route import (
+        RoutingPlan as RoutingPlan,
+        moe_combine as moe_combine,
+        moe_dispatch as moe_dispatch,
+        moe_route as moe_route,
+    )
     from madkernels.ops.selective_scan import selective_scan as selective_scan, selective_scan_step as selective_scan_step
 
 OPS: dict[str, tuple[str, ...]] = {  # each with its public functions; an op's name is that of its files
     "attention": ("attention", "attention_step"),
     "causal_conv": ("causal_conv", "causal_conv_step"),
     "fft_conv": ("fft_conv", "fft_conv_step"),
+    "moe_route": ("moe_route", "moe_dispatch", "moe_combine", "RoutingPlan"),
     "selective_scan": ("selective_scan", "selective_scan_step"),
 }
 _OWNERS = {function: op for op, functions in OPS.items() for function in functions}
