@@ -61,6 +61,11 @@ class Case:
                 raise ValueError(f"case {self.name!r}: {field.name} is {value!r}; expected true or false")
 
     @property
+    def tokens(self) -> int:
+        """All of the batch: the rows of an op that knows no sequence."""
+        return self.batch * self.seqlen
+
+    @property
     def options(self) -> dict[str, Any]:
         """The arguments of the op that are not tensors."""
         return {}

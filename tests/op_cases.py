@@ -46,21 +46,27 @@ def _as_given(inputs: Inputs, options: Options) -> Inputs:
     return inputs
 
 
+def _as_named(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OpCase:
-    """An op, as the contract's tests see it. A shape is (batch, seqlen, *sizes)."""
+    """An op, as the contract's tests see it. A shape is (batch, seqlen, *sizes); of an op on tokens, these are all rows."""
 
     name: str  # as in madkernels.OPS
     kind: type[Case]  # of its benchmark, which has the arguments
     sizes: tuple[str, ...]  # what follows (batch, seqlen) in a shape; the first can be of any length
     derived: Callable[[Mapping[str, int]], Mapping[str, int]] = lambda sizes: {}  # axes whose lengths follow from others
+    adapt: Callable[[Callable[..., Any]], Callable[..., Any]] = _as_named  # the op, or its reference, to take the arguments
+    integers: Callable[[Inputs, Options], Options] = lambda inputs, options: {}  # what else the dispatcher's op takes
     scale: Callable[[Inputs], Inputs] = _as_drawn  # unit normal values into what the op is given, element by element
     fit: Callable[[Inputs, Options], Inputs] = _as_given  # inputs into those that these options take
     variants: tuple[dict[str, Any], ...]  # options to go through; the first are those of every other test
     second: str = "return_final_state"  # the option that asks for the second result
     has_second: Callable[[Options], bool] = lambda options: True  # whether with these options it can be asked for
     result_axes: tuple[int, int] = (1, 0)  # along which results of documents come one after another
-    offsets: tuple[str, ...] = ("cu_seqlens",)  # the arguments that take the offsets of documents
+    offsets: tuple[str, ...] = ("cu_seqlens",)  # the arguments that take the offsets of documents; none where it has none
 
     shapes: tuple[Shape, ...]  # around every edge of the kernels' tiles
     regimes: tuple[Shape, ...]  # sizes, one for each way to compute the op: for what has to hold in each
@@ -84,7 +90,7 @@ class OpCase:
 
     @property
     def function(self) -> Function:
-        found: Function = getattr(madkernels, self.name)
+        found: Function = self.adapt(getattr(madkernels, self.name))
         return found
 
     @property
@@ -115,8 +121,8 @@ class OpCase:
     ) -> Inputs:  # fmt: skip
         """All inputs, activations in `dtype`: states of `docs` documents, if given, and with the axes `maps` before all."""
         generator = torch.Generator().manual_seed(batch + 10 * seqlen + sum(100 * size for size in sizes))
-        lengths = dict(zip(self.sizes, sizes, strict=True))
-        lengths |= {"batch": batch, "seqlen": seqlen, "sequences": batch if docs is None else docs, **self.derived(lengths)}
+        lengths = dict(zip(self.sizes, sizes, strict=True)) | {"batch": batch, "seqlen": seqlen, "tokens": batch * seqlen}
+        lengths |= {"sequences": batch if docs is None else docs, **self.derived(lengths)}
         shapes = {name: (*maps, *(lengths[axis] for axis in a.axes)) for name, a in self.arguments.items()}
         drawn = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
         return {k: t.to(backends.device(), self.arguments[k].dtype(dtype)) for k, t in self.scale(drawn).items()}
@@ -124,6 +130,16 @@ class OpCase:
     def least(self, inputs: Inputs) -> Inputs:
         """Inputs without the optional ones."""
         return {k: t for k, t in inputs.items() if not self.arguments[k].optional}
+
+    @property
+    def rows(self) -> list[str]:
+        """Arguments that have steps, or tokens."""
+        return self.names("seqlen") + self.names("tokens")
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether documents can be packed along a row."""
+        return bool(self.offsets)
 
     @property
     def has_state(self) -> bool:
@@ -157,7 +173,7 @@ class OpCase:
     @functools.cached_property
     def reference(self) -> Function:
         """All results of its reference."""
-        return self.whole(getattr(reference, self.name))
+        return self.whole(self.adapt(getattr(reference, self.name)))
 
     def check(self, inputs: Inputs, function: Callable[..., Any] | None = None, **options: Any) -> None:
         """Compares results and gradients of the op, or of another function, with those of the reference."""
@@ -177,6 +193,7 @@ class OpCase:
     def dispatcher_arguments(self, given: Mapping[str, Any], suffix: str = "") -> tuple[Any, ...]:
         """In the order of the schema; of those not given, flags are set and tensors absent."""
         schema = self.dispatched(suffix)._schema
+        given = {**self.integers(given, self.options), **given}
         return tuple(given.get(a.name, True if str(a.type) == "bool" else None) for a in schema.arguments)
 
     def backward_arguments(

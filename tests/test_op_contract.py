@@ -49,14 +49,21 @@ def rows_alone(op: OpCase) -> bool:
     return next(iter(op.arguments.values())).axes == ROWS
 
 
-WITH_STATE = [op for op in CASES.values() if op.has_state]
-each_with_state = pytest.mark.parametrize("op", WITH_STATE, ids=lambda op: op.name)
+def each_that(has: Callable[[OpCase], bool]) -> Any:
+    return pytest.mark.parametrize("op", [op for op in CASES.values() if has(op)], ids=lambda op: op.name)
+
+
+each_with_state = each_that(lambda op: op.has_state)
+each_with_documents = each_that(lambda op: op.has_documents)
 each_regime = pytest.mark.parametrize(("op", "regime"), each(lambda op: op.regimes))
+each_regime_with_documents = pytest.mark.parametrize(
+    ("op", "regime"), each(lambda op: op.regimes if op.has_documents else ())
+)
 
 
 def laid_out(op: OpCase, inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> Inputs:
     """Inputs whose rows are laid out otherwise."""
-    return changed(inputs, layout, op.names("batch", "seqlen"))
+    return changed(inputs, layout, op.rows)
 
 
 def same_bits(op: OpCase, inputs: Inputs, others: Inputs) -> bool:
@@ -92,7 +99,7 @@ def test_optional_arguments(op: OpCase, regime: Shape) -> None:
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS))
 def test_any_shape(op: OpCase, backend: str, data: st.DataObject, dtype: torch.dtype, layout: Any) -> None:
     assume(backend == "cpu" or dtype != torch.float64)
-    absent = data.draw(st.sets(st.sampled_from(op.names(optional=True))))
+    absent = data.draw(st.sets(st.sampled_from(optional))) if (optional := op.names(optional=True)) else ()
     inputs = op.draw(*data.draw(op.any_shape), dtype=dtype)
     options = data.draw(st.sampled_from(op.variants))
     op.check(laid_out(op, {k: t for k, t in inputs.items() if k not in absent}, layout), **options)
@@ -129,7 +136,7 @@ def test_layouts(op: OpCase, regime: Shape, layout: Any, dtype: torch.dtype) -> 
 def test_part_of_a_wider_tensor(op: OpCase, regime: Shape) -> None:
     """As a layer cuts its projection into several."""
     inputs = op.draw(2, 40, *regime)
-    cut = changed(inputs, lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]], op.names("seqlen"))
+    cut = changed(inputs, lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]], op.rows)
     assert same_bits(op, cut, inputs)
     op.check(cut)
 
@@ -166,13 +173,13 @@ def check_packed(op: OpCase, lengths: tuple[int, ...], regime: Shape, function: 
     op.check(inputs, function, **op.documents(lengths))
 
 
-@each_regime
+@each_regime_with_documents
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_packed_documents(op: OpCase, lengths: tuple[int, ...], regime: Shape) -> None:
     check_packed(op, lengths, regime)
 
 
-@each_regime
+@each_regime_with_documents
 def test_packed_documents_equal_those_apart(op: OpCase, regime: Shape) -> None:
     """Whatever the options."""
     lengths = (30, 70, 3)
@@ -280,6 +287,7 @@ def test_same_bits_whatever_the_threads(op: OpCase, regime: Shape, layout: Any) 
     ids=["all", "documents", "least", "least of documents"],
 )
 def test_opcheck(op: OpCase, layout: Any, packed: bool, optional: bool) -> None:
+    packed = packed and op.has_documents
     inputs = laid_out(op, op.packed((1, 3), *op.small) if packed else op.draw(1, 4, *op.small), layout)
     given = {k: t.requires_grad_() for k, t in (inputs if optional else op.least(inputs)).items()}
     if packed:
@@ -343,11 +351,13 @@ def test_refusals(op: OpCase, refusal: tuple[Inputs, str]) -> None:
         op.function(**inputs, **op.options)
 
 
+@each_with_documents
 def test_refuses_documents_of_several_rows(op: OpCase) -> None:
     with pytest.raises(RuntimeError, match=f"{op.name}: .*expected batch 1, got 2"):
         op.function(**op.draw(2, 5, *op.small), **op.documents((5,)))
 
 
+@each_with_documents
 @pytest.mark.backends("cpu")  # on a GPU the host would have to wait to see them
 @pytest.mark.parametrize(
     ("offsets", "message"),
@@ -380,24 +390,26 @@ def test_step_refuses_a_state_it_cannot_update(op: OpCase, layout: Any) -> None:
 
 def mutants_of(op: OpCase) -> list[Callable[..., Any]]:
     """The op's own, and those that any op may have."""
-    first = next(iter(op.arguments))
+    first, argument = next(iter(op.arguments.items()))
+    steps = argument.axes.index("seqlen" if "seqlen" in argument.axes else "tokens")
 
     def sees_one_step_ahead(**inputs: Any) -> Any:
-        return op.function(**inputs | {first: inputs[first].roll(-1, dims=1)})
+        return op.function(**inputs | {first: inputs[first].roll(-1, dims=steps)})
 
     def drops_the_carry(**inputs: Any) -> Any:
         return op.function(**inputs | {"initial_state": 0 * inputs["initial_state"]})
 
     def returns_zeros(**inputs: Any) -> Any:
-        out, second = op.function(**inputs)
-        return out * 0, second
+        found = op.function(**inputs)
+        return found * 0 if isinstance(found, Tensor) else (found[0] * 0, *found[1:])
 
     def drops_the_second_results_gradient(**inputs: Any) -> Any:
         out, second = op.function(**inputs)
         return out, second.detach() + 0 * out.sum()
 
-    of_any = [sees_one_step_ahead, returns_zeros, drops_the_second_results_gradient]
-    return [*op.mutants, *of_any, *([drops_the_carry] if op.has_state else [])]
+    of_any = [sees_one_step_ahead, returns_zeros]
+    of_two_results = [drops_the_second_results_gradient] if op.has_second(op.options) else []
+    return [*op.mutants, *of_any, *of_two_results, *([drops_the_carry] if op.has_state else [])]
 
 
 @pytest.mark.backends("cpu")
