@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from madkernels import moe_route, reference
+from madkernels import moe_route
 from madkernels.benchmarks.cases import Argument, Arguments, Axes, Case
 from madkernels.benchmarks.harness import Benchmark, Peer
+from madkernels.reference.moe_route import moe_route as reference_route
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ def weights_of_op(logits: Tensor, **options: Any) -> Tensor:
 
 def weights_of_reference(logits: Tensor, **options: Any) -> Tensor:
     """Its reference, which sorts all experts of each token."""
-    return reference.moe_route(logits, **options).weights
+    return reference_route(logits, **options).weights
 
 
 def topk_and_sort(logits: Tensor, *, top_k: int, score: str, groups: tuple[int, int]) -> Tensor:

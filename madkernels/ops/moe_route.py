@@ -76,8 +76,8 @@ def moe_dispatch(x: Tensor, plan: RoutingPlan) -> Tensor:
         plan: of :func:`moe_route`.
 
     Returns:
-        (tokens * top_k, dim), dtype of `x`: row r is the token of ``plan.slots[r]``; rows from ``plan.offsets[-1]`` on are 0.
-        Differentiable in `x`, to any order.
+        (tokens * top_k, dim), dtype of `x`: row r is the token of ``plan.slots[r]``; rows from ``plan.offsets[-1]`` on are
+        0. Differentiable in `x`, to any order.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
@@ -90,8 +90,8 @@ def moe_combine(y: Tensor, plan: RoutingPlan) -> Tensor:
     """The weighted sum of what its experts say of each token, in the order of k; dropped pairs add nothing.
 
     Args:
-        y: (tokens * top_k, dim), in rows of the plan; float32, bfloat16, float16 or float64. Rows from ``plan.offsets[-1]`` on
-            are not read.
+        y: (tokens * top_k, dim), in rows of the plan; float32, bfloat16, float16 or float64. Rows from
+            ``plan.offsets[-1]`` on are not read.
         plan: of :func:`moe_route`, from logits of float64 where `y` is float64, else of another dtype.
 
     Returns:
@@ -155,9 +155,7 @@ def _combine_gradients(
     return _dispatch(dout, weights, slots, rows), None if weights is None else _dot(dout, y, slots, rows)
 
 
-def _dot_gradients(
-    dout: Tensor, x: Tensor, y: Tensor | None, slots: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def _dot_gradients(dout: Tensor, x: Tensor, y: Tensor | None, slots: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
     return _combine(y, dout, slots, rows), _dispatch(x, dout, slots, rows)
 
 

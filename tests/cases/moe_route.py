@@ -79,7 +79,5 @@ CASE = OpCase(
         ({"logits": torch.zeros(10, 0)}, r"logits has shape \(10, 0\); expected \(tokens, experts\)"),
         ({"logits": torch.zeros(10, 4, dtype=torch.int32)}, "logits has dtype int32; it takes float32, bfloat16"),
     ),
-    mutants=tuple(
-        in_tensors(f) for f in (forgets_to_renormalize, takes_the_next_experts, forgets_the_gradient_of_means)
-    ),
+    mutants=tuple(in_tensors(f) for f in (forgets_to_renormalize, takes_the_next_experts, forgets_the_gradient_of_means)),
 )
