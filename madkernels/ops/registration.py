@@ -154,9 +154,9 @@ def register_derivatives(name: str, differentiable: Sequence[str], by_reference:
         values = kept(ctx, taken)
         if dout is None:
             dout = torch.zeros_like(values.get(results[0], values[differentiable[0]]))
-        if dstate is not None and dstate.dim() == 1:  # of a state that was not asked for, which comes back empty
+        if dstate is not None and dstate.shape == (0,):  # of a state that was not asked for, which comes back empty
             dstate = None
-        found = backward(dout, dstate, *values.values())
+        found = several(backward(dout, dstate, *values.values()))
         gradients = dict(zip(differentiable, found, strict=True))
         return tuple(None if values.get(key) is None else gradients.get(key) for key in given)
 
@@ -170,9 +170,10 @@ def register_derivatives(name: str, differentiable: Sequence[str], by_reference:
         gradients = dict(zip(differentiable, found, strict=True))
         return (*cotangents, *(gradients.get(key) for key in taken))
 
-    def gradient_by_reference(dout: Tensor, dstate: Tensor | None, *inputs: Any) -> Sequence[Tensor]:
+    def gradient_by_reference(dout: Tensor, dstate: Tensor | None, *inputs: Any) -> Sequence[Tensor] | Tensor:
         values = dict(zip(taken, inputs, strict=True))
-        return differentiate(function(values), [values[key] for key in differentiable], dout, dstate)
+        found = differentiate(function(values), [values[key] for key in differentiable], dout, dstate)
+        return found if len(found) > 1 else found[0]
 
     tensors |= {_DOUT, _DSTATE}
     register_gradient(name, gradient, save, by_reference)
@@ -180,6 +181,11 @@ def register_derivatives(name: str, differentiable: Sequence[str], by_reference:
 
 
 _DOUT, _DSTATE = "gradient of the first result", "gradient of the second result"
+
+
+def several(found: Sequence[Tensor] | Tensor) -> Sequence[Tensor]:
+    """The results of an op, of which torch hands out one by itself."""
+    return (found,) if isinstance(found, Tensor) else found
 
 
 def refuse_tangents(name: str, *values: Any) -> None:

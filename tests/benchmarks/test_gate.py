@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from madkernels import OPS, attention, causal_conv, reference, selective_scan
+from madkernels import OPS, attention, causal_conv, selective_scan
 from madkernels.benchmarks import gate as gate_module
 from madkernels.benchmarks.attention import BENCHMARK as ATTENTION, AttentionCase
 from madkernels.benchmarks.cases import Case, Inputs
@@ -32,8 +32,8 @@ def inputs_of(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
 
 
 def gate_of(case: Case, dtype: torch.dtype = torch.float32) -> Gate:
-    [op] = [benchmark.name for benchmark in BENCHMARKS if type(case) is type(benchmark.cases[0])]
-    return Gate(case, partial(getattr(reference, op), **case.options), inputs_of(case, dtype))
+    [reference] = [benchmark.reference for benchmark in BENCHMARKS if type(case) is type(benchmark.cases[0])]
+    return Gate(case, partial(reference, **case.options), inputs_of(case, dtype))
 
 
 def quick_pairs() -> list[Any]:
