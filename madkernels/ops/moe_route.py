@@ -8,7 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from madkernels.ops.registration import keep_under_recomputation, register_derivatives, register_gradient
+from madkernels.ops.registration import (
+    keep_under_recomputation,
+    register_derivatives,
+    register_gradient,
+    register_vmap_one_by_one,
+)
 from madkernels.reference.moe_route import (
     RoutingPlan as RoutingPlan,
     combine,
@@ -182,3 +187,4 @@ _register_linear("madkernels::moe_dispatch", _dispatch_gradients, dispatch)
 _register_linear("madkernels::moe_combine", _combine_gradients, combine)
 _register_linear("madkernels::moe_dot", _dot_gradients, dot)
 keep_under_recomputation("madkernels::moe_route")
+register_vmap_one_by_one("madkernels::moe_route")
