@@ -59,7 +59,7 @@ class OpCase:
     sizes: tuple[str, ...]  # what follows (batch, seqlen) in a shape; the first can be of any length
     derived: Callable[[Mapping[str, int]], Mapping[str, int]] = lambda sizes: {}  # axes whose lengths follow from others
     adapt: Callable[[Callable[..., Any]], Callable[..., Any]] = _as_named  # the op, or its reference, to take the arguments
-    integers: Callable[[Inputs, Options], Options] = lambda inputs, options: {}  # what else the dispatcher's op takes
+    further: Callable[[Inputs, Options], Options] = lambda inputs, options: {}  # what else the dispatcher's op takes
     scale: Callable[[Inputs], Inputs] = _as_drawn  # unit normal values into what the op is given, element by element
     fit: Callable[[Inputs, Options], Inputs] = _as_given  # inputs into those that these options take
     variants: tuple[dict[str, Any], ...]  # options to go through; the first are those of every other test
@@ -194,15 +194,16 @@ class OpCase:
     def dispatcher_arguments(self, given: Mapping[str, Any], suffix: str = "") -> tuple[Any, ...]:
         """In the order of the schema; of those not given, flags are set and tensors absent."""
         schema = self.dispatched(suffix)._schema
-        given = {**self.integers(given, self.options), **given}
+        given = {**self.further(given, self.options), **given}
         return tuple(given.get(a.name, True if str(a.type) == "bool" else None) for a in schema.arguments)
 
     def backward_arguments(
         self, given: Mapping[str, Any], results: Sequence[Tensor], gradient: Callable[[Tensor], Tensor]
     ) -> tuple[Any, ...]:
-        """Gradients of the first two results, what the op was given, and those of its results that the backward takes."""
-        names = [a.name for a in self.dispatched("_backward")._schema.arguments]
-        gradients = dict(zip(names[:2], map(gradient, results[:2]), strict=True))
-        found = {r.name: t.detach() for r, t in zip(self.dispatched()._schema.returns, results, strict=True)}
+        """Gradients of the first results, what the op was given, and those of its results that the backward takes."""
+        schema, names = self.dispatched()._schema, [a.name for a in self.dispatched("_backward")._schema.arguments]
+        known = {a.name for a in (*schema.arguments, *schema.returns)}
+        gradients = dict(zip((name for name in names if name not in known), map(gradient, results), strict=False))
+        found = {r.name: t.detach() for r, t in zip(schema.returns, results, strict=True)}
         kept = {key: t for key, t in found.items() if key in names}
         return self.dispatcher_arguments({**given, **gradients, **kept}, "_backward")

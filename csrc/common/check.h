@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -234,6 +238,18 @@ inline OptionalTensor contiguous(const OptionalTensor& t) {
 inline Tensor empty(const Shape& shape, ScalarType dtype, const Tensor& like) {
   return torch::stable::new_empty(like, shape, dtype);
 }
+// The same, where it is large in pages of 2 MiB, if the system gives them when asked: the first touch of as many small ones
+// can take as long as a product.
+inline Tensor empty_in_large_pages(const Shape& shape, ScalarType dtype, const Tensor& like) {
+  Tensor t = empty(shape, dtype, like);
+#if defined(MADV_HUGEPAGE) && !MADKERNELS_GPU
+  constexpr uintptr_t kPage = 4096, kLarge = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr()), first = (begin + kPage - 1) / kPage * kPage;
+  const auto end = (begin + static_cast<uintptr_t>(t.numel()) * static_cast<uintptr_t>(t.element_size())) / kPage * kPage;
+  if (end > first + kLarge) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // or it stays as it is
+#endif
+  return t;
+}
 
 // Sums `parts` over `axis`, in order, whatever the threads.
 Tensor sum_parts(const Tensor& parts, int64_t axis);
@@ -256,7 +272,7 @@ void in_turns(int64_t count, int64_t each, F&& f) {
 // Memory for packed copies, aligned to a cache line.
 class Packed {
  public:
-  Packed(int64_t bytes, const Tensor& like) : memory_(empty({bytes + 64}, ScalarType::Byte, like)) {}
+  Packed(int64_t bytes, const Tensor& like) : memory_(empty_in_large_pages({bytes + 64}, ScalarType::Byte, like)) {}
   void* data() const {
     const auto address = reinterpret_cast<uintptr_t>(memory_.data_ptr());
     return reinterpret_cast<void*>((address + 63) / 64 * 64);

@@ -136,6 +136,11 @@ struct RowsOf {
   inline const T* at(int64_t row, int64_t column) const {
     return data + (index ? index[row] : row) * row_stride + column * column_stride;
   }
+  // Asks for a part of a row ahead of its use: hardware follows the few rows of a tile, but not from one tile to the next.
+  // Behind the last row lies what is packed next.
+  inline void prefetch(int64_t row, int64_t column) const {
+    if (!index || row < count) __builtin_prefetch(at(row, column), 0, 2);
+  }
 };
 
 // Elements `first` and on of a row, as many as fit a vector, zeros behind its end.
@@ -160,12 +165,20 @@ void pack_columns(typename P::Element* to, const RowsOf<T>& rows, int64_t width)
   for (int64_t row = 0; row < padded; row += n) {
     for (int64_t first = 0; first < elements; first += n) {
       Vec<A> square[n];
-      for (int i = 0; i < n; i++) square[i] = load_elements<P>(rows, row + i, first);
+      for (int i = 0; i < n; i++) {
+        square[i] = load_elements<P>(rows, row + i, first);
+        rows.prefetch(row + n + i, first * P::kGroup);
+      }
       transpose<A>(square);
       for (int64_t at = row; at < row + n && at < padded; at += part) {
         typename P::Element* tile = to + (at / width * elements + first) * width + at % width;
         for (int64_t e = 0; e < n && first + e < elements; e++) {
-          std::memcpy(tile + e * width, reinterpret_cast<const A*>(&square[e]) + (at - row), part * sizeof(A));
+          const A* from = reinterpret_cast<const A*>(&square[e]) + (at - row);
+          if (part == n) {  // sizes that the compiler knows
+            std::memcpy(tile + e * width, from, n * sizeof(A));
+          } else {
+            std::memcpy(tile + e * width, from, kTileRows * sizeof(A));
+          }
         }
       }
     }
@@ -197,6 +210,8 @@ inline Vec<typename P::Acc> load_group(const RowsOf<T>& rows, int64_t row, int64
   }
 }
 
+constexpr int64_t kRowsAhead = 32;  // that packing asks for
+
 // Rows as they are: [count / group][padded], zeros behind the last column, and from the last row to `count`.
 template <class P, class T>
 void pack_rows(typename P::Element* to, const RowsOf<T>& rows, int64_t padded, int64_t count) {
@@ -204,6 +219,7 @@ void pack_rows(typename P::Element* to, const RowsOf<T>& rows, int64_t padded, i
   const typename P::Element* const end = to + count / P::kGroup * padded;
   for (int64_t row = 0; row < rows.count; row += P::kGroup, to += padded) {
     for (int64_t column = 0; column < padded; column += kLanes<A>) {
+      for (int i = 0; i < P::kGroup; i++) rows.prefetch(row + kRowsAhead + i, column);
       store(reinterpret_cast<A*>(to) + column, load_group<P>(rows, row, column),
             static_cast<int>(least<int64_t>(padded - column, kLanes<A>)));
     }

@@ -57,8 +57,8 @@ std::tuple<Tensor, Tensor> grouped_gemm(Tensor x, Tensor weight, Tensor offsets,
                                         std::optional<std::string> activation, bool transpose, bool keep) {
   const Arguments a = check("grouped_gemm", x, weight, offsets, bias, gather, activation, transpose);
   const bool kept = keep && a.epilogue.activation != Activation::kNone;
-  Tensor y = empty({a.rows, a.features()}, x.scalar_type(), x);
-  Tensor h = empty(kept ? Shape{a.rows, a.weight.outputs} : Shape{0}, x.scalar_type(), x);
+  Tensor y = empty_in_large_pages({a.rows, a.features()}, x.scalar_type(), x);
+  Tensor h = empty_in_large_pages(kept ? Shape{a.rows, a.weight.outputs} : Shape{0}, x.scalar_type(), x);
   multiply({.dtype = a.dtype,
             .parts = a.groups.parts(),
             .weight = a.weight,
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> grouped_gemm(Tensor x, Tensor weight, Tensor offsets,
 Tensor activate_backward(const Arguments& a, const Tensor& dy, const Tensor& h) {
   if (a.epilogue.activation == Activation::kNone) return dy;
   const Tensor kept = torch::stable::contiguous(h);
-  Tensor dh = empty(shape_of(h), h.scalar_type(), h);
+  Tensor dh = empty_in_large_pages(shape_of(h), h.scalar_type(), h);
   const GroupActivation p{
       .dtype = a.dtype, .epilogue = a.epilogue, .dy = group_rows(dy), .h = kept.data_ptr(), .dh = dh.data_ptr()};
   torch::stable::parallel_for(a.groups.begin(), a.groups.end(), grain(a.weight.outputs),
@@ -111,7 +111,7 @@ void sum_gathered(const Arguments& a, const Tensor& from, const Tensor& dx) {
 }
 
 void gradient_of_x(const Arguments& a, const Tensor& dh, const Tensor& dx) {
-  const Tensor rows = a.gather ? empty({a.rows, a.weight.inputs}, dx.scalar_type(), dx) : dx;
+  const Tensor rows = a.gather ? empty_in_large_pages({a.rows, a.weight.inputs}, dx.scalar_type(), dx) : dx;
   multiply({.dtype = a.dtype,
             .parts = a.groups.parts(),
             .weight = a.weight.transposed(),
@@ -129,18 +129,17 @@ void gradient_of_x(const Arguments& a, const Tensor& dh, const Tensor& dx) {
 }
 
 // Gradients of x, weight and bias; of an absent bias (0,).
-std::tuple<Tensor, Tensor, Tensor> grouped_gemm_backward(Tensor dy, OptionalTensor dh_given, Tensor x, Tensor weight,
-                                                         Tensor offsets, OptionalTensor bias, OptionalTensor gather,
+std::tuple<Tensor, Tensor, Tensor> grouped_gemm_backward(Tensor dy, Tensor x, Tensor weight, Tensor offsets,
+                                                         OptionalTensor bias, OptionalTensor gather,
                                                          std::optional<std::string> activation, bool transpose, Tensor h) {
   const char* op = "grouped_gemm_backward";
   const Arguments a = check(op, x, weight, offsets, bias, gather, activation, transpose);
   const Checks checks(op, "x", x);
-  MK_CHECK(!dh_given, op, ": h, what the backward keeps, has no derivative of its own");
   checks.activation("dy", dy, {a.rows, a.features()});
   if (a.epilogue.activation != Activation::kNone) checks.activation("h", h, {a.rows, a.weight.outputs});
   const ScalarType type = x.scalar_type();
-  Tensor dx = empty(shape_of(x), type, x), dweight = empty(shape_of(weight), type, x);
-  Tensor dbias = empty(bias ? shape_of(*bias) : Shape{0}, type, x);
+  Tensor dx = empty_in_large_pages(shape_of(x), type, x), dweight = empty_in_large_pages(shape_of(weight), type, x);
+  Tensor dbias = empty_in_large_pages(bias ? shape_of(*bias) : Shape{0}, type, x);
 
   const Tensor dh = activate_backward(a, dy, h);
   const GroupRows rows = group_rows(dh);
@@ -165,7 +164,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
       "grouped_gemm(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, Tensor? gather, str? activation, "
       "bool transpose, bool keep) -> (Tensor y, Tensor h)");
   m.def(
-      "grouped_gemm_backward(Tensor dy, Tensor? dh, Tensor x, Tensor weight, Tensor offsets, Tensor? bias, "
+      "grouped_gemm_backward(Tensor dy, Tensor x, Tensor weight, Tensor offsets, Tensor? bias, "
       "Tensor? gather, str? activation, bool transpose, Tensor h) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 }
 #endif

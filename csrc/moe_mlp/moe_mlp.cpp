@@ -109,10 +109,10 @@ std::tuple<Tensor, Tensor> moe_mlp(Tensor x, Tensor weights, Tensor slots, Tenso
                                    std::optional<std::string> activation, bool keep) {
   const Arguments a = check("moe_mlp", x, weights, slots, rows, offsets, gate_up, down, gate_up_bias, down_bias, activation);
   const ScalarType type = x.scalar_type();
-  Tensor y = empty(shape_of(x), type, x);
-  Tensor h = empty(keep ? Shape{a.row_count(), a.gate_up.outputs} : Shape{0}, type, x);
-  const Tensor activated = empty({a.row_count(), a.down.inputs}, type, x);
-  const Tensor out = empty({a.row_count(), a.down.outputs}, type, x);
+  Tensor y = empty_in_large_pages(shape_of(x), type, x);
+  Tensor h = empty_in_large_pages(keep ? Shape{a.row_count(), a.gate_up.outputs} : Shape{0}, type, x);
+  const Tensor activated = empty_in_large_pages({a.row_count(), a.down.inputs}, type, x);
+  const Tensor out = empty_in_large_pages({a.row_count(), a.down.outputs}, type, x);
   GroupProduct first = product_of(a, a.gate_up, a.gate_up_bias, activated);
   first.epilogue = a.epilogue, first.h = keep ? h.data_ptr() : nullptr;
   multiply(first, a.x, x);
@@ -128,9 +128,10 @@ std::tuple<Tensor, Tensor> moe_mlp(Tensor x, Tensor weights, Tensor slots, Tenso
 std::tuple<Tensor, Tensor> gradients_of_rows(const Arguments& a, const Tensor& dy, const Tensor& h, const Tensor& dweights) {
   const GroupKernels& kernels = grouped_gemm_cpu();
   const Tensor kept = torch::stable::contiguous(h);
-  Tensor weighted = empty({a.row_count(), a.down.inputs}, h.scalar_type(), h), dh = empty(shape_of(h), h.scalar_type(), h);
+  Tensor weighted = empty_in_large_pages({a.row_count(), a.down.inputs}, h.scalar_type(), h),
+         dh = empty_in_large_pages(shape_of(h), h.scalar_type(), h);
   const int64_t dot_parts = kernels.items(a.dtype, 1, a.down.inputs);
-  const Tensor dots = empty({dot_parts, a.row_count()}, dweights.scalar_type(), h);
+  const Tensor dots = empty_in_large_pages({dot_parts, a.row_count()}, dweights.scalar_type(), h);
   const Packed packed = pack(kernels.pack_columns, a.dtype, a.of_tokens(dy), a.groups.parts(), h);
   MoeGradient p{.product = product_of(a, a.down.transposed(), std::nullopt, weighted),
                 .epilogue = a.epilogue,
@@ -159,26 +160,26 @@ std::tuple<Tensor, Tensor> gradients_of_rows(const Arguments& a, const Tensor& d
 
 // Gradients; of an absent bias (0,).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
-    Tensor dy, OptionalTensor dh_given, Tensor x, Tensor weights, Tensor slots, Tensor rows, Tensor offsets, Tensor gate_up,
-    Tensor down, OptionalTensor gate_up_bias, OptionalTensor down_bias, std::optional<std::string> activation, Tensor h) {
+    Tensor dy, Tensor x, Tensor weights, Tensor slots, Tensor rows, Tensor offsets, Tensor gate_up, Tensor down,
+    OptionalTensor gate_up_bias, OptionalTensor down_bias, std::optional<std::string> activation, Tensor h) {
   const char* op = "moe_mlp_backward";
   const Arguments a = check(op, x, weights, slots, rows, offsets, gate_up, down, gate_up_bias, down_bias, activation);
   const Checks checks(op, "x", x);
-  MK_CHECK(!dh_given, op, ": h, what the backward keeps, has no derivative of its own");
   checks.activation("dy", dy, shape_of(x));
   checks.activation("h", h, {a.row_count(), a.gate_up.outputs});
   const ScalarType type = x.scalar_type();
   const GroupParts parts = a.groups.parts();
-  const auto like = [&](const OptionalTensor& t) { return empty(t ? shape_of(*t) : Shape{0}, type, x); };
-  Tensor dx = empty(shape_of(x), type, x), dweights = empty(shape_of(weights), checks.accumulate_type(), x);
-  Tensor dgate_up = empty(shape_of(gate_up), type, x), ddown = empty(shape_of(down), type, x);
+  const auto like = [&](const OptionalTensor& t) { return empty_in_large_pages(t ? shape_of(*t) : Shape{0}, type, x); };
+  Tensor dx = empty_in_large_pages(shape_of(x), type, x),
+         dweights = empty_in_large_pages(shape_of(weights), checks.accumulate_type(), x);
+  Tensor dgate_up = empty_in_large_pages(shape_of(gate_up), type, x), ddown = empty_in_large_pages(shape_of(down), type, x);
   Tensor dgate_up_bias = like(gate_up_bias), ddown_bias = like(down_bias);
   torch::stable::zero_(dweights);  // of choices without a row
 
   const auto [weighted, dh] = gradients_of_rows(a, dy, h, dweights);
   outer(a.dtype, parts, a.of_tokens(dy), group_rows(weighted), ddown);
   outer(a.dtype, parts, group_rows(dh), a.x, dgate_up);
-  const Tensor of_rows = empty({a.row_count(), x.size(1)}, type, x);
+  const Tensor of_rows = empty_in_large_pages({a.row_count(), x.size(1)}, type, x);
   multiply(product_of(a, a.gate_up.transposed(), std::nullopt, of_rows), group_rows(dh), x);
   sum_rows(a, of_rows, false, dx);
   if (gate_up_bias) {
@@ -208,7 +209,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
       "moe_mlp(Tensor x, Tensor weights, Tensor slots, Tensor rows, Tensor offsets, Tensor gate_up, Tensor down, "
       "Tensor? gate_up_bias, Tensor? down_bias, str? activation, bool keep) -> (Tensor y, Tensor h)");
   m.def(
-      "moe_mlp_backward(Tensor dy, Tensor? dh, Tensor x, Tensor weights, Tensor slots, Tensor rows, Tensor offsets, "
+      "moe_mlp_backward(Tensor dy, Tensor x, Tensor weights, Tensor slots, Tensor rows, Tensor offsets, "
       "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, str? activation, Tensor h) -> (Tensor dx, "
       "Tensor dweights, Tensor dgate_up, Tensor ddown, Tensor dgate_up_bias, Tensor ddown_bias)");
 }

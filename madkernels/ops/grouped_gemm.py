@@ -80,7 +80,7 @@ def _forward_fake(
 
 @torch.library.register_fake("madkernels::grouped_gemm_backward")
 def _backward_fake(
-    dy: Tensor, dh: None, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, *rest: Any
+    dy: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), x.new_empty(weight.shape), x.new_empty(0 if bias is None else bias.shape)
 
@@ -100,7 +100,7 @@ def _forward_flops(
 
 
 @register_flop_formula(torch.ops.madkernels.grouped_gemm_backward)
-def _backward_flops(dy: Sequence[int], dh: Any, *arguments: Any, **options: Any) -> int:
+def _backward_flops(dy: Any, *arguments: Any, **options: Any) -> int:
     return 2 * _forward_flops(*arguments)
 
 
@@ -112,6 +112,6 @@ def _by_reference(
     return reference.grouped_gemm(x, weight, offsets, **options), x.new_empty(0)  # its gradients need no h
 
 
-register_derivatives("madkernels::grouped_gemm", ("x", "weight", "bias"), _by_reference)
+register_derivatives("madkernels::grouped_gemm", ("x", "weight", "bias"), _by_reference, only_kept=("h",))
 register_autocast("madkernels::grouped_gemm", activations=("x", "weight", "bias"))
 register_vmap_one_by_one("madkernels::grouped_gemm", op=_forward_and_keep)

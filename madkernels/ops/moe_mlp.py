@@ -105,7 +105,7 @@ def _forward_fake(
 
 @torch.library.register_fake("madkernels::moe_mlp_backward")
 def _backward_fake(
-    dy: Tensor, dh: None, x: Tensor, weights: Tensor, slots: Tensor, rows: Tensor, offsets: Tensor, gate_up: Tensor,
+    dy: Tensor, x: Tensor, weights: Tensor, slots: Tensor, rows: Tensor, offsets: Tensor, gate_up: Tensor,
     down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -129,7 +129,7 @@ def _forward_flops(
 
 
 @register_flop_formula(torch.ops.madkernels.moe_mlp_backward)
-def _backward_flops(dy: Any, dh: Any, *arguments: Any, **options: Any) -> int:
+def _backward_flops(dy: Any, *arguments: Any, **options: Any) -> int:
     return 2 * _forward_flops(*arguments)
 
 
@@ -150,7 +150,7 @@ def _by_reference(
 
 
 _DIFFERENTIABLE = ("x", "weights", "gate_up", "down", "gate_up_bias", "down_bias")
-register_derivatives("madkernels::moe_mlp", _DIFFERENTIABLE, _by_reference)
+register_derivatives("madkernels::moe_mlp", _DIFFERENTIABLE, _by_reference, only_kept=("h",))
 register_autocast("madkernels::moe_mlp", activations=("x", "gate_up", "down", "gate_up_bias", "down_bias"))
 register_vmap_one_by_one("madkernels::moe_mlp", op=_forward_and_keep)
 keep_under_recomputation("madkernels::moe_mlp")

@@ -109,7 +109,9 @@ class _WithForwardMode(torch.library.Library):
         return super().impl(op_name, kernel, *rest, **options)  # type: ignore[no-untyped-call]
 
 
-def register_derivatives(name: str, differentiable: Sequence[str], by_reference: Callable[..., Any]) -> None:
+def register_derivatives(
+    name: str, differentiable: Sequence[str], by_reference: Callable[..., Any], only_kept: Sequence[str] = ()
+) -> None:
     """Reverse, second and forward derivatives of an op, from its schema and that of its backward, `<name>_backward`.
 
     The backward takes the gradients of the op's first two results (of the second None where it is not used), then arguments
@@ -119,11 +121,13 @@ def register_derivatives(name: str, differentiable: Sequence[str], by_reference:
         name: of the op.
         differentiable: its arguments whose gradients the backward gives, in this order; an empty one where one is absent.
         by_reference: takes the op's arguments and gives its results; those that the backward does not take have defaults.
+        only_kept: results that are there for the backward alone, which has no gradients of them.
     """
     backward = overload(f"{name}_backward")
     given = [a.name for a in overload(name)._schema.arguments]
     results = [r.name for r in overload(name)._schema.returns]
-    taken = [a.name for a in backward._schema.arguments][2:]
+    seeds = [f"gradient of {name}" for name in results[:2] if name not in only_kept]
+    taken = [a.name for a in backward._schema.arguments][len(seeds) :]
     tensors = {a.name for a in backward._schema.arguments if "Tensor" in str(a.type)}
 
     def keep(ctx: Any, values: dict[str, Any]) -> None:
@@ -140,7 +144,7 @@ def register_derivatives(name: str, differentiable: Sequence[str], by_reference:
 
         def call(arguments: Sequence[Any]) -> Sequence[Tensor]:
             replaced = values | dict(zip(differentiable, arguments, strict=True))
-            found: Sequence[Tensor] = by_reference(*(replaced[key] for key in rest))[:2]
+            found: Sequence[Tensor] = by_reference(*(replaced[key] for key in rest))[: len(seeds)]
             return found
 
         return call
@@ -148,39 +152,40 @@ def register_derivatives(name: str, differentiable: Sequence[str], by_reference:
     def save(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
         values = dict(zip(given, inputs, strict=True)) | dict(zip(results, output, strict=True))
         keep(ctx, {key: values[key] for key in taken})
+        ctx.mark_non_differentiable(*(values[key] for key in only_kept))
+        ctx.out = output[0].shape, output[0].dtype
         ctx.set_materialize_grads(False)
 
-    def gradient(ctx: Any, dout: Tensor | None, dstate: Tensor | None, *_: None) -> tuple[Any, ...]:
+    def gradient(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
         values = kept(ctx, taken)
         if dout is None:
-            dout = torch.zeros_like(values.get(results[0], values[differentiable[0]]))
-        if dstate is not None and dstate.shape == (0,):  # of a state that was not asked for, which comes back empty
-            dstate = None
-        found = several(backward(dout, dstate, *values.values()))
+            shape, dtype = ctx.out
+            dout = values[differentiable[0]].new_zeros(shape, dtype=dtype)
+        # Of a state that was not asked for, which comes back empty, there is none.
+        further = [None if t is None or t.shape == (0,) else t for t in others[: len(seeds) - 1]]
+        found = several(backward(dout, *further, *values.values()))
         gradients = dict(zip(differentiable, found, strict=True))
         return tuple(None if values.get(key) is None else gradients.get(key) for key in given)
 
     def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-        keep(ctx, dict(zip((_DOUT, _DSTATE, *taken), inputs, strict=True)))
+        keep(ctx, dict(zip((*seeds, *taken), inputs, strict=True)))
 
     def second_gradient(ctx: Any, *weights: Tensor) -> tuple[Any, ...]:
-        values = kept(ctx, (_DOUT, _DSTATE, *taken))
-        arguments, seeds = [values[key] for key in differentiable], [values[_DOUT], values[_DSTATE]]
-        cotangents, found = differentiate_gradient(function(values), arguments, seeds, weights)
+        values = kept(ctx, (*seeds, *taken))
+        arguments, given = [values[key] for key in differentiable], [values[key] for key in seeds]
+        cotangents, found = differentiate_gradient(function(values), arguments, given, weights)
         gradients = dict(zip(differentiable, found, strict=True))
         return (*cotangents, *(gradients.get(key) for key in taken))
 
-    def gradient_by_reference(dout: Tensor, dstate: Tensor | None, *inputs: Any) -> Sequence[Tensor] | Tensor:
-        values = dict(zip(taken, inputs, strict=True))
-        found = differentiate(function(values), [values[key] for key in differentiable], dout, dstate)
+    def gradient_by_reference(*inputs: Any) -> Sequence[Tensor] | Tensor:
+        values = dict(zip((*seeds, *taken), inputs, strict=True))
+        arguments, given = [values[key] for key in differentiable], [values.pop(key) for key in seeds]
+        found = differentiate(function(values), arguments, given)
         return found if len(found) > 1 else found[0]
 
-    tensors |= {_DOUT, _DSTATE}
+    tensors |= set(seeds)
     register_gradient(name, gradient, save, by_reference)
     register_gradient(f"{name}_backward", second_gradient, save_backward, gradient_by_reference)
-
-
-_DOUT, _DSTATE = "gradient of the first result", "gradient of the second result"
 
 
 def several(found: Sequence[Tensor] | Tensor) -> Sequence[Tensor]:
@@ -199,14 +204,15 @@ def refuse_tangents(name: str, *values: Any) -> None:
 
 
 def differentiate(
-    function: Function, arguments: Sequence[Tensor | None], dout: Tensor, dstate: Tensor | None
+    function: Function, arguments: Sequence[Tensor | None], seeds: Sequence[Tensor | None]
 ) -> Sequence[Tensor]:
-    """The gradients of ``dout out + dstate state``, the results of `function`, as the ops return them: empty where an
-    argument is absent. They can be differentiated again."""
+    """The gradients of the results of `function`, each times its seed, as the ops return them: empty where an argument is
+    absent. They can be differentiated again."""
     with torch.enable_grad():
         inputs = [_differentiable(t) for t in arguments]
-        found = iter(_gradients(function, inputs, [dout, dstate]))
-    return tuple(dout.new_empty(0) if t is None else next(found) for t in arguments)
+        found = iter(_gradients(function, inputs, seeds))
+    empty = next(t for t in seeds if t is not None).new_empty(0)
+    return tuple(empty if t is None else next(found) for t in arguments)
 
 
 def _gradients(function: Function, inputs: Sequence[Any], seeds: Sequence[Tensor | None]) -> Sequence[Tensor]:

@@ -26,12 +26,12 @@ def grouped_gemm(
 ) -> Tensor:
     """The meaning of :func:`madkernels.grouped_gemm`; computes in the widest dtype of its inputs, at least float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    matrices = (weight.mT if transpose else weight).to(wide)
+    matrices = (weight if transpose else weight.mT).to(wide)  # (groups, inputs, outputs)
+    biases = matrices.new_zeros(weight.shape[0], matrices.shape[2]) if bias is None else bias.to(wide)
     rows = x.to(wide) if gather is None else _gathered(x.to(wide), gather)
-    parts = [rows.new_zeros(0, matrices.shape[1])]
-    for group, (begin, end) in enumerate(document_bounds(offsets)):
-        h = rows[begin:end] @ matrices[group].T
-        parts.append(h if bias is None else h + bias[group].to(wide))
+    parts = [rows.new_zeros(0, matrices.shape[2])]
+    for (begin, end), matrix, shift in zip(document_bounds(offsets), matrices, biases, strict=True):
+        parts.append(rows[begin:end] @ matrix + shift)
     y = activate(activation, torch.cat(parts))
     before, behind = int(offsets[0]), len(rows) - int(offsets[-1])
     return torch.cat([y.new_zeros(before, y.shape[1]), y, y.new_zeros(behind, y.shape[1])]).to(x.dtype)

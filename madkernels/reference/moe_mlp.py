@@ -28,16 +28,13 @@ def moe_mlp(
 ) -> Tensor:
     """The meaning of :func:`madkernels.moe_mlp`; computes in the widest dtype of its inputs, at least float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    weights = plan.weights.to(wide).flatten()
-    y = torch.zeros_like(x, dtype=wide)
-    for expert, (begin, end) in enumerate(document_bounds(plan.offsets)):
+    first_bias = x.new_zeros(gate_up.shape[:2]) if gate_up_bias is None else gate_up_bias
+    second_bias = x.new_zeros(down.shape[:2]) if down_bias is None else down_bias
+    rows, weights, y = x.to(wide), plan.weights.to(wide).flatten(), torch.zeros_like(x, dtype=wide)
+    matrices = (t.to(wide) for t in (gate_up, first_bias, down, second_bias))
+    for (begin, end), first, b, second, c in zip(document_bounds(plan.offsets), *matrices, strict=True):
         slots = plan.slots[begin:end].long()
         tokens = slots // plan.weights.shape[1]
-        h = x.to(wide)[tokens] @ gate_up[expert].to(wide).T
-        if gate_up_bias is not None:
-            h = h + gate_up_bias[expert].to(wide)
-        out = activate(activation, h) @ down[expert].to(wide).T
-        if down_bias is not None:
-            out = out + down_bias[expert].to(wide)
+        out = activate(activation, rows[tokens] @ first.T + b) @ second.T + c
         y = y.index_add(0, tokens, weights[slots].unsqueeze(-1) * out)
     return y.to(x.dtype)

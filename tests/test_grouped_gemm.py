@@ -1,0 +1,142 @@
+"""What only grouped_gemm has; tests/test_op_contract.py has what every op promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases.grouped_gemm import CASE, offsets_of
+from checks import check, relative_rms
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from madkernels import grouped_gemm, reference
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def offsets(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def drawn(rows: int = 20, groups: int = 3, outputs: int = 6, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {
+        "x": torch.randn(rows, 4, dtype=dtype),
+        "weight": torch.randn(groups, outputs, 4, dtype=dtype),
+        "bias": torch.randn(groups, outputs, dtype=dtype),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("widths", [(1, 1), (7, 40), (40, 7), (129, 1000), (1000, 129), (33, 47), (16, 49)], ids=str)
+def test_any_widths(widths: tuple[int, int], dtype: torch.dtype) -> None:
+    """Odd numbers of outputs too, which only an activation without a gate can have."""
+    inputs, outputs = widths
+    given = {
+        "x": torch.randn(70, inputs),
+        "weight": torch.randn(3, outputs, inputs) / inputs**0.5,
+        "bias": torch.randn(3, outputs),
+    }
+    given = {k: t.to(dtype) for k, t in given.items()}
+    for activation in (None, "silu"):
+        check(
+            lambda **t: (grouped_gemm(**t, offsets=offsets(1, 1, 40, 66), activation=activation),),  # noqa: B023
+            lambda **t: (reference.grouped_gemm(**t, offsets=offsets(1, 1, 40, 66), activation=activation),),  # noqa: B023
+            given,
+            slack=CASE.slack(dtype),
+        )
+
+
+def test_transposed_weights_are_the_same_in_any_layout() -> None:
+    given = drawn(dtype=torch.float64)
+    plain = grouped_gemm(**given, offsets=offsets(0, 5, 5, 20))
+    for matrices in (given["weight"].mT, given["weight"].mT.contiguous()):
+        assert (
+            relative_rms(grouped_gemm(**given | {"weight": matrices}, offsets=offsets(0, 5, 5, 20), transpose=True), plain)
+            < 1e-15
+        )
+
+
+def test_rows_of_no_group_are_zero() -> None:
+    """Whatever they hold, and so are their gradients."""
+    given = drawn()
+    given["x"][:2], given["x"][18:] = torch.nan, torch.inf
+    leaves = {k: t.requires_grad_() for k, t in given.items()}
+    y = grouped_gemm(**leaves, offsets=offsets(2, 9, 9, 18), activation="swiglu")
+    assert y[:2].eq(0).all()
+    assert y[18:].eq(0).all()
+    grads = torch.autograd.grad(y.square().sum(), list(leaves.values()))
+    assert grads[0][:2].eq(0).all()
+    assert grads[0][18:].eq(0).all()
+    assert all(g.isfinite().all() for g in grads)
+    assert grads[1][1].eq(0).all()  # of a group without rows
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_special_values_stay_in_their_row(value: float) -> None:
+    given = drawn()
+    plain = grouped_gemm(**given, offsets=offsets(0, 9, 9, 20), activation="swiglu")
+    given["x"][5, 1] = value
+    y, exact = (
+        f(**given, offsets=offsets(0, 9, 9, 20), activation="swiglu") for f in (grouped_gemm, reference.grouped_gemm)
+    )
+    others = torch.arange(20) != 5
+    assert torch.equal(y[others], plain[others])
+    assert torch.equal(y.isnan(), exact.isnan())
+
+
+def test_groups_do_not_depend_on_each_other() -> None:
+    """All rows in one group, or in many: the bits of a row are the same."""
+    x, weight = torch.randn(1200, 60), torch.randn(60, 60)
+    alone = grouped_gemm(x, weight.expand(1, 60, 60), offsets(0, 1200))
+    apart = grouped_gemm(x, weight.expand(5, 60, 60), offsets(0, 0, 1, 700, 700, 1200))
+    assert torch.equal(alone, apart)
+
+
+def test_a_row_can_be_gathered_often() -> None:
+    x, weight = torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
+    gather = offsets(2, 2, -1, 0, 2, 0)
+
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        return grouped_gemm(x, weight, offsets(0, 4, 6), gather=gather, activation="silu")
+
+    assert torch.autograd.gradcheck(call, (x.requires_grad_(), weight.requires_grad_()))
+    assert call(x, weight)[2].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offsets": offsets(-1, 5, 9, 20)}, "offsets starts with -1; expected 0 at least"),
+        ({"offsets": offsets(0, 9, 5, 20)}, "offsets falls from 9 to 5 at index 2"),
+        ({"offsets": offsets(0, 5, 9, 21)}, "offsets ends with 21; there are 20 rows"),
+        ({"offsets": offsets(0, 20)}, r"offsets has shape \(2,\); expected \(4,\)"),
+        ({"offsets": offsets(0, 5, 9, 20).long()}, "offsets has dtype int64; with x in float32 it takes int32"),
+        ({"gather": offsets(*[20] * 20)}, "gather names 20; expected -1 to 19"),
+        ({"gather": offsets(*[0] * 20).long()}, "gather has dtype int64"),
+        ({"activation": "tanh"}, 'activation is "tanh"; it takes silu, gelu, relu, relu2, swiglu, geglu, reglu, or None'),
+    ],
+)
+def test_refusals(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"grouped_gemm: {message}"):
+        grouped_gemm(**drawn() | {"offsets": offsets(0, 5, 9, 20)} | change)
+
+
+def test_h_is_kept_for_a_backward_alone() -> None:
+    given = [drawn()[k] for k in ("x", "weight")]
+    arguments = (offsets_of(20, 3), None, None, "silu", False)
+    assert torch.ops.madkernels.grouped_gemm(*given, *arguments, False)[1].shape == (0,)
+    y, h = torch.ops.madkernels.grouped_gemm(given[0].requires_grad_(), given[1], *arguments, True)
+    assert h.shape == (20, 6)
+    assert y.requires_grad
+    assert not h.requires_grad
+
+
+def test_flops_are_counted() -> None:
+    given = {k: t.requires_grad_() for k, t in drawn().items()}
+    with FlopCounterMode(display=False) as counter:
+        y = grouped_gemm(**given, offsets=offsets(0, 5, 9, 20), activation="swiglu")
+        assert counter.get_total_flops() == 2 * 20 * 6 * 4
+        y.sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 20 * 6 * 4
