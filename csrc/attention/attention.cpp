@@ -109,6 +109,17 @@ void run_backward(const Arguments& a, const AttentionBackward& q) {
   gpu::attention_backward(q, static_cast<float*>(workspace.data_ptr()), on.stream());
 }
 
+// Enough for any lengths, which lie on the device.
+int64_t step_ranges(const char* op, const AttentionStep& p) {
+  MK_CHECK(most(p.head_dim, p.value_dim) <= kMostHeadDimOnGpu, op, ": a head_dim is ", most(p.head_dim, p.value_dim),
+           "; a GPU takes up to ", kMostHeadDimOnGpu);
+  MK_CHECK(p.capacity <= kMostStepsOnGpu, op, ": the cache holds ", p.capacity, " positions; a GPU takes up to ",
+           kMostStepsOnGpu);
+  return most<int64_t>(1, ceil_div(least(p.capacity, p.left + 1), kStepRangeOnGpu));
+}
+
+void run_step(const AttentionStep& p, const Tensor& q) { gpu::attention_step(p, OnDevice(q).stream()); }
+
 #else
 
 // ---- the CPU's work ----
@@ -222,10 +233,8 @@ void run_backward(const Arguments& a, const AttentionBackward& q) {
   in_rounds(a, splits_of(p), [&](const AttentionWork& work) { return kernels.bytes(q, work); }, run);
 }
 
-// Positions that the query of some sequence sees, at most. Looks at the lengths and the pages, which costs no
-// synchronisation here.
-int64_t longest_seen(const char* op, const AttentionStep& p, int64_t pages) {
-  int64_t longest = 0;
+// Looks at the lengths and the pages, which costs no synchronisation here.
+void check_cache(const char* op, const AttentionStep& p) {
   for (int64_t b = 0; b < p.batch; b++) {
     MK_CHECK(p.cache_seqlens[b] >= 0, op, ": cache_seqlens[", b, "] is ", p.cache_seqlens[b], "; expected 0 at least");
     const Span seen = p.seen(b);
@@ -233,11 +242,26 @@ int64_t longest_seen(const char* op, const AttentionStep& p, int64_t pages) {
              p.capacity, "; take a longer one, or a window");
     for (int64_t t = seen.begin; p.block_table && t < seen.end; t += p.page_size - t % p.page_size) {
       const int32_t page = p.page(b, p.slot(t));
-      MK_CHECK(page >= 0 && page < pages, op, ": block_table names page ", page, " for sequence ", b, "; there are ", pages);
+      MK_CHECK(page >= 0 && page < p.pages, op, ": block_table names page ", page, " for sequence ", b, "; there are ",
+               p.pages);
     }
-    longest = most(longest, seen.length());
   }
-  return longest;
+}
+
+int64_t step_ranges(const char* op, const AttentionStep& p) {
+  check_cache(op, p);
+  int64_t longest = 1;
+  for (int64_t b = 0; b < p.batch; b++) longest = most(longest, p.seen(b).length());
+  return ceil_div(longest, attention_step_cpu().range);
+}
+
+void run_step(const AttentionStep& p, const Tensor&) {
+  const AttentionStepKernels& kernels = attention_step_cpu();
+  kernels.append(p);
+  torch::stable::parallel_for(0, p.batch * p.ranges, grain(kernels.range * p.heads * (p.head_dim + p.value_dim) / 8),
+                              [&](int64_t begin, int64_t end) { kernels.attend(p, begin, end); });
+  torch::stable::parallel_for(0, p.batch * p.heads, grain(p.ranges * p.value_dim),
+                              [&](int64_t begin, int64_t end) { kernels.join(p, begin, end); });
 }
 
 #endif
@@ -295,8 +319,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv, torch::stable::to(dbias, type), alibi_slopes ? sum_parts(slopes, 0) : empty({0}, wide, q)};
 }
 
-#if !MADKERNELS_GPU
-
 // One query a sequence over a cache, into which its key and value go first, if given.
 // -> out (batch, heads, value_dim), lse (batch, heads)
 std::tuple<Tensor, Tensor> attention_step(Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor k, OptionalTensor v,
@@ -332,6 +354,7 @@ std::tuple<Tensor, Tensor> attention_step(Tensor q, Tensor k_cache, Tensor v_cac
   }
   MK_CHECK(!block_table || length >= 1, op, ": k_cache has pages of 0 positions; expected 1 at least");
   p.page_size = block_table ? length : 0, p.capacity = block_table ? block_table->size(1) * length : length;
+  p.pages = rows;
   p.left = reach(op, "left", left, int64_t{1} << 40);
   set_scores(op, p, softmax_scale, softcap);
 
@@ -342,23 +365,14 @@ std::tuple<Tensor, Tensor> attention_step(Tensor q, Tensor k_cache, Tensor v_cac
   p.k_cache = heads_of(k_cache), p.v_cache = heads_of(v_cache);
   p.block_table = static_cast<const int32_t*>(data_or_null(table));
   p.cache_seqlens = static_cast<const int32_t*>(lengths.data_ptr()), p.alibi_slopes = data_or_null(slopes);
-  const int64_t longest = longest_seen(op, p, rows);
-
-  const AttentionStepKernels& kernels = attention_step_cpu();
+  p.ranges = step_ranges(op, p);
   const ScalarType wide = checks.accumulate_type();
-  p.ranges = most<int64_t>(1, ceil_div(longest, kernels.range));
   Tensor out = empty({p.batch, p.heads, p.value_dim}, q.scalar_type(), q), lse = empty({p.batch, p.heads}, wide, q);
   const Tensor partials = empty({p.batch, p.heads, p.ranges, p.value_dim + 2}, wide, q);
   p.out = out.data_ptr(), p.lse = lse.data_ptr(), p.partials = partials.data_ptr();
-  kernels.append(p);
-  torch::stable::parallel_for(0, p.batch * p.ranges, grain(kernels.range * p.heads * (p.head_dim + p.value_dim) / 8),
-                              [&](int64_t begin, int64_t end) { kernels.attend(p, begin, end); });
-  torch::stable::parallel_for(0, p.batch * p.heads, grain(p.ranges * p.value_dim),
-                              [&](int64_t begin, int64_t end) { kernels.join(p, begin, end); });
+  run_step(p, q);
   return {out, lse};
 }
-
-#endif
 
 }  // namespace
 
@@ -372,21 +386,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
       "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, "
       "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, int? left, int? right, float? softmax_scale, "
       "float? softcap, Tensor out, Tensor lse) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dalibi_slopes)");
-#if !MADKERNELS_GPU
   m.def(
       "attention_step(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor cache_seqlens, "
       "Tensor? block_table, Tensor? alibi_slopes, int? left, float? softmax_scale, float? softcap) "
       "-> (Tensor out, Tensor lse)");
-#endif
 }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(MADKERNELS_LIBRARY, MADKERNELS_KEY, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
-#if !MADKERNELS_GPU
   m.impl("attention_step", TORCH_BOX(&attention_step));
-#endif
 }
 
 }  // namespace madkernels

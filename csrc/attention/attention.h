@@ -100,6 +100,7 @@ struct AttentionStep {
   const void *k, *v;             // [batch, kv_heads, head_dim]: of the query's position, or null where the cache has them
   Heads k_cache, v_cache;        // [batch, capacity, kv_heads, head_dim], or [pages, page_size, ...]; head_dim dense
   int64_t capacity, page_size;   // page_size 0: no pages
+  int64_t pages;                 // in all
   const int32_t* block_table;    // [batch, capacity / page_size] or null
   const int32_t* cache_seqlens;  // [batch]: positions in the cache before the call
   const void* alibi_slopes;      // [batch, heads] or null; accumulation type
@@ -113,6 +114,10 @@ struct AttentionStep {
   MADKERNELS_ANYWHERE Span seen(int64_t b) const {
     const int64_t end = cache_seqlens[b] + (k ? 1 : 0);
     return {b, b, most<int64_t>(0, end - 1 - left), end};
+  }
+  // On a GPU nobody has looked at the lengths.
+  MADKERNELS_ANYWHERE bool holds(const Span& seen) const {
+    return cache_seqlens[seen.doc] >= 0 && seen.length() <= capacity;
   }
   MADKERNELS_ANYWHERE int64_t slot(int64_t position) const { return position < capacity ? position : position % capacity; }
   MADKERNELS_ANYWHERE int32_t page(int64_t b, int64_t slot) const {
@@ -213,6 +218,7 @@ MADKERNELS_DECLARE_CPU_KERNELS(AttentionBackwardKernels, attention_backward)
 
 constexpr int64_t kMostHeadDimOnGpu = 256;
 constexpr int64_t kMostStepsOnGpu = int64_t{1} << 30;  // queries and keys together: distances are int
+constexpr int64_t kStepRangeOnGpu = 256;               // positions of a block of attention_step
 
 namespace gpu {
 // float32, bfloat16 and float16; left and right are at most queries + keys.
@@ -220,6 +226,7 @@ void attention_forward(const Attention& p, void* stream);
 // dalibi_parts: [attention_slope_parts, batch, heads], zeroed. workspace: floats, [2, batch, heads, queries].
 void attention_backward(const AttentionBackward& q, float* workspace, void* stream);
 int64_t attention_slope_parts(const Attention& p);
+void attention_step(const AttentionStep& p, void* stream);
 }  // namespace gpu
 
 }  // namespace madkernels
