@@ -56,7 +56,7 @@ CASE = OpCase(
     kind=RouteCase,
     sizes=("experts",),
     adapt=in_tensors,
-    integers=lambda inputs, options: {"top_k": options["top_k"], "groups": 1, "top_groups": 1},
+    further=lambda inputs, options: {"top_k": options["top_k"], "groups": 1, "top_groups": 1},
     variants=(
         {"top_k": 2},
         {"top_k": 3, "score": "sigmoid"},
