@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from madkernels.ops.fft_conv import fft_conv as fft_conv, fft_conv_step as fft_conv_step
     from madkernels.ops.grouped_gemm import grouped_gemm as grouped_gemm
     from madkernels.ops.moe_mlp import moe_mlp as moe_mlp
+    from madkernels.ops.moe_route import (
+        RoutingPlan as RoutingPlan,
+        moe_combine as moe_combine,
+        moe_dispatch as moe_dispatch,
+        moe_route as moe_route,
+    )
     from madkernels.ops.selective_scan import selective_scan as selective_scan, selective_scan_step as selective_scan_step
 
 OPS: dict[str, tuple[str, ...]] = {  # each with its public functions; an op's name is that of its files
@@ -22,6 +28,7 @@ OPS: dict[str, tuple[str, ...]] = {  # each with its public functions; an op's n
     "fft_conv": ("fft_conv", "fft_conv_step"),
     "grouped_gemm": ("grouped_gemm",),
     "moe_mlp": ("moe_mlp",),
+    "moe_route": ("moe_route", "moe_dispatch", "moe_combine", "RoutingPlan"),
     "selective_scan": ("selective_scan", "selective_scan_step"),
 }
 _OWNERS = {function: op for op, functions in OPS.items() for function in functions}

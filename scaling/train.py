@@ -33,6 +33,7 @@ from madkernels.fused import linear_cross_entropy
 from madkernels.models import HybridLM, counting
 from madkernels.models.causality import check_layers_from_outside
 from madkernels.models.init import parameter_groups
+from madkernels.models.layers.moe import balance_experts
 from madkernels.models.lm import Place
 from madkernels.ops.registration import kept_under_recomputation
 from madkernels.runs.engines import Diverged
@@ -233,6 +234,7 @@ class _Trainer:
         total = self.mean(total)
         if self.guard.allows(float(total), float(norm)):
             self.optimizer.step()
+            balance_experts(self.objective)
         elif self.guard.in_a_row >= PATIENCE:
             raise Diverged(f"{PATIENCE} steps in a row skipped; at step {self.step} the loss is {float(total)}")
         self.optimizer.zero_grad(set_to_none=True)

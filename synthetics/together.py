@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from madkernels.models.causality import layers_from_outside
 from madkernels.models.init import parameter_groups
+from madkernels.models.layers.moe import balance_experts
 from madkernels.runs.engines import Diverged, Refused
 from madkernels.synthetics.honesty import check_scored, loaded
 from madkernels.synthetics.protocol import Run
@@ -219,6 +220,7 @@ class Stack:
                 p.mul_(p.new_tensor(shrinks).view(shape))
             direction = (m.first / first_share) / ((m.second / second_share).sqrt() + ADAM_EPS)
             p.sub_(p.new_tensor(lrs).view(shape) * direction)
+        balance_experts(self.one, self.buffers)
 
     @torch.no_grad()
     def measure(self, splits: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:

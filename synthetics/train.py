@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from madkernels.models import AutoEncoder, HybridLM
 from madkernels.models.init import parameter_groups
+from madkernels.models.layers.moe import balance_experts
 from madkernels.runs.engines import Diverged
 from madkernels.synthetics.honesty import check_scored
 from madkernels.synthetics.protocol import Run, Training
@@ -91,6 +92,7 @@ def train(run: Run, on_epoch: Callable[[int, dict[str, float]], None] | None = N
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            balance_experts(model)
             schedule.step()
             total += loss.detach() * len(batch)
         point = {"loss": float(total) / len(inputs)}

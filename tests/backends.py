@@ -62,7 +62,7 @@ def simulator() -> ctypes.CDLL:
     [library] = native.build("simulated_ops").rglob("simulated_ops.so")
     torch.ops.load_library(str(library))
     found = {name.removesuffix("_backward").removesuffix("_step") for name in registered_names()}
-    assert found == set(native.ops_on_gpus())  # others would run on the CPU, and pass
+    assert found >= set(native.ops_on_gpus())  # others would run on the CPU, and pass
     core().simulator_set_races(1)
     return core()
 

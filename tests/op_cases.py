@@ -67,6 +67,7 @@ class OpCase:
     has_second: Callable[[Options], bool] = lambda options: True  # whether with these options it can be asked for
     result_axes: tuple[int, int] = (1, 0)  # along which results of documents come one after another
     offsets: tuple[str, ...] = ("cu_seqlens",)  # the arguments that take the offsets of documents; none where it has none
+    keeps_dtype: bool = False  # whether it is no matter of autocast
 
     shapes: tuple[Shape, ...]  # around every edge of the kernels' tiles
     regimes: tuple[Shape, ...]  # sizes, one for each way to compute the op: for what has to hold in each

@@ -16,7 +16,7 @@ from torch import Tensor
 from madkernels import attention, attention_step, reference
 
 pytestmark = pytest.mark.usefixtures("backend")
-on_cpu = pytest.mark.backends("cpu")  # where alone steps run, and float64
+on_cpu = pytest.mark.backends("cpu")  # where lengths of sequences in a cache are looked at, and float64
 
 
 def drawn(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -261,7 +261,6 @@ def check_step(inputs: dict[str, Tensor], **options: Any) -> None:
         assert torch.equal(given[name].double(), wanted[name])
 
 
-@on_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "window"), [(4, 2, 64, None), (6, 1, 59, 5), (3, 3, 7, 300), (8, 2, 128, 1)]
@@ -280,7 +279,6 @@ def test_step_of_unequal_lengths(heads: int, kv_heads: int, head_dim: int, windo
     assert all(relative_rms(a, b) <= 2 * torch.finfo(dtype).eps for a, b in zip(found, exact, strict=True))
 
 
-@on_cpu
 def test_step_in_pages_equals_the_whole() -> None:
     lengths = torch.tensor([0, 7, 30, 47], dtype=torch.int32)
     whole = cache(4, 48, 4, 2, 16, torch.float32)
@@ -297,7 +295,6 @@ def test_step_in_pages_equals_the_whole() -> None:
     )
 
 
-@on_cpu
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("capacity", [6, 8, 40])
 def test_step_by_step_equals_the_whole(capacity: int, window: int | None) -> None:
@@ -316,7 +313,6 @@ def test_step_by_step_equals_the_whole(capacity: int, window: int | None) -> Non
     assert relative_rms(torch.stack(found, 1), wanted) < 1e-6
 
 
-@on_cpu
 def test_step_without_a_new_key_sees_the_cache_alone() -> None:
     inputs = cache(2, 20, 4, 2, 16, torch.float32)
     lengths = torch.tensor([0, 11], dtype=torch.int32)
@@ -351,7 +347,6 @@ def test_step_refusals(change: dict[str, Any], message: str) -> None:
         attention_step(**inputs | change)
 
 
-@on_cpu
 def test_opcheck_step() -> None:
     inputs = cache(2, 9, 4, 2, 8, torch.float32)
     lengths = torch.tensor([0, 5], dtype=torch.int32)

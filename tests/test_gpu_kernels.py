@@ -13,7 +13,7 @@ from checks import relative_rms, transposed, with_gradients
 from op_cases import Inputs, OpCase, changed, offsets_of
 from torch import Tensor
 
-from madkernels import causal_conv, fft_conv, selective_scan
+from madkernels import attention_step, causal_conv, fft_conv, selective_scan
 
 pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.backends("ptx")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,6 +62,20 @@ def packed_case(op: OpCase, lengths: tuple[int, ...], *sizes: int) -> Run:
     return run
 
 
+def attention_steps(heads: int, kv_heads: int, head_dim: int) -> Run:
+    """Two sequences, of which one takes two blocks a head."""
+
+    def run(dtype: torch.dtype) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = (2, heads, head_dim), *[(2, 300, kv_heads, head_dim)] * 2, *[(2, kv_heads, head_dim)] * 2
+        q, k_cache, v_cache, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+        lengths = torch.tensor([40, 299], dtype=torch.int32)
+        out, lse = attention_step(q, k_cache, v_cache, k, v, cache_seqlens=lengths, return_lse=True)
+        return {"out": out, "lse": lse, "k_cache": k_cache, "v_cache": v_cache}
+
+    return run
+
+
 def on_one_multiprocessor(run: Run) -> Run:
     """On a GPU so small that a block takes several sequences."""
 
@@ -90,6 +104,9 @@ CASES: dict[str, Run] = {
     "attention of 70": case(ATTENTION, 1, 70, 70, 1, 1, 65),
     "attention of 130": case(ATTENTION, 1, 70, 130, 1, 1, 5),
     "attention of documents": packed_case(ATTENTION, (5, 1, 0, 64, 33), 20, 2, 2, 20),
+    "attention step of one head": attention_steps(2, 2, 20),
+    "attention step of four heads": attention_steps(4, 1, 70),
+    "attention step of six heads": attention_steps(6, 1, 40),
     "long convolution of documents": on_one_multiprocessor(packed_case(LONG, (80, 800, 20), 2, 2, 500)),
 }
 SEEDED = (("reverse", 0), ("warps", 7), ("lanes", 11), ("lanes", 12))

@@ -7,7 +7,16 @@ import itertools
 import torch
 from torch import Tensor
 
-from madkernels import attention, causal_conv, causal_conv_step, fft_conv, fft_conv_step, selective_scan, selective_scan_step
+from madkernels import (
+    attention,
+    attention_step,
+    causal_conv,
+    causal_conv_step,
+    fft_conv,
+    fft_conv_step,
+    selective_scan,
+    selective_scan_step,
+)
 
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -74,6 +83,16 @@ def attend(dtype: torch.dtype, queries: int, keys: int, head_dim: int, docs: lis
         (out.float().sum() + lse.clamp(min=0).sum()).backward()
 
 
+def attend_once(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
+    q, k, v = (leaf(2, n, head_dim, dtype=dtype).detach() for n in (heads, kv_heads, kv_heads))
+    lengths = torch.tensor([40, 299], dtype=torch.int32, device=DEVICE)
+    whole = [leaf(2, 300, kv_heads, head_dim, dtype=dtype).detach() for _ in range(2)]
+    attention_step(q, *whole, k, v, cache_seqlens=lengths, window=280, softcap=3.0, alibi_slopes=leaf(heads).detach())
+    pages = [cache.reshape(60, 10, kv_heads, head_dim) for cache in whole]
+    table = torch.arange(60, dtype=torch.int32, device=DEVICE).flip(0).view(2, 30)
+    attention_step(q, *pages, k, v, cache_seqlens=lengths, block_table=table)
+
+
 def main() -> None:
     for dtype, (seqlen, dstate) in itertools.product(DTYPES, ((41, 16), (70, 19), (900, 3))):
         scan(dtype, 2, seqlen, 67, dstate)
@@ -89,6 +108,8 @@ def main() -> None:
     ):
         attend(dtype, queries, keys, head_dim)
     attend(torch.bfloat16, 100, 100, 64, [0, 40, 40, 100])
+    for dtype, (heads, kv_heads, head_dim) in itertools.product(DTYPES, ((2, 2, 64), (8, 2, 59), (6, 1, 128))):
+        attend_once(dtype, heads, kv_heads, head_dim)
 
 
 if __name__ == "__main__":

@@ -109,14 +109,25 @@ void run_backward(const Arguments& a, const AttentionBackward& q) {
   gpu::attention_backward(q, static_cast<float*>(workspace.data_ptr()), on.stream());
 }
 
+// Enough for any lengths, which lie on the device.
+int64_t step_ranges(const char* op, const AttentionStep& p) {
+  MK_CHECK(most(p.head_dim, p.value_dim) <= kMostHeadDimOnGpu, op, ": a head_dim is ", most(p.head_dim, p.value_dim),
+           "; a GPU takes up to ", kMostHeadDimOnGpu);
+  MK_CHECK(p.capacity <= kMostStepsOnGpu, op, ": the cache holds ", p.capacity, " positions; a GPU takes up to ",
+           kMostStepsOnGpu);
+  return most<int64_t>(1, ceil_div(least(p.capacity, p.left + 1), kStepRangeOnGpu));
+}
+
+void run_step(const AttentionStep& p, const Tensor& q) { gpu::attention_step(p, OnDevice(q).stream()); }
+
 #else
 
 // ---- the CPU's work ----
 
-// Documents in parts of at most `length` steps.
-std::vector<Span> parts_of(const Documents& docs, int64_t length) {
+// Some documents in parts of at most `length` steps.
+std::vector<Span> parts_of(const Documents& docs, const Slice& some, int64_t length) {
   std::vector<Span> parts;
-  for (int64_t doc = 0; doc < docs.count; doc++) {
+  for (int64_t doc = some.begin; doc < some.end; doc++) {
     const Span whole = docs.span(doc);
     for (int64_t t = whole.begin; t < whole.end; t += length) {
       parts.push_back({doc, whole.batch, t, least(t + length, whole.end)});
@@ -135,21 +146,57 @@ int64_t usual_length(const Documents& docs) {
 // Operations of the products of one query with the keys of its document, all of them seen.
 int64_t operations(const Attention& p) { return (p.head_dim + p.value_dim) * usual_length(p.k_docs); }
 
+// Documents and key heads in rounds, each of which packs what stays in cache until it is used: of several documents all
+// heads, or of one document some. bytes(work): what a round packs.
+template <class F>
+std::vector<AttentionWork> rounds_of(const Attention& p, int64_t splits, F&& bytes) {
+  const int64_t most_bytes = (int64_t{4} << 20) * torch::stable::get_num_threads();
+  const auto round = [&](const Slice& docs, const Slice& heads) {
+    return AttentionWork{.docs = docs, .kv_heads = heads, .splits = splits};
+  };
+  std::vector<AttentionWork> rounds;
+  for (int64_t doc = 0; doc < p.k_docs.count;) {
+    const int64_t needed = bytes(round({doc, doc + 1}, {0, p.kv_heads}));
+    const int64_t heads = needed <= most_bytes ? p.kv_heads : most<int64_t>(1, p.kv_heads * most_bytes / needed);
+    int64_t end = doc + 1;
+    while (heads == p.kv_heads && end < p.k_docs.count && bytes(round({doc, end + 1}, {0, heads})) <= most_bytes) end++;
+    for (int64_t g = 0; g < p.kv_heads; g += heads) rounds.push_back(round({doc, end}, {g, least(p.kv_heads, g + heads)}));
+    doc = end;
+  }
+  return rounds;
+}
+
+// Calls run(work) for one round after another, with memory for what it packs.
+template <class F, class G>
+void in_rounds(const Arguments& a, int64_t splits, F&& bytes, G&& run) {
+  std::vector<AttentionWork> rounds = rounds_of(a.params, splits, bytes);
+  int64_t needed = 0;
+  for (const AttentionWork& work : rounds) needed = most<int64_t>(needed, bytes(work));
+  const Packed packed(needed, a.q);
+  for (AttentionWork& work : rounds) {
+    work.packed = packed.data();
+    run(work);
+  }
+}
+
+// Query heads of a round.
+int64_t heads_of(const Attention& p, const AttentionWork& work) { return work.kv_heads.length() * (p.heads / p.kv_heads); }
+
 void run_forward(const Arguments& a) {
   const Attention& p = a.params;
   const AttentionKernels& kernels = attention_cpu();
-  const std::vector<Span> q_parts = parts_of(p.q_docs, kernels.queries(p.dtype)), k_parts = parts_of(p.k_docs, kernels.keys);
-  const Packed packed(kernels.bytes(p), a.q);
-  const AttentionWork work{.q_parts = q_parts.data(),
-                           .k_parts = k_parts.data(),
-                           .q_part_count = count_of(q_parts),
-                           .k_part_count = count_of(k_parts),
-                           .splits = 1,
-                           .packed = packed.data()};
-  torch::stable::parallel_for(0, p.kv_heads * work.k_part_count, grain(kernels.keys * (p.head_dim + p.value_dim)),
-                              [&](int64_t begin, int64_t end) { kernels.pack_keys(p, work, begin, end); });
-  in_turns(p.heads * work.q_part_count, kernels.queries(p.dtype) * operations(p) / 8,
-           [&](const Turns& turns) { kernels.forward(p, work, turns); });
+  const auto run = [&](AttentionWork& work) {
+    const std::vector<Span> q_parts = parts_of(p.q_docs, work.docs, kernels.queries(p.dtype)),
+                            k_parts = parts_of(p.k_docs, work.docs, kernels.keys);
+    work.q_parts = q_parts.data(), work.q_part_count = count_of(q_parts);
+    work.k_parts = k_parts.data(), work.k_part_count = count_of(k_parts);
+    torch::stable::parallel_for(0, work.kv_heads.length() * work.k_part_count,
+                                grain(kernels.keys * (p.head_dim + p.value_dim)),
+                                [&](int64_t begin, int64_t end) { kernels.pack_keys(p, work, begin, end); });
+    in_turns(heads_of(p, work) * work.q_part_count, kernels.queries(p.dtype) * operations(p) / 8,
+             [&](const Turns& turns) { kernels.forward(p, work, turns); });
+  };
+  in_rounds(a, 1, [&](const AttentionWork& work) { return kernels.bytes(p, work); }, run);
 }
 
 // Into how many items the keys of a document are cut: enough that the longest document does not leave threads without work,
@@ -170,30 +217,24 @@ int64_t slope_parts(const Attention& p) { return splits_of(p) * (p.q_docs.cu_seq
 
 void run_backward(const Arguments& a, const AttentionBackward& q) {
   const Attention& p = a.params;
-  const int64_t splits = splits_of(p);
   const AttentionBackwardKernels& kernels = attention_backward_cpu();
-  const std::vector<Span> parts = parts_of(p.q_docs, kernels.queries);
-  AttentionWork work{.q_parts = parts.data(),
-                     .k_parts = nullptr,
-                     .q_part_count = count_of(parts),
-                     .k_part_count = 0,
-                     .splits = splits,
-                     .packed = nullptr};
-  const Packed packed(kernels.bytes(q, work), a.q);
-  work.packed = packed.data();
-  const int64_t items = p.heads * work.q_part_count, each = grain(kernels.queries * (p.head_dim + p.value_dim) * 2);
-  torch::stable::parallel_for(0, items, each,
-                              [&](int64_t begin, int64_t end) { kernels.pack_queries(q, work, begin, end); });
-  in_turns(p.q_docs.count * p.kv_heads * splits,
-           usual_length(p.q_docs) * operations(p) / (4 * splits) * (p.heads / p.kv_heads),
-           [&](const Turns& turns) { kernels.backward(q, work, turns); });
-  torch::stable::parallel_for(0, items, each, [&](int64_t begin, int64_t end) { kernels.write_dq(q, work, begin, end); });
+  const auto run = [&](AttentionWork& work) {
+    const std::vector<Span> parts = parts_of(p.q_docs, work.docs, kernels.queries);
+    work.q_parts = parts.data(), work.q_part_count = count_of(parts);
+    const int64_t items = heads_of(p, work) * work.q_part_count;
+    const int64_t each = grain(kernels.queries * (p.head_dim + p.value_dim) * 2);
+    torch::stable::parallel_for(0, items, each,
+                                [&](int64_t begin, int64_t end) { kernels.pack_queries(q, work, begin, end); });
+    in_turns(work.docs.length() * work.kv_heads.length() * work.splits,
+             usual_length(p.q_docs) * operations(p) / (4 * work.splits) * (p.heads / p.kv_heads),
+             [&](const Turns& turns) { kernels.backward(q, work, turns); });
+    torch::stable::parallel_for(0, items, each, [&](int64_t begin, int64_t end) { kernels.write_dq(q, work, begin, end); });
+  };
+  in_rounds(a, splits_of(p), [&](const AttentionWork& work) { return kernels.bytes(q, work); }, run);
 }
 
-// Positions that the query of some sequence sees, at most. Looks at the lengths and the pages, which costs no
-// synchronisation here.
-int64_t longest_seen(const char* op, const AttentionStep& p, int64_t pages) {
-  int64_t longest = 0;
+// Looks at the lengths and the pages, which costs no synchronisation here.
+void check_cache(const char* op, const AttentionStep& p) {
   for (int64_t b = 0; b < p.batch; b++) {
     MK_CHECK(p.cache_seqlens[b] >= 0, op, ": cache_seqlens[", b, "] is ", p.cache_seqlens[b], "; expected 0 at least");
     const Span seen = p.seen(b);
@@ -201,11 +242,26 @@ int64_t longest_seen(const char* op, const AttentionStep& p, int64_t pages) {
              p.capacity, "; take a longer one, or a window");
     for (int64_t t = seen.begin; p.block_table && t < seen.end; t += p.page_size - t % p.page_size) {
       const int32_t page = p.page(b, p.slot(t));
-      MK_CHECK(page >= 0 && page < pages, op, ": block_table names page ", page, " for sequence ", b, "; there are ", pages);
+      MK_CHECK(page >= 0 && page < p.pages, op, ": block_table names page ", page, " for sequence ", b, "; there are ",
+               p.pages);
     }
-    longest = most(longest, seen.length());
   }
-  return longest;
+}
+
+int64_t step_ranges(const char* op, const AttentionStep& p) {
+  check_cache(op, p);
+  int64_t longest = 1;
+  for (int64_t b = 0; b < p.batch; b++) longest = most(longest, p.seen(b).length());
+  return ceil_div(longest, attention_step_cpu().range);
+}
+
+void run_step(const AttentionStep& p, const Tensor&) {
+  const AttentionStepKernels& kernels = attention_step_cpu();
+  kernels.append(p);
+  torch::stable::parallel_for(0, p.batch * p.ranges, grain(kernels.range * p.heads * (p.head_dim + p.value_dim) / 8),
+                              [&](int64_t begin, int64_t end) { kernels.attend(p, begin, end); });
+  torch::stable::parallel_for(0, p.batch * p.heads, grain(p.ranges * p.value_dim),
+                              [&](int64_t begin, int64_t end) { kernels.join(p, begin, end); });
 }
 
 #endif
@@ -263,8 +319,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv, torch::stable::to(dbias, type), alibi_slopes ? sum_parts(slopes, 0) : empty({0}, wide, q)};
 }
 
-#if !MADKERNELS_GPU
-
 // One query a sequence over a cache, into which its key and value go first, if given.
 // -> out (batch, heads, value_dim), lse (batch, heads)
 std::tuple<Tensor, Tensor> attention_step(Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor k, OptionalTensor v,
@@ -300,6 +354,7 @@ std::tuple<Tensor, Tensor> attention_step(Tensor q, Tensor k_cache, Tensor v_cac
   }
   MK_CHECK(!block_table || length >= 1, op, ": k_cache has pages of 0 positions; expected 1 at least");
   p.page_size = block_table ? length : 0, p.capacity = block_table ? block_table->size(1) * length : length;
+  p.pages = rows;
   p.left = reach(op, "left", left, int64_t{1} << 40);
   set_scores(op, p, softmax_scale, softcap);
 
@@ -310,23 +365,14 @@ std::tuple<Tensor, Tensor> attention_step(Tensor q, Tensor k_cache, Tensor v_cac
   p.k_cache = heads_of(k_cache), p.v_cache = heads_of(v_cache);
   p.block_table = static_cast<const int32_t*>(data_or_null(table));
   p.cache_seqlens = static_cast<const int32_t*>(lengths.data_ptr()), p.alibi_slopes = data_or_null(slopes);
-  const int64_t longest = longest_seen(op, p, rows);
-
-  const AttentionStepKernels& kernels = attention_step_cpu();
+  p.ranges = step_ranges(op, p);
   const ScalarType wide = checks.accumulate_type();
-  p.ranges = most<int64_t>(1, ceil_div(longest, kernels.range));
   Tensor out = empty({p.batch, p.heads, p.value_dim}, q.scalar_type(), q), lse = empty({p.batch, p.heads}, wide, q);
   const Tensor partials = empty({p.batch, p.heads, p.ranges, p.value_dim + 2}, wide, q);
   p.out = out.data_ptr(), p.lse = lse.data_ptr(), p.partials = partials.data_ptr();
-  kernels.append(p);
-  torch::stable::parallel_for(0, p.batch * p.ranges, grain(kernels.range * p.heads * (p.head_dim + p.value_dim) / 8),
-                              [&](int64_t begin, int64_t end) { kernels.attend(p, begin, end); });
-  torch::stable::parallel_for(0, p.batch * p.heads, grain(p.ranges * p.value_dim),
-                              [&](int64_t begin, int64_t end) { kernels.join(p, begin, end); });
+  run_step(p, q);
   return {out, lse};
 }
-
-#endif
 
 }  // namespace
 
@@ -340,21 +386,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
       "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, "
       "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, int? left, int? right, float? softmax_scale, "
       "float? softcap, Tensor out, Tensor lse) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dalibi_slopes)");
-#if !MADKERNELS_GPU
   m.def(
       "attention_step(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor cache_seqlens, "
       "Tensor? block_table, Tensor? alibi_slopes, int? left, float? softmax_scale, float? softcap) "
       "-> (Tensor out, Tensor lse)");
-#endif
 }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(MADKERNELS_LIBRARY, MADKERNELS_KEY, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
-#if !MADKERNELS_GPU
   m.impl("attention_step", TORCH_BOX(&attention_step));
-#endif
 }
 
 }  // namespace madkernels

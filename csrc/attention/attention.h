@@ -100,6 +100,7 @@ struct AttentionStep {
   const void *k, *v;             // [batch, kv_heads, head_dim]: of the query's position, or null where the cache has them
   Heads k_cache, v_cache;        // [batch, capacity, kv_heads, head_dim], or [pages, page_size, ...]; head_dim dense
   int64_t capacity, page_size;   // page_size 0: no pages
+  int64_t pages;                 // in all
   const int32_t* block_table;    // [batch, capacity / page_size] or null
   const int32_t* cache_seqlens;  // [batch]: positions in the cache before the call
   const void* alibi_slopes;      // [batch, heads] or null; accumulation type
@@ -113,6 +114,10 @@ struct AttentionStep {
   MADKERNELS_ANYWHERE Span seen(int64_t b) const {
     const int64_t end = cache_seqlens[b] + (k ? 1 : 0);
     return {b, b, most<int64_t>(0, end - 1 - left), end};
+  }
+  // On a GPU nobody has looked at the lengths.
+  MADKERNELS_ANYWHERE bool holds(const Span& seen) const {
+    return cache_seqlens[seen.doc] >= 0 && seen.length() <= capacity;
   }
   MADKERNELS_ANYWHERE int64_t slot(int64_t position) const { return position < capacity ? position : position % capacity; }
   MADKERNELS_ANYWHERE int32_t page(int64_t b, int64_t slot) const {
@@ -140,6 +145,12 @@ struct AttentionStep {
 
 // ---- CPU ----
 
+struct Slice {
+  int64_t begin, end;
+
+  int64_t length() const { return end - begin; }
+};
+
 // A CPU's kernels read q, k and v from packed copies. Those of a document begin at a multiple of `unit` rows, and rows up to
 // the next multiple are theirs.
 struct PackedRows {
@@ -152,10 +163,11 @@ struct PackedRows {
   int64_t row(const Documents& docs, const Span& part) const {
     return begin(docs, part.doc) + part.begin - docs.begin(part.doc);
   }
-  int64_t count(const Documents& docs) const {
-    return docs.count > 0
-               ? begin(docs, docs.count - 1) + ceil_div(docs.end(docs.count - 1) - docs.begin(docs.count - 1), unit) * unit
-               : 0;
+  // Of some documents, one after another.
+  int64_t count(const Documents& docs, const Slice& some) const {
+    if (some.begin == some.end) return 0;
+    const int64_t last = some.end - 1;
+    return begin(docs, last) + ceil_div(docs.end(last) - docs.begin(last), unit) * unit - begin(docs, some.begin);
   }
 };
 
@@ -163,15 +175,16 @@ struct PackedRows {
 struct AttentionWork {
   const Span *q_parts, *k_parts;  // of at most as many steps as the kernels say
   int64_t q_part_count, k_part_count;
-  int64_t splits;  // backward: items of a document and key head
-  void* packed;    // as many bytes as the kernels say, aligned to 64
+  Slice docs, kv_heads;  // those that are packed now
+  int64_t splits;        // backward: items of a document and key head
+  void* packed;          // as many bytes as the kernels say, aligned to 64
 };
 
 struct AttentionKernels {
   int64_t (*queries)(DType);  // of a part
   int64_t keys;               // of a part
-  int64_t (*bytes)(const Attention&);
-  // Items: (key head, key part).
+  int64_t (*bytes)(const Attention&, const AttentionWork&);
+  // Items: (key part, key head).
   void (*pack_keys)(const Attention&, const AttentionWork&, int64_t begin, int64_t end);
   // Items: (query head, query part), once all keys are packed.
   void (*forward)(const Attention&, const AttentionWork&, const Turns&);
@@ -180,11 +193,11 @@ struct AttentionKernels {
 struct AttentionBackwardKernels {
   int64_t queries;  // of a part
   int64_t (*bytes)(const AttentionBackward&, const AttentionWork&);
-  // Items: (query head, query part).
+  // Items: (query part, query head).
   void (*pack_queries)(const AttentionBackward&, const AttentionWork&, int64_t begin, int64_t end);
   // Items: (document, key head, split), once all queries are packed.
   void (*backward)(const AttentionBackward&, const AttentionWork&, const Turns&);
-  // Items: (query head, query part), after all of backward.
+  // Items: (query part, query head), after all of backward.
   void (*write_dq)(const AttentionBackward&, const AttentionWork&, int64_t begin, int64_t end);
 };
 
@@ -205,6 +218,7 @@ MADKERNELS_DECLARE_CPU_KERNELS(AttentionBackwardKernels, attention_backward)
 
 constexpr int64_t kMostHeadDimOnGpu = 256;
 constexpr int64_t kMostStepsOnGpu = int64_t{1} << 30;  // queries and keys together: distances are int
+constexpr int64_t kStepRangeOnGpu = 256;               // positions of a block of attention_step
 
 namespace gpu {
 // float32, bfloat16 and float16; left and right are at most queries + keys.
@@ -212,6 +226,7 @@ void attention_forward(const Attention& p, void* stream);
 // dalibi_parts: [attention_slope_parts, batch, heads], zeroed. workspace: floats, [2, batch, heads, queries].
 void attention_backward(const AttentionBackward& q, float* workspace, void* stream);
 int64_t attention_slope_parts(const Attention& p);
+void attention_step(const AttentionStep& p, void* stream);
 }  // namespace gpu
 
 }  // namespace madkernels

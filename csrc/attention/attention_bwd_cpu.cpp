@@ -19,29 +19,34 @@ template <class P>
 struct PackedQueries {
   using A = typename P::Acc;
   using Element = typename P::Element;
-  int64_t rows, q_elements, dout_elements, q_columns, dout_columns, dq_columns;
+  int64_t rows, first_row, heads, first_head;
+  int64_t q_elements, dout_elements, q_columns, dout_columns, dq_columns;
   A *dq, *delta, *lse;  // [items of a document][heads][rows][dq_columns]; [heads][rows]
   Element *q_as_columns, *q_as_rows, *dout_as_columns, *dout_as_rows;
 
-  PackedQueries(const Attention& p, int64_t splits, void* memory) {
-    rows = PackedRows{kQueryBlock}.count(p.q_docs);
+  PackedQueries(const Attention& p, const AttentionWork& work) {
+    const int64_t group = p.heads / p.kv_heads;
+    rows = PackedRows{kQueryBlock}.count(p.q_docs, work.docs);
+    first_row = PackedRows{kQueryBlock}.begin(p.q_docs, work.docs.begin);
+    heads = work.kv_heads.length() * group, first_head = work.kv_heads.begin * group;
     q_elements = ceil_div(p.head_dim, P::kGroup), dout_elements = ceil_div(p.value_dim, P::kGroup);
     q_columns = ceil_div(p.head_dim, kTileRows) * kTileRows, dout_columns = ceil_div(p.value_dim, kTileRows) * kTileRows;
     dq_columns = ceil_div(p.head_dim, kLanes<A>) * kLanes<A>;
-    const int64_t all = p.heads * rows;
-    dq = static_cast<A*>(memory);
-    delta = dq + splits * all * dq_columns, lse = delta + all;
+    const int64_t all = heads * rows;
+    dq = static_cast<A*>(work.packed);
+    delta = dq + work.splits * all * dq_columns, lse = delta + all;
     q_as_columns = reinterpret_cast<Element*>(lse + all);
     q_as_rows = q_as_columns + all * q_elements;
     dout_as_columns = q_as_rows + all / P::kGroup * q_columns;
     dout_as_rows = dout_as_columns + all * dout_elements;
   }
-  int64_t bytes(const Attention& p) const {
-    return static_cast<int64_t>(reinterpret_cast<char*>(dout_as_rows + p.heads * rows / P::kGroup * dout_columns) -
+  int64_t bytes() const {
+    return static_cast<int64_t>(reinterpret_cast<char*>(dout_as_rows + heads * rows / P::kGroup * dout_columns) -
                                 reinterpret_cast<char*>(dq));
   }
-  A* dq_at(const Attention& p, int64_t split, int64_t head, int64_t row) const {
-    return dq + ((split * p.heads + head) * rows + row) * dq_columns;
+  int64_t at(int64_t head, int64_t row) const { return (head - first_head) * rows + row - first_row; }
+  A* dq_at(int64_t split, int64_t head, int64_t row) const {
+    return dq + (split * heads * rows + at(head, row)) * dq_columns;
   }
 };
 
@@ -69,7 +74,7 @@ template <class T, class P>
 void pack_part(const AttentionBackward& q, const PackedQueries<P>& packed, const Span& part, int64_t head) {
   const Attention& p = q.forward;
   const int64_t row = PackedRows{kQueryBlock}.row(p.q_docs, part);
-  const int64_t at = head * packed.rows + row, padded = ceil_div(part.length(), kTileRows) * kTileRows;
+  const int64_t at = packed.at(head, row), padded = ceil_div(part.length(), kTileRows) * kTileRows;
   const auto queries = rows_of<T>(p.q, part, head, p.head_dim), douts = rows_of<T>(q.dout, part, head, p.value_dim);
   pack_columns<P>(packed.q_as_columns + at * packed.q_elements, queries, kTileRows);
   pack_columns<P>(packed.dout_as_columns + at * packed.dout_elements, douts, kTileRows);
@@ -111,7 +116,7 @@ class BackwardItem {
     packed_row_ = PackedRows{kQueryBlock}.begin(p_.q_docs, doc);
     for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
       const int64_t rows = ceil_div(queries_.length(), kTileRows) * kTileRows;
-      zero(packed_.dq_at(p_, split_, head, packed_row_), rows * packed_.dq_columns);
+      zero(packed_.dq_at(split_, head, packed_row_), rows * packed_.dq_columns);
     }
     for (int64_t key = first * kWidth; key < keys_.length(); key += splits * kWidth) {
       begin(Span{doc, keys_.batch, keys_.begin + key, keys_.begin + least(key + kWidth, keys_.length())}, key_head);
@@ -150,7 +155,7 @@ class BackwardItem {
 
   // Queries query .. query + count - 1 of the document; the part begins with its key `key`.
   void block(const SightOf<int64_t>& sight, int64_t query, int64_t count, int64_t key, Vec<A>& dslope) {
-    const int64_t rows = ceil_div(count, kTileRows) * kTileRows, at = head_ * packed_.rows + packed_row_ + query;
+    const int64_t rows = ceil_div(count, kTileRows) * kTileRows, at = packed_.at(head_, packed_row_ + query);
     const ScoreBlock<A> scores{scores_, kWidth, rows, kVectors, sight.distance(query, key), 1, -1};
     multiply_rows(scores_, packed_.q_as_columns + at * packed_.q_elements, k_columns_, rows, packed_.q_elements);
     if (!p_.plain()) finish(scores, query, count);
@@ -162,7 +167,7 @@ class BackwardItem {
                 elements_of<P>(scores_, weight_pairs_), rows);
     add_columns(dk_, packed_.q_columns, packed_.q_as_rows + at / P::kGroup * packed_.q_columns,
                 elements_of<P>(dscores_, dscore_pairs_), rows);
-    add_queries(packed_.dq_at(p_, split_, head_, packed_row_ + query), rows);
+    add_queries(packed_.dq_at(split_, head_, packed_row_ + query), rows);
   }
 
   // to [rows][keys] = a b, where a is packed as columns of kTileRows.
@@ -307,7 +312,7 @@ void write_queries(const AttentionBackward& q, const PackedQueries<P>& packed, c
   for (int64_t i = 0; i < part.length(); i++) {
     for (int64_t d = 0; d < p.head_dim; d += kLanes<A>) {
       Vec<A> sum{};
-      for (int64_t split = 0; split < splits; split++) sum += widen(packed.dq_at(p, split, head, row + i) + d);
+      for (int64_t split = 0; split < splits; split++) sum += widen(packed.dq_at(split, head, row + i) + d);
       store(q.dq.at<T>(part.batch, part.begin + i, head) + d, sum * static_cast<A>(p.scale),
             static_cast<int>(least<int64_t>(p.head_dim - d, kLanes<A>)));
     }
@@ -316,36 +321,37 @@ void write_queries(const AttentionBackward& q, const PackedQueries<P>& packed, c
 
 int64_t bytes(const AttentionBackward& q, const AttentionWork& work) {
   int64_t count = 0;
-  dispatch_product(q.forward.dtype,
-                   [&]<class T, class P>() { count = PackedQueries<P>(q.forward, work.splits, nullptr).bytes(q.forward); });
+  dispatch_product(q.forward.dtype, [&]<class T, class P>() { count = PackedQueries<P>(q.forward, work).bytes(); });
   return count;
 }
 
 void pack_queries(const AttentionBackward& q, const AttentionWork& work, int64_t begin, int64_t end) {
   dispatch_product(q.forward.dtype, [&]<class T, class P>() {
-    const PackedQueries<P> packed(q.forward, work.splits, work.packed);
+    const PackedQueries<P> packed(q.forward, work);
     for (int64_t item = begin; item < end; item++) {
-      pack_part<T, P>(q, packed, work.q_parts[item % work.q_part_count], item / work.q_part_count);
+      pack_part<T, P>(q, packed, work.q_parts[item / packed.heads], packed.first_head + item % packed.heads);
     }
   });
 }
 
 void backward(const AttentionBackward& q, const AttentionWork& work, const Turns& turns) {
   dispatch_product(q.forward.dtype, [&]<class T, class P>() {
-    const PackedQueries<P> packed(q.forward, work.splits, work.packed);
+    const PackedQueries<P> packed(q.forward, work);
     BackwardItem<T, P> item(q, packed);
+    const int64_t heads = work.kv_heads.length();
     for (int64_t i = turns.next(); i < turns.count; i = turns.next()) {
-      const int64_t split = i % work.splits, head = i / work.splits % q.forward.kv_heads;
-      item.run(i / work.splits / q.forward.kv_heads, head, split, work.splits);
+      const int64_t split = i % work.splits, head = work.kv_heads.begin + i / work.splits % heads;
+      item.run(work.docs.begin + i / work.splits / heads, head, split, work.splits);
     }
   });
 }
 
 void write_dq(const AttentionBackward& q, const AttentionWork& work, int64_t begin, int64_t end) {
   dispatch_product(q.forward.dtype, [&]<class T, class P>() {
-    const PackedQueries<P> packed(q.forward, work.splits, work.packed);
+    const PackedQueries<P> packed(q.forward, work);
     for (int64_t item = begin; item < end; item++) {
-      write_queries<T, P>(q, packed, work.q_parts[item % work.q_part_count], item / work.q_part_count, work.splits);
+      const int64_t head = packed.first_head + item % packed.heads;
+      write_queries<T, P>(q, packed, work.q_parts[item / packed.heads], head, work.splits);
     }
   });
 }

@@ -19,20 +19,24 @@ using ElementOf = typename P::Element;
 // Where packed keys and values lie: of key head g, row r.
 template <class P>
 struct PackedKeys {
-  int64_t rows, key_elements, value_columns;
+  int64_t rows, first_row, first_head, heads, key_elements, value_columns;
   ElementOf<P>*k, *v;
 
-  PackedKeys(const Attention& p, void* memory)
-      : rows(PackedRows{kKeyBlock}.count(p.k_docs)),
+  PackedKeys(const Attention& p, const AttentionWork& work)
+      : rows(PackedRows{kKeyBlock}.count(p.k_docs, work.docs)),
+        first_row(PackedRows{kKeyBlock}.begin(p.k_docs, work.docs.begin)),
+        first_head(work.kv_heads.begin),
+        heads(work.kv_heads.length()),
         key_elements(ceil_div(p.head_dim, P::kGroup)),
         value_columns(ceil_div(p.value_dim, kTileRows) * kTileRows),
-        k(static_cast<ElementOf<P>*>(memory)),
-        v(k + p.kv_heads * rows * key_elements) {}
-  int64_t bytes(const Attention& p) const {
-    return p.kv_heads * rows * (key_elements + value_columns / P::kGroup) * static_cast<int64_t>(sizeof(*k));
+        k(static_cast<ElementOf<P>*>(work.packed)),
+        v(k + heads * rows * key_elements) {}
+  int64_t bytes() const {
+    return heads * rows * (key_elements + value_columns / P::kGroup) * static_cast<int64_t>(sizeof(*k));
   }
-  ElementOf<P>* keys(int64_t head, int64_t row) const { return k + (head * rows + row) * key_elements; }
-  ElementOf<P>* values(int64_t head, int64_t row) const { return v + (head * rows + row) / P::kGroup * value_columns; }
+  int64_t at(int64_t head, int64_t row) const { return (head - first_head) * rows + row - first_row; }
+  ElementOf<P>* keys(int64_t head, int64_t row) const { return k + at(head, row) * key_elements; }
+  ElementOf<P>* values(int64_t head, int64_t row) const { return v + at(head, row) / P::kGroup * value_columns; }
 };
 
 template <class T, class P>
@@ -82,6 +86,7 @@ class ForwardPart {
   // Keys key .. key + count - 1 of the document; the part begins with its query `query`.
   void block(const SightOf<int64_t>& sight, int64_t query, int64_t key, int64_t count) {
     const int64_t rows = ceil_div(count, kTileRows) * kTileRows;
+    see(sight, query, key, rows);
     multiply_scores(key, rows);
     const ScoreBlock<A> scores{scores_, kWidth, rows, kVectors, sight.distance(query, key), -1, 1};
     if (!p_.plain()) finish(scores, key, count);
@@ -91,15 +96,29 @@ class ForwardPart {
     multiply_values(key, count, factor);
   }
 
-  void multiply_scores(int64_t key, int64_t rows) {
-    const int64_t elements = packed_.key_elements;
-    const Element* keys = packed_.keys(key_head_, packed_row_ + key);
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      Vec<A> tile[kTileRows][kVectors];
-      clear<P>(tile);
-      multiply<P>(tile, keys + row * elements, kTileRows, static_cast<Element*>(q_), kWidth, elements);
-      store_tile(scores_ + row * kWidth, kWidth, tile);
+  // The rows of a block that some query of vector j sees, or one of a vector before it, end at seen_[j].
+  void see(const SightOf<int64_t>& sight, int64_t query, int64_t key, int64_t rows) {
+    for (int j = 0; j < kVectors; j++) {
+      const int64_t end = sight.end_of_keys(query + (j + 1) * kLanes<A>) - key;
+      seen_[j] = j == kVectors - 1 ? rows : least(rows, most<int64_t>(0, ceil_div(end, kTileRows) * kTileRows));
     }
+  }
+
+  void multiply_scores(int64_t key, int64_t rows) {
+    for (int64_t row = 0; row < rows; row += kTileRows) score_tile<0>(key, row);
+  }
+  // Rows of keys, by the queries that may see them: those from vector kFirst on.
+  template <int kFirst>
+  void score_tile(int64_t key, int64_t row) {
+    if constexpr (kFirst + 1 < kVectors) {
+      if (row >= seen_[kFirst]) return score_tile<kFirst + 1>(key, row);
+    }
+    const int64_t elements = packed_.key_elements;
+    Vec<A> tile[kTileRows][kVectors];
+    clear<P>(tile);
+    multiply<P, kVectors, 1, kFirst>(tile, packed_.keys(key_head_, packed_row_ + key + row), kTileRows,
+                                     static_cast<const Element*>(q_), kWidth, elements);
+    store_tile(scores_ + row * kWidth, kWidth, tile);
   }
 
   void finish(const ScoreBlock<A>& scores, int64_t key, int64_t count) {
@@ -161,8 +180,20 @@ class ForwardPart {
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; j++) tile[i][j] *= factor[j];
       }
-      multiply<P>(tile, values + column, packed_.value_columns, weights, kWidth, ceil_div(count, P::kGroup));
+      add_values<0>(tile, values + column, weights, 0, ceil_div(count, P::kGroup));
       store_tile(out_ + column * kWidth, kWidth, tile);
+    }
+  }
+  // Weighted values of elements begin .. end - 1, by the queries that may see them: those from vector kFirst on.
+  template <int kFirst>
+  inline __attribute__((always_inline)) void add_values(Vec<A> (&tile)[kTileRows][kVectors], const Element* values,
+                                                        const Element* weights, int64_t begin, int64_t end) {
+    const int64_t columns = packed_.value_columns,
+                  until = kFirst + 1 < kVectors ? least(end, seen_[kFirst] / P::kGroup) : end;
+    multiply<P, kVectors, 1, kFirst>(tile, values + begin * columns, columns, weights + begin * kWidth, kWidth,
+                                     until - begin);
+    if constexpr (kFirst + 1 < kVectors) {
+      if (until < end) add_values<kFirst + 1>(tile, values, weights, until, end);
     }
   }
 
@@ -192,22 +223,23 @@ class ForwardPart {
   Span part_{};
   int64_t head_ = 0, key_head_ = 0, packed_row_ = 0, key_begin_ = 0;
   ScoreOptions<A> options_{};
+  int64_t seen_[kVectors];
   Vec<A> highest_[kVectors], sum_[kVectors];
 };
 
 int64_t queries(DType dtype) { return dtype == DType::kFloat64 ? kTileLanes<double> : kTileLanes<float>; }
 
-int64_t bytes(const Attention& p) {
+int64_t bytes(const Attention& p, const AttentionWork& work) {
   int64_t count = 0;
-  dispatch_product(p.dtype, [&]<class T, class P>() { count = PackedKeys<P>(p, nullptr).bytes(p); });
+  dispatch_product(p.dtype, [&]<class T, class P>() { count = PackedKeys<P>(p, work).bytes(); });
   return count;
 }
 
 void pack_keys(const Attention& p, const AttentionWork& work, int64_t begin, int64_t end) {
   dispatch_product(p.dtype, [&]<class T, class P>() {
-    const PackedKeys<P> packed(p, work.packed);
+    const PackedKeys<P> packed(p, work);
     for (int64_t item = begin; item < end; item++) {
-      pack_part<T, P>(p, packed, work.k_parts[item % work.k_part_count], item / work.k_part_count);
+      pack_part<T, P>(p, packed, work.k_parts[item / packed.heads], packed.first_head + item % packed.heads);
     }
   });
 }
@@ -215,14 +247,15 @@ void pack_keys(const Attention& p, const AttentionWork& work, int64_t begin, int
 void forward(const Attention& p, const AttentionWork& work, const Turns& turns) {
   dispatch_product(p.dtype, [&]<class T, class P>() {
     using A = typename P::Acc;
-    const PackedKeys<P> packed(p, work.packed);
+    const PackedKeys<P> packed(p, work);
     ForwardPart<T, P, 1> one(p, packed);
     ForwardPart<T, P, 2> two(p, packed);
     ForwardPart<T, P, 3> three(p, packed);
+    const int64_t first_head = packed.first_head * (p.heads / p.kv_heads);
     for (int64_t item = turns.next(); item < turns.count; item = turns.next()) {
       // The last part first: causal work grows along a sequence.
       const Span& part = work.q_parts[work.q_part_count - 1 - item % work.q_part_count];
-      const int64_t head = item / work.q_part_count, vectors = ceil_div(part.length(), kLanes<A>);
+      const int64_t head = first_head + item / work.q_part_count, vectors = ceil_div(part.length(), kLanes<A>);
       vectors == 1 ? one.run(part, head) : vectors == 2 ? two.run(part, head) : three.run(part, head);
     }
   });

@@ -109,10 +109,13 @@ void hide_unseen(const ScoreBlock<A>& block, const ScoreOptions<A>& options) {
   using Distance = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
   const Distance left = static_cast<Distance>(least(options.left, kMost));
   const Distance right = static_cast<Distance>(-least(options.right, kMost));
+  const int64_t ends = (block.vectors * kLanes<A> - 1) * block.lane_step;  // from the first lane to the last
   for (int64_t row = 0; row < block.rows; row++) {
+    const int64_t distance = block.distance + row * block.row_step;
+    if (least(distance, distance + ends) >= right && most(distance, distance + ends) <= left) continue;
     for (int v = 0; v < block.vectors; v++) {
-      const Distances<A> distance = block.distances(row, v);
-      const auto seen = (distance <= left) & (distance >= right);
+      const Distances<A> behind = block.distances(row, v);
+      const auto seen = (behind <= left) & (behind >= right);
       narrow(block.at(row, v), seen ? widen(block.at(row, v)) : broadcast(-kInfinity<A>));
     }
   }

@@ -1,6 +1,4 @@
 // What all threads of a block do together, through shared memory, in a fixed order. kThreads: a multiple of 32.
-//
-// Not used yet but by its tests: it waits for a kernel whose blocks reduce or scan, as a router does.
 #pragma once
 
 #include "common/warp.h"

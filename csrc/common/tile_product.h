@@ -75,8 +75,9 @@ inline void dispatch_product(DType dtype, F&& f) {
 template <class P, int kRows, int kVectors>
 using TileOf = Vec<typename P::Acc>[kRows][kVectors];
 
-// c += a b; element (row, step) of A at a[step * a_step + row * kRowStride], row `step` of B at b + step * b_step.
-template <class P, int kVectors, int kRowStride = 1, int kRows>
+// c += a b; element (row, step) of A at a[step * a_step + row * kRowStride], row `step` of B at b + step * b_step. Of the
+// vectors of lanes those from kFirst on.
+template <class P, int kVectors, int kRowStride = 1, int kFirst = 0, int kRows>
 inline __attribute__((always_inline)) void multiply(TileOf<P, kRows, kVectors>& c, const typename P::Element* a,
                                                     int64_t a_step, const typename P::Element* b, int64_t b_step,
                                                     int64_t steps) {
@@ -84,11 +85,11 @@ inline __attribute__((always_inline)) void multiply(TileOf<P, kRows, kVectors>& 
   for (int64_t k = 0; k < steps; k++) {
     Vec<A> lanes[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; j++) std::memcpy(&lanes[j], b + j * kLanes<A>, sizeof(lanes[j]));
+    for (int j = kFirst; j < kVectors; j++) std::memcpy(&lanes[j], b + j * kLanes<A>, sizeof(lanes[j]));
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; i++) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; j++) c[i][j] = P::add(c[i][j], a + i * kRowStride, lanes[j]);
+      for (int j = kFirst; j < kVectors; j++) c[i][j] = P::add(c[i][j], a + i * kRowStride, lanes[j]);
     }
     a += a_step, b += b_step;
   }
@@ -247,9 +248,15 @@ void pack_panels(typename P::Element* to, const RowsOf<T>& rows, int64_t count) 
 // ---- what was computed, as the next product takes it ----
 
 #if defined(__AVX512F__)
-// (low, high) of each lane.
+// (low, high) of each lane, by the instruction that comes with vdpbf16ps, which leaves all that was low before all that was
+// high.
 inline Word pairs_of(Vec<float> low, Vec<float> high) {
-  return rounded_bfloat16(low) >> 16 | (rounded_bfloat16(high) & 0xffff0000u);
+  using Halves = VectorOf<uint16_t, 2 * kLanes<float>>::type;
+  constexpr Halves kInTurns = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                               8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  Halves halves;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(halves) : "v"(high), "v"(low));
+  return reinterpret_cast<Word>(__builtin_shuffle(halves, kInTurns));
 }
 #endif
 

@@ -1,11 +1,15 @@
-"""Attention for models of Hugging Face transformers: ``attn_implementation="madkernels"``.
+"""Attention and experts for models of Hugging Face transformers: ``attn_implementation="madkernels"``, and
+``experts_implementation="madkernels"`` (transformers 5).
 
     from madkernels.compat import transformers
     transformers.register()
-    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="madkernels")
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="madkernels", experts_implementation="madkernels")
 
-Grouped heads, causal and sliding windows, softcap, sinks, padded batches, packed documents, and decoding over a cache. What
-else a model masks, such as chunks or a prefix, goes through a mask as large as the scores.
+Attention: grouped heads, causal and sliding windows, softcap, sinks, padded batches, packed documents, and decoding over a
+cache. What else a model masks, such as chunks or a prefix, goes through a mask as large as the scores.
+
+Experts: those of Mixtral, Qwen, OLMoE, DeepSeek and others whose MLPs are plain or gated by SiLU, GELU or ReLU. Others, and
+devices other than a CPU, get transformers' own grouped product.
 """
 
 from __future__ import annotations
@@ -16,15 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from madkernels import attention, attention_step
+from madkernels import attention, attention_step, moe_mlp, moe_route
 
 NAME = "madkernels"
+ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "ReLU": "relu"}  # by their class
+GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
 
 
 def register() -> None:
-    """Makes ``attn_implementation="madkernels"`` known to transformers, 4.56 or newer."""
+    """Makes ``attn_implementation="madkernels"`` known to transformers, 4.56 or newer, and, from 5 on,
+    ``experts_implementation="madkernels"``."""
     import_module("transformers").AttentionInterface.register(NAME, forward)
     import_module("transformers.masking_utils").AttentionMaskInterface.register(NAME, make_mask)
+    if int(import_module("transformers").__version__.partition(".")[0]) >= 5:
+        _moe().ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
 def make_mask(
@@ -114,3 +123,47 @@ def _one_token(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tens
     kept = {name: options[name] for name in ("softmax_scale", "softcap", "sink", "window")}
     out: Tensor = attention_step(q[:, 0], k, v, cache_seqlens=lengths, **kept)
     return out.unsqueeze(1)
+
+
+def experts_forward(module: torch.nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The interface of transformers: x (tokens, dim), experts and weights (tokens, top_k) -> (tokens, dim)."""
+    experts: Any = module
+    activation = _activation_of(experts)
+    if activation is None or x.device.type != "cpu":
+        own: Tensor = _moe().grouped_mm_experts_forward(module, x, chosen, weights)
+        return own
+    first, second = (experts.gate_up_proj if experts.has_gate else experts.up_proj), experts.down_proj
+    if experts.is_transposed:
+        first, second = first.mT, second.mT
+    biases: dict[str, Tensor] = {}
+    if experts.has_bias:
+        biases["gate_up_bias"] = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
+        biases["down_bias"] = experts.down_proj_bias
+    plan = _plan_of(chosen, weights, second.shape[0])
+    return moe_mlp(x, plan, first, second, activation=activation, **biases)
+
+
+def _moe() -> Any:
+    return import_module("transformers.integrations.moe")
+
+
+def _activation_of(experts: Any) -> str | None:
+    """None where the experts are not of a kind that the op has."""
+    function: Any = getattr(experts, "act_fn", None)
+    name = ACTIVATIONS.get(type(function).__name__)
+    if name == "gelu" and function.act is not torch.nn.functional.gelu:  # an approximation
+        return None
+    if experts._is_expert_parallel or getattr(experts, "has_post_expert_norm", False):
+        return None
+    if name is None or not experts.has_gate:
+        return name
+    plain = type(experts)._apply_gate is _moe()._default_apply_gate and getattr(experts, "is_concatenated", True)
+    return GATED[name] if plain else None
+
+
+def _plan_of(chosen: Tensor, weights: Tensor, experts: int) -> Any:
+    """A plan of what a model's own router chose: as if it had been by scores that fall along its choices."""
+    falling = torch.arange(chosen.shape[1], 0, -1, device=chosen.device, dtype=torch.float32).expand(chosen.shape)
+    scores = falling.new_full((chosen.shape[0], experts), -torch.inf).scatter(1, chosen, falling)
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    return moe_route(scores, chosen.shape[1])._replace(weights=weights.to(wide))

@@ -143,6 +143,9 @@ def attention_step(
     Sequences may be of different lengths. Position t of a sequence lies in slot t % capacity, so a cache that is as long as
     the window is a ring that never fills. The caller adds 1 to `cache_seqlens`. No derivative, of any kind.
 
+    On a GPU nobody waits for `cache_seqlens` and `block_table`: a sequence that the cache cannot hold, or whose page does
+    not exist, gets NaN there, where it is an error on the CPU; nothing is read or written out of bounds.
+
     Args:
         q: (batch, heads, head_dim). float32, bfloat16, float16, or float64.
         k_cache: keys (batch, capacity, kv_heads, head_dim), dtype of `q`; with `block_table` (pages, page_size, kv_heads,

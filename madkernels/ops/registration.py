@@ -153,16 +153,17 @@ def register_derivatives(
         values = dict(zip(given, inputs, strict=True)) | dict(zip(results, output, strict=True))
         keep(ctx, {key: values[key] for key in taken})
         ctx.mark_non_differentiable(*(values[key] for key in only_kept))
-        ctx.shape_of_out = output[0].shape
+        ctx.out = output[0].shape, output[0].dtype
         ctx.set_materialize_grads(False)
 
     def gradient(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
         values = kept(ctx, taken)
         if dout is None:
-            dout = values[differentiable[0]].new_zeros(ctx.shape_of_out)
+            shape, dtype = ctx.out
+            dout = values[differentiable[0]].new_zeros(shape, dtype=dtype)
         # Of a state that was not asked for, which comes back empty, there is none.
-        further = [None if t is None or t.dim() == 1 else t for t in others[: len(seeds) - 1]]
-        found = backward(dout, *further, *values.values())
+        further = [None if t is None or t.shape == (0,) else t for t in others[: len(seeds) - 1]]
+        found = several(backward(dout, *further, *values.values()))
         gradients = dict(zip(differentiable, found, strict=True))
         return tuple(None if values.get(key) is None else gradients.get(key) for key in given)
 
@@ -176,14 +177,20 @@ def register_derivatives(
         gradients = dict(zip(differentiable, found, strict=True))
         return (*cotangents, *(gradients.get(key) for key in taken))
 
-    def gradient_by_reference(*inputs: Any) -> Sequence[Tensor]:
+    def gradient_by_reference(*inputs: Any) -> Sequence[Tensor] | Tensor:
         values = dict(zip((*seeds, *taken), inputs, strict=True))
         arguments, given = [values[key] for key in differentiable], [values.pop(key) for key in seeds]
-        return differentiate(function(values), arguments, given)
+        found = differentiate(function(values), arguments, given)
+        return found if len(found) > 1 else found[0]
 
     tensors |= set(seeds)
     register_gradient(name, gradient, save, by_reference)
     register_gradient(f"{name}_backward", second_gradient, save_backward, gradient_by_reference)
+
+
+def several(found: Sequence[Tensor] | Tensor) -> Sequence[Tensor]:
+    """The results of an op, of which torch hands out one by itself."""
+    return (found,) if isinstance(found, Tensor) else found
 
 
 def refuse_tangents(name: str, *values: Any) -> None:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels import attention
+from madkernels import attention, attention_step
+from madkernels.models.layers import kv_cache
 from madkernels.models.layers.base import Layer, State, check_positive, document_of
 
 ROTARY_BASE = 10000.0
@@ -31,18 +32,34 @@ class Attention(Layer):
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)
-        batch, seqlen, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, seqlen, 3, self.heads, self.head_dim).unbind(2)
+        seqlen = x.shape[1]
         positions = torch.arange(seqlen, device=x.device)
         if state is not None:
             positions = positions + state["position"]
         if cu_seqlens is not None:
             positions = positions - cu_seqlens[document_of(cu_seqlens, seqlen)]
-        q, k = rotate(q, positions), rotate(k, positions)
+        q, k, v = self.project(x, positions)
         if state is not None:
             k, v = self.remember(k, v, state, seqlen)
         mixed: Tensor = self.out(attend(q, k, v, self.window, cu_seqlens).flatten(2))
         return mixed
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        if x.device.type not in DEVICES or not kv_cache.can_append(x, *state.values()):
+            return super().step(x, state)
+        self.check(x.unsqueeze(1), None, state)
+        q, k, v = (t.squeeze(1) for t in self.project(x.unsqueeze(1), state["position"].view(1)))
+        keys, values = (kv_cache.append(state[name], new, self.window) for name, new in (("k", k), ("v", v)))
+        state |= {"k": keys, "v": values, "position": state["position"] + 1}
+        seen = torch.full((x.shape[0],), keys.shape[1], dtype=torch.int32, device=x.device)
+        y = attention_step(q.to(keys.dtype), keys, values, cache_seqlens=seen)
+        mixed: Tensor = self.out(y.to(q.dtype).flatten(1))
+        return mixed
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys with their positions, and values, (batch, seqlen, heads, head_dim) each."""
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, self.head_dim).unbind(2)
+        return rotate(q, positions), rotate(k, positions), v
 
     def remember(self, k: Tensor, v: Tensor, state: State, seqlen: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole past, which become the state, as far as the window reaches."""

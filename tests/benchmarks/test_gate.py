@@ -32,8 +32,8 @@ def inputs_of(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
 
 
 def gate_of(case: Case, dtype: torch.dtype = torch.float32) -> Gate:
-    [plain] = [benchmark.reference for benchmark in BENCHMARKS if type(case) is type(benchmark.cases[0])]
-    return Gate(case, partial(plain, **case.options), inputs_of(case, dtype))
+    [reference] = [benchmark.reference for benchmark in BENCHMARKS if type(case) is type(benchmark.cases[0])]
+    return Gate(case, partial(reference, **case.options), inputs_of(case, dtype))
 
 
 def quick_pairs() -> list[Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (madkernels[hf])")
 
+from madkernels import moe_mlp  # noqa: E402
 from madkernels.compat import transformers as compat  # noqa: E402
 
 SIZES = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6}
@@ -39,6 +40,70 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     return models[0], models[1]
 
 
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "Qwen3Moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 8},
+    "Olmoe": {"num_experts": 6, "num_experts_per_tok": 6, "num_key_value_heads": 6},
+    "DeepseekV3": {
+        "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 20,
+        "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 8, "num_key_value_heads": 6,
+    },
+    "GptOss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},  # its experts' gate is its own
+}  # fmt: skip
+
+
+def mixtures(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The same model with transformers' loop over experts and with ours."""
+    compat.register()
+    config = getattr(transformers, f"{name}Config")(**SIZES | MIXTURES[name])
+    torch.manual_seed(0)
+    models = []
+    for experts in ("eager", compat.NAME):
+        kind = getattr(transformers, f"{name}ForCausalLM")
+        models.append(
+            kind._from_config(config, attn_implementation="eager", experts_implementation=experts).to(dtype).eval()
+        )
+    models[1].load_state_dict(models[0].state_dict())
+    return models[0], models[1]
+
+
+def check_gradients(pair: tuple[Any, Any], ids: Tensor, tolerance: float) -> None:
+    losses, logits = [], []
+    for model in pair:
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        losses.append(out.loss)
+        logits.append(out.logits)
+    assert relative_error(logits[1], logits[0]) < tolerance
+    for (name, a), b in zip(pair[0].named_parameters(), pair[1].parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        assert a.grad is None or (a.grad - b.grad).abs().max() < 10 * tolerance * a.grad.abs().max() + 1e-7, name
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_of_experts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(compat, "moe_mlp", lambda *args, **options: calls.append(1) or moe_mlp(*args, **options))
+    check_gradients(mixtures(name), tokens(2, 30), 1e-5)
+    assert bool(calls) == (name != "GptOss")
+
+
+@torch.no_grad()
+def test_mixtures_in_bfloat16_are_as_near_as_their_own() -> None:
+    exact, _ = mixtures("Mixtral")
+    wanted, (own, ours) = exact(tokens(2, 30)).logits, mixtures("Mixtral", torch.bfloat16)
+    errors = [relative_error(model(tokens(2, 30)).logits.float(), wanted) for model in (own, ours)]
+    assert errors[1] < 1.5 * errors[0]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@torch.no_grad()
+def test_mixtures_generate(name: str) -> None:
+    own, ours = (model.generate(tokens(2, 5), max_new_tokens=12, do_sample=False) for model in mixtures(name))
+    assert torch.equal(own, ours)
+
+
 def tokens(batch: int, seqlen: int) -> Tensor:
     return torch.randint(3, 61, (batch, seqlen), generator=torch.Generator().manual_seed(seqlen))
 
@@ -54,16 +119,7 @@ def padded(side: str) -> tuple[Tensor, Tensor]:
 
 def test_forward_and_backward(pair: tuple[Any, Any]) -> None:
     """Longer than every window."""
-    ids, losses, logits = tokens(2, 30), [], []
-    for model in pair:
-        out = model(ids, labels=ids)
-        out.loss.backward()
-        losses.append(out.loss)
-        logits.append(out.logits)
-    assert relative_error(logits[1], logits[0]) < 1e-5
-    for (name, a), b in zip(pair[0].named_parameters(), pair[1].parameters(), strict=True):
-        assert (a.grad is None) == (b.grad is None), name
-        assert a.grad is None or (a.grad - b.grad).abs().max() < 1e-4 * a.grad.abs().max() + 1e-7, name
+    check_gradients(pair, tokens(2, 30), 1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -179,3 +179,20 @@ def test_models_do_not_touch_the_layers_initialisation() -> None:
     model = HybridLM("mamba", vocab_size=8, dim=64)
     assert torch.nn.functional.softplus(model.backbone.layers[0].delta_bias).max() < 0.11
     assert 0.01 < model.embedding.weight.std() < 0.03
+
+
+@pytest.mark.parametrize("name", ["attention", "sliding-attention"])
+@pytest.mark.parametrize("first", [0, 1, 70])
+@torch.no_grad()
+def test_decoding_beyond_the_room_of_a_cache(name: str, first: int) -> None:
+    """And with two continuations of each state, of which one goes on."""
+    layer, x = build(name).double(), torch.randn(2, 300, DIM, dtype=torch.float64)
+    whole, state = layer(x), layer.init_state(2)
+    layer(x[:, :first], state=state)
+    for t in range(first, 300):
+        aside = dict(state)
+        y = layer.step(x[:, t], state)
+        kept = {key: value.clone() for key, value in state.items()}
+        layer.step(-x[:, t], aside)
+        assert all(torch.equal(state[key], value) for key, value in kept.items())
+        torch.testing.assert_close(y, whole[:, t], rtol=1e-11, atol=1e-12)
