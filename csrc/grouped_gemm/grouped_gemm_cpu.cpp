@@ -93,53 +93,65 @@ int64_t outer_items(const GroupOuter& p) {
   return p.parts.groups * ceil_div(p.b.width, p.dtype == DType::kFloat64 ? kTileLanes<double> : kTileLanes<float>);
 }
 
-// sums [a_width, padded][kTileLanes] += the products of one part.
+// Rows i .. i + kTileRows - 1 of the gradient, columns from `first` on.
+template <class T, class A>
+void write_columns(const GroupOuter& p, int64_t group, int64_t i, int64_t first, const A* sums) {
+  const int64_t rows = least<int64_t>(kTileRows, p.a_width - i), count = least<int64_t>(kTileLanes<A>, p.b.width - first);
+  for (int64_t row = 0; row < rows; row++) {
+    T* to = static_cast<T*>(p.out) + (group * p.a_width + i + row) * p.b.width + first;
+    for (int64_t f = 0; f < count; f += kLanes<A>) {
+      store(to + f, widen(sums + row * kTileLanes<A> + f), static_cast<int>(least<int64_t>(count - f, kLanes<A>)));
+    }
+  }
+}
+
+// Adds the products of one part to sums [a_width, padded][kTileLanes], and writes those of the last part.
 template <class T, class P, int kVectors>
-void add_part(const GroupOuter& p, const GroupPart& part, int64_t first, typename P::Acc* sums,
-              typename P::Element* columns) {
+void add_part(const GroupOuter& p, int64_t index, int64_t first, typename P::Acc* sums, typename P::Element* columns) {
   using A = typename P::Acc;
   using Element = typename P::Element;
   constexpr int64_t kWidth = kVectors * kLanes<A>;
+  const GroupPart& part = p.parts.parts[index];
+  const bool begins = index == p.parts.first[part.group], ends = index + 1 == p.parts.first[part.group + 1];
   const int64_t rows = rounded_up(part.length(), kPackedRows), steps = rows / P::kGroup;
   const int64_t padded = rounded_up(p.a_width, kTileRows);
   const Element* a = static_cast<const Element*>(p.packed) + part.packed / P::kGroup * padded;
   pack_rows<P>(columns, columns_of(rows_of<T>(p.b, part), first, least(kWidth, p.b.width - first)), kWidth, rows);
   for (int64_t i = 0; i < padded; i += kTileRows) {
+    A* at = sums + (begins && ends ? 0 : i * kTileLanes<A>);  // one tile is enough where nothing is added to it
     TileOf<P, kTileRows, kVectors> tile;
-    load_tile(tile, sums + i * kTileLanes<A>, kTileLanes<A>);
+    if (begins) {
+      clear<P>(tile);
+    } else {
+      load_tile(tile, at, kTileLanes<A>);
+    }
     multiply<P>(tile, a + i * steps, kTileRows, columns, kWidth, steps);
-    store_tile(sums + i * kTileLanes<A>, kTileLanes<A>, tile);
+    store_tile(at, kTileLanes<A>, tile);
+    if (ends) write_columns<T, A>(p, part.group, i, first, at);
   }
 }
 
 template <class T, class A>
-void write_columns(const GroupOuter& p, int64_t group, int64_t first, const A* sums) {
-  const int64_t count = least<int64_t>(kTileLanes<A>, p.b.width - first);
-  for (int64_t i = 0; i < p.a_width; i++) {
-    T* to = static_cast<T*>(p.out) + (group * p.a_width + i) * p.b.width + first;
-    for (int64_t f = 0; f < count; f += kLanes<A>) {
-      store(to + f, widen(sums + i * kTileLanes<A> + f), static_cast<int>(least<int64_t>(count - f, kLanes<A>)));
-    }
-  }
+void write_zeros(const GroupOuter& p, int64_t group, int64_t first, A* sums) {
+  for (int64_t i = 0; i < kTileRows * kTileLanes<A>; i++) sums[i] = A(0);
+  for (int64_t i = 0; i < p.a_width; i += kTileRows) write_columns<T, A>(p, group, i, first, sums);
 }
 
 void outer(const GroupOuter& p, const Turns& turns) {
   dispatch_product(p.dtype, [&]<class T, class P>() {
     using A = typename P::Acc;
-    const int64_t panels = ceil_div(p.b.width, kTileLanes<A>), size = rounded_up(p.a_width, kTileRows) * kTileLanes<A>;
-    Scratch<A> sums(size);
+    const int64_t panels = ceil_div(p.b.width, kTileLanes<A>);
+    Scratch<A> sums(rounded_up(most<int64_t>(p.a_width, 1), kTileRows) * kTileLanes<A>);
     Scratch<typename P::Element> columns(kPartRows / P::kGroup * kTileLanes<A>);
     for (int64_t item = turns.next(); item < turns.count; item = turns.next()) {
       const int64_t group = item / panels, first = item % panels * kTileLanes<A>;
       const int64_t vectors = least<int64_t>(kTileVectors, ceil_div(p.b.width - first, kLanes<A>));
-      for (int64_t i = 0; i < size; i++) sums[i] = A(0);
       for (int64_t i = p.parts.first[group]; i < p.parts.first[group + 1]; i++) {
-        const GroupPart& part = p.parts.parts[i];
-        if (vectors == 1) add_part<T, P, 1>(p, part, first, sums, columns);
-        if (vectors == 2) add_part<T, P, 2>(p, part, first, sums, columns);
-        if (vectors == 3) add_part<T, P, 3>(p, part, first, sums, columns);
+        if (vectors == 1) add_part<T, P, 1>(p, i, first, sums, columns);
+        if (vectors == 2) add_part<T, P, 2>(p, i, first, sums, columns);
+        if (vectors == 3) add_part<T, P, 3>(p, i, first, sums, columns);
       }
-      write_columns<T, A>(p, group, first, sums);
+      if (p.parts.first[group] == p.parts.first[group + 1]) write_zeros<T, A>(p, group, first, sums);
     }
   });
 }
