@@ -13,8 +13,7 @@ from madkernels import grouped_gemm, reference
 from madkernels.benchmarks.cases import Argument, Arguments, Axes, Case, Inputs
 from madkernels.benchmarks.harness import Benchmark, Peer
 from madkernels.models.layers.grouped import grouped_linear
-from madkernels.ops.grouped_gemm import GATED
-from madkernels.reference.activations import activate
+from madkernels.reference.activations import GATED, activate
 
 
 @dataclass(frozen=True, kw_only=True)

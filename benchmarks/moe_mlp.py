@@ -15,7 +15,7 @@ from madkernels import reference
 from madkernels.benchmarks.cases import Argument, Arguments, Axes, Case, Inputs
 from madkernels.benchmarks.harness import Benchmark, Peer
 from madkernels.models.layers.grouped import grouped_linear
-from madkernels.ops.grouped_gemm import GATED
+from madkernels.reference.activations import GATED
 
 
 class Plan(NamedTuple):
@@ -95,6 +95,7 @@ CASES = (
     _case("128-experts", 512, 512, 256, 128, 8),
     _case("8-experts", 2048, 512, 1024, 8, 2),
     _case("one", 1, 1, 1, 1, 1, activation="relu2", quick=True),
+    _case("plain", 90, 24, 16, 6, 2, quick=True),
     _case("odd", 203, 59, 33, 7, 3, gate_up_bias=True, down_bias=True, quick=True),
     _case("many", 60, 17, 8, 40, 2, activation="gelu", quick=True),
     _case("all", 20, 40, 24, 4, 4, activation="reglu", down_bias=True, quick=True),
@@ -106,21 +107,23 @@ def moe_mlp(
     x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *, offsets: Tensor, slots: Tensor, rows: Tensor, **rest: Any
 ) -> Tensor:
     """The op, its plan in pieces."""
-    return madkernels.moe_mlp(x, Plan(weights, offsets, slots, rows), gate_up, down, **rest)
+    y: Tensor = madkernels.moe_mlp(x, Plan(weights, offsets, slots, rows), gate_up, down, **rest)
+    return y
 
 
 def plainly(
     x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *, offsets: Tensor, slots: Tensor, rows: Tensor, **rest: Any
 ) -> Tensor:
     """Its reference, likewise."""
-    return reference.moe_mlp(x, Plan(weights, offsets, slots, rows), gate_up, down, **rest)
+    y: Tensor = reference.moe_mlp(x, Plan(weights, offsets, slots, rows), gate_up, down, **rest)
+    return y
 
 
 def loop(
     x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *, offsets: Tensor, slots: Tensor, rows: Tensor,
     activation: str,
 ) -> Tensor:  # fmt: skip
-    """One expert after another, as transformers has it: its tokens gathered, and what it makes of them added to the output."""
+    """One expert after another, as transformers has it: its tokens gathered, and what it makes of them added to the sum."""
     y = torch.zeros_like(x)
     weights = weights.flatten().to(x.dtype)
     for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):

@@ -33,29 +33,18 @@ def drawn(rows: int = 20, groups: int = 3, outputs: int = 6, dtype: torch.dtype 
 def test_any_widths(widths: tuple[int, int], dtype: torch.dtype) -> None:
     """Odd numbers of outputs too, which only an activation without a gate can have."""
     inputs, outputs = widths
-    given = {
-        "x": torch.randn(70, inputs),
-        "weight": torch.randn(3, outputs, inputs) / inputs**0.5,
-        "bias": torch.randn(3, outputs),
-    }
-    given = {k: t.to(dtype) for k, t in given.items()}
+    weight, bias = torch.randn(3, outputs, inputs) / inputs**0.5, torch.randn(3, outputs)
+    given = {k: t.to(dtype) for k, t in {"x": torch.randn(70, inputs), "weight": weight, "bias": bias}.items()}
+    op, plain = CASE.whole(grouped_gemm), CASE.whole(reference.grouped_gemm)
     for activation in (None, "silu"):
-        check(
-            lambda **t: (grouped_gemm(**t, offsets=offsets(1, 1, 40, 66), activation=activation),),  # noqa: B023
-            lambda **t: (reference.grouped_gemm(**t, offsets=offsets(1, 1, 40, 66), activation=activation),),  # noqa: B023
-            given,
-            slack=CASE.slack(dtype),
-        )
+        check(op, plain, given, slack=CASE.slack(dtype), offsets=offsets(1, 1, 40, 66), activation=activation)
 
 
 def test_transposed_weights_are_the_same_in_any_layout() -> None:
-    given = drawn(dtype=torch.float64)
-    plain = grouped_gemm(**given, offsets=offsets(0, 5, 5, 20))
+    given, some = drawn(dtype=torch.float64), offsets(0, 5, 5, 20)
+    plain = grouped_gemm(**given, offsets=some)
     for matrices in (given["weight"].mT, given["weight"].mT.contiguous()):
-        assert (
-            relative_rms(grouped_gemm(**given | {"weight": matrices}, offsets=offsets(0, 5, 5, 20), transpose=True), plain)
-            < 1e-15
-        )
+        assert relative_rms(grouped_gemm(**given | {"weight": matrices}, offsets=some, transpose=True), plain) < 1e-15
 
 
 def test_rows_of_no_group_are_zero() -> None:
@@ -76,11 +65,10 @@ def test_rows_of_no_group_are_zero() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_special_values_stay_in_their_row(value: float) -> None:
     given = drawn()
-    plain = grouped_gemm(**given, offsets=offsets(0, 9, 9, 20), activation="swiglu")
+    options: dict[str, Any] = {"offsets": offsets(0, 9, 9, 20), "activation": "swiglu"}
+    plain = grouped_gemm(**given, **options)
     given["x"][5, 1] = value
-    y, exact = (
-        f(**given, offsets=offsets(0, 9, 9, 20), activation="swiglu") for f in (grouped_gemm, reference.grouped_gemm)
-    )
+    y, exact = (function(**given, **options) for function in (grouped_gemm, reference.grouped_gemm))
     others = torch.arange(20) != 5
     assert torch.equal(y[others], plain[others])
     assert torch.equal(y.isnan(), exact.isnan())

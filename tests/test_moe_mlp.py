@@ -17,10 +17,9 @@ from madkernels.benchmarks.moe_mlp import Plan, grouped_mm, plan_of
 pytestmark = pytest.mark.usefixtures("backend")
 
 
-def drawn(
-    tokens: int, dim: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    return CASE.draw(1, tokens, dim, hidden, experts, top_k, dtype=dtype)
+def drawn(tokens: int, *sizes: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Of sizes dim, hidden, experts, top_k."""
+    return CASE.draw(1, tokens, *sizes, dtype=dtype)
 
 
 def with_plan(function: Any, chosen: Tensor, **options: Any) -> Any:
@@ -54,7 +53,7 @@ def test_uneven_plans(chosen: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_errors_beside_those_of_torch(dtype: torch.dtype) -> None:
     """At most twice those of the same by torch's grouped product in that dtype, in the output and in every gradient."""
-    inputs, chosen = drawn(300, 64, 96, 8, 3, dtype), random_choices(300, 8, 3)
+    inputs, chosen = drawn(300, 64, 96, 8, 3, dtype=dtype), random_choices(300, 8, 3)
     inputs = {k: t for k, t in inputs.items() if not k.endswith("bias")}
 
     def composed(weights: Tensor, x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor]:
@@ -71,7 +70,7 @@ def test_errors_beside_those_of_torch(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nan_stays_in_its_token(dtype: torch.dtype) -> None:
     """And the gradients of x stay in the tokens of a gradient that is NaN."""
-    inputs, chosen = drawn(50, 24, 20, 5, 2, dtype), random_choices(50, 5, 2)
+    inputs, chosen = drawn(50, 24, 20, 5, 2, dtype=dtype), random_choices(50, 5, 2)
     call, others = with_plan(moe_mlp, chosen), torch.arange(50) != 17
     plain = with_gradients(call, inputs)
     inputs["x"][17, 3] = torch.nan

@@ -16,9 +16,9 @@ from madkernels.ops.registration import (
     register_derivatives,
     register_vmap_one_by_one,
 )
+from madkernels.reference.activations import GATED
 
 _forward = torch.ops.madkernels.grouped_gemm.default
-GATED = ("swiglu", "geglu", "reglu")
 
 
 def grouped_gemm(

@@ -28,18 +28,22 @@ class Plan(Protocol):
     @property
     def weights(self) -> Tensor:
         """(tokens, top_k), float32 (float64 with float64)."""
+        ...
 
     @property
     def offsets(self) -> Tensor:
         """int32 (experts + 1,), rising: the rows of expert e are offsets[e] to offsets[e + 1] - 1."""
+        ...
 
     @property
     def slots(self) -> Tensor:
         """int32 (tokens * top_k,): of each row; -1 behind the last."""
+        ...
 
     @property
     def rows(self) -> Tensor:
         """int32 (tokens, top_k): the row of each slot, -1 where it has none."""
+        ...
 
 
 def moe_mlp(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,5 +27,14 @@ def activate(activation: str | None, h: Tensor) -> Tensor:
     return h if activation is None else PLAIN[activation](h)
 
 
-PLAIN = {"silu": silu, "gelu": gelu, "relu": torch.relu, "relu2": lambda x: torch.relu(x) * torch.relu(x)}
-GATED = {"swiglu": silu, "geglu": gelu, "reglu": torch.relu}  # Shazeer 2020, arXiv 2002.05202
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x) * torch.relu(x),
+}
+GATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": silu,
+    "geglu": gelu,
+    "reglu": torch.relu,
+}  # Shazeer 2020, arXiv 2002.05202

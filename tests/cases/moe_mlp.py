@@ -11,7 +11,7 @@ from op_cases import Inputs, OpCase, Options, Shape
 from torch import Tensor
 
 from madkernels.benchmarks.moe_mlp import MoeCase, Plan, plan_of
-from madkernels.ops.grouped_gemm import GATED
+from madkernels.reference.activations import GATED
 
 
 def plan_for(weights: Tensor, tokens: int, experts: int) -> Plan:
