@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from madkernels import attention, causal_conv, causal_conv_step, fft_conv, fft_conv_step, selective_scan, selective_scan_step
+from madkernels import (
+    attention,
+    causal_conv,
+    causal_conv_step,
+    fft_conv,
+    fft_conv_step,
+    moe_combine,
+    moe_dispatch,
+    moe_route,
+    selective_scan,
+    selective_scan_step,
+)
 
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -74,6 +86,13 @@ def attend(dtype: torch.dtype, queries: int, keys: int, head_dim: int, docs: lis
         (out.float().sum() + lse.clamp(min=0).sum()).backward()
 
 
+def route(dtype: torch.dtype, tokens: int, experts: int, top_k: int, dim: int, **options: Any) -> None:
+    x = leaf(tokens, dim, dtype=dtype)
+    plan = moe_route(leaf(tokens, experts, dtype=dtype), top_k, **options)
+    out = moe_combine(moe_dispatch(x, plan), plan)
+    (out.float().sum() + plan.load_balance_loss + plan.z_loss).backward()
+
+
 def main() -> None:
     for dtype, (seqlen, dstate) in itertools.product(DTYPES, ((41, 16), (70, 19), (900, 3))):
         scan(dtype, 2, seqlen, 67, dstate)
@@ -89,6 +108,9 @@ def main() -> None:
     ):
         attend(dtype, queries, keys, head_dim)
     attend(torch.bfloat16, 100, 100, 64, [0, 40, 40, 100])
+    for dtype, (experts, top_k, dim) in itertools.product(DTYPES, ((6, 6, 37), (40, 3, 64), (1100, 2, 9))):
+        route(dtype, 70, experts, top_k, dim)
+    route(torch.bfloat16, 70, 40, 3, 64, score="sigmoid", groups=(20, 4), capacity=5)
 
 
 if __name__ == "__main__":
