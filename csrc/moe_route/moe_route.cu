@@ -25,11 +25,11 @@ static_assert(kTokens == 32, "a block's tokens are the bits of a word");
 
 // ---- keys ----
 
-constexpr uint32_t kNone = 0;  // below all scores
+constexpr uint32_t kNone = 0, kNan = 0xfffffffeu;  // below all scores; above them, and with any index below kAboveAll
 
 __device__ __forceinline__ uint32_t key_of(float x) {
   const uint32_t bits = bits_as<uint32_t>(x == 0.f ? 0.f : x);
-  return x != x ? 0xffffffffu : (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
+  return x != x ? kNan : (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
 }
 __device__ __forceinline__ float value_of(uint32_t key) {
   return bits_as<float>((key >> 31) != 0 ? key & 0x7fffffffu : ~key);
