@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import backends
 import pytest
@@ -13,7 +14,7 @@ from checks import relative_rms, transposed, with_gradients
 from op_cases import Inputs, OpCase, changed, offsets_of
 from torch import Tensor
 
-from madkernels import attention_step, causal_conv, fft_conv, selective_scan
+from madkernels import attention_step, causal_conv, fft_conv, moe_combine, moe_dispatch, moe_route, selective_scan
 
 pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.backends("ptx")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,6 +87,21 @@ def on_one_multiprocessor(run: Run) -> Run:
     return small
 
 
+def routing(**options: Any) -> Run:
+    """Of 70 tokens to 3 of 40 experts and back: the plan, what comes back, and gradients."""
+
+    def run(dtype: torch.dtype) -> dict[str, Tensor]:
+        def there_and_back(logits: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+            plan = moe_route(logits, 3, **options)
+            return *plan, moe_combine(moe_dispatch(x, plan), plan)
+
+        generator = torch.Generator().manual_seed(0)
+        inputs = {k: torch.randn(70, n, generator=generator).to(dtype) for k, n in (("logits", 40), ("x", 24))}
+        return with_gradients(there_and_back, inputs)
+
+    return run
+
+
 # Small, and together they go through every kernel and every barrier.
 CASES: dict[str, Run] = {
     "scan of two blocks": case(SCAN, 1, 41, 67, 19, 1),
@@ -107,6 +123,8 @@ CASES: dict[str, Run] = {
     "attention step of one head": attention_steps(2, 2, 20),
     "attention step of four heads": attention_steps(4, 1, 70),
     "attention step of six heads": attention_steps(6, 1, 40),
+    "routing": routing(),
+    "routing to groups": routing(score="sigmoid", groups=(20, 4), capacity=6),
     "long convolution of documents": on_one_multiprocessor(packed_case(LONG, (80, 800, 20), 2, 2, 500)),
 }
 SEEDED = (("reverse", 0), ("warps", 7), ("lanes", 11), ("lanes", 12))

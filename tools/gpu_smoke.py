@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from madkernels import (
     causal_conv_step,
     fft_conv,
     fft_conv_step,
+    moe_combine,
+    moe_dispatch,
+    moe_route,
     selective_scan,
     selective_scan_step,
 )
@@ -93,6 +97,13 @@ def attend_once(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) ->
     attention_step(q, *pages, k, v, cache_seqlens=lengths, block_table=table)
 
 
+def route(dtype: torch.dtype, tokens: int, experts: int, top_k: int, dim: int, **options: Any) -> None:
+    x = leaf(tokens, dim, dtype=dtype)
+    plan = moe_route(leaf(tokens, experts, dtype=dtype), top_k, **options)
+    out = moe_combine(moe_dispatch(x, plan), plan)
+    (out.float().sum() + plan.load_balance_loss + plan.z_loss).backward()
+
+
 def main() -> None:
     for dtype, (seqlen, dstate) in itertools.product(DTYPES, ((41, 16), (70, 19), (900, 3))):
         scan(dtype, 2, seqlen, 67, dstate)
@@ -110,6 +121,9 @@ def main() -> None:
     attend(torch.bfloat16, 100, 100, 64, [0, 40, 40, 100])
     for dtype, (heads, kv_heads, head_dim) in itertools.product(DTYPES, ((2, 2, 64), (8, 2, 59), (6, 1, 128))):
         attend_once(dtype, heads, kv_heads, head_dim)
+    for dtype, (experts, top_k, dim) in itertools.product(DTYPES, ((6, 6, 37), (40, 3, 64), (1100, 2, 9))):
+        route(dtype, 70, experts, top_k, dim)
+    route(torch.bfloat16, 70, 40, 3, 64, score="sigmoid", groups=(20, 4), capacity=5)
 
 
 if __name__ == "__main__":

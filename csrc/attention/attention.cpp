@@ -146,11 +146,10 @@ int64_t usual_length(const Documents& docs) {
 // Operations of the products of one query with the keys of its document, all of them seen.
 int64_t operations(const Attention& p) { return (p.head_dim + p.value_dim) * usual_length(p.k_docs); }
 
-// Documents and key heads in rounds, each of which packs what stays in cache until it is used: of several documents all
-// heads, or of one document some. bytes(work): what a round packs.
+// Documents and key heads in rounds, each of which packs so many bytes, at most where one head allows it: of several
+// documents all heads, or of one document some. bytes(work): what a round packs.
 template <class F>
-std::vector<AttentionWork> rounds_of(const Attention& p, int64_t splits, F&& bytes) {
-  const int64_t most_bytes = (int64_t{4} << 20) * torch::stable::get_num_threads();
+std::vector<AttentionWork> rounds_of(const Attention& p, int64_t splits, int64_t most_bytes, F&& bytes) {
   const auto round = [&](const Slice& docs, const Slice& heads) {
     return AttentionWork{.docs = docs, .kv_heads = heads, .splits = splits};
   };
@@ -166,13 +165,33 @@ std::vector<AttentionWork> rounds_of(const Attention& p, int64_t splits, F&& byt
   return rounds;
 }
 
-// Calls run(work) for one round after another, with memory for what it packs.
+// Calls run(work) for rounds that pack what stays in cache until it is used. Where there are enough rounds for a thread's
+// own cache, each thread runs some by itself; else all threads share one after another.
 template <class F, class G>
 void in_rounds(const Arguments& a, int64_t splits, F&& bytes, G&& run) {
-  std::vector<AttentionWork> rounds = rounds_of(a.params, splits, bytes);
-  int64_t needed = 0;
-  for (const AttentionWork& work : rounds) needed = most<int64_t>(needed, bytes(work));
-  const Packed packed(needed, a.q);
+  constexpr int64_t kOwn = int64_t{1} << 20, kShared = int64_t{4} << 20;  // bytes of a thread
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto most_of = [&](const std::vector<AttentionWork>& rounds) {
+    int64_t found = 0;
+    for (const AttentionWork& work : rounds) found = most<int64_t>(found, bytes(work));
+    return ceil_div(found, int64_t{64}) * 64;
+  };
+  std::vector<AttentionWork> rounds = rounds_of(a.params, splits, kOwn / 2, bytes);
+  const int64_t own = most_of(rounds), count = static_cast<int64_t>(rounds.size());
+  if (own <= kOwn && count >= 4 * threads) {
+    const Packed packed(own * threads, a.q);
+    int64_t taken = 0;
+    in_turns(count, kOwn, [&](const Turns& turns) {
+      char* memory = static_cast<char*>(packed.data()) + own * Turns{threads, &taken}.next();
+      for (int64_t i = turns.next(); i < count; i = turns.next()) {
+        rounds[i].packed = memory;
+        run(rounds[i]);
+      }
+    });
+    return;
+  }
+  rounds = rounds_of(a.params, splits, kShared * threads, bytes);
+  const Packed packed(most_of(rounds), a.q);
   for (AttentionWork& work : rounds) {
     work.packed = packed.data();
     run(work);

@@ -25,11 +25,11 @@ static_assert(kTokens == 32, "a block's tokens are the bits of a word");
 
 // ---- keys ----
 
-constexpr uint32_t kNone = 0;  // below all scores
+constexpr uint32_t kNone = 0, kNan = 0xfffffffeu;  // below all scores; above them, and with any index below kAboveAll
 
 __device__ __forceinline__ uint32_t key_of(float x) {
   const uint32_t bits = bits_as<uint32_t>(x == 0.f ? 0.f : x);
-  return x != x ? 0xffffffffu : (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
+  return x != x ? kNan : (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
 }
 __device__ __forceinline__ float value_of(uint32_t key) {
   return bits_as<float>((key >> 31) != 0 ? key & 0x7fffffffu : ~key);
@@ -44,7 +44,7 @@ __device__ __forceinline__ int index_of(uint64_t key) { return static_cast<int>(
 constexpr uint64_t kAboveAll = ~uint64_t{0};
 
 // The highest of a warp's keys that is below `last`. keys: [count], in shared memory, each lane's own.
-__device__ uint64_t next_below(const uint32_t* keys, int count, uint64_t last) {
+__device__ inline uint64_t next_below(const uint32_t* keys, int count, uint64_t last) {
   uint64_t best = 0;
   for (int i = lane(); i < count; i += 32) {
     const uint64_t key = with_index(keys[i], i);
@@ -85,7 +85,7 @@ __device__ void set_keys(const MoeRoute& p, const Token<T>& token, uint32_t* key
 }
 
 // The sum of the two highest of a group; of one expert, its own. keys: [size]
-__device__ float sum_of_two_highest(const uint32_t* keys, int size) {
+__device__ inline float sum_of_two_highest(const uint32_t* keys, int size) {
   uint32_t first = kNone, second = kNone;
   for (int i = 0; i < size; i++) {
     const uint32_t key = keys[i], lower = key > first ? first : key;
@@ -96,7 +96,7 @@ __device__ float sum_of_two_highest(const uint32_t* keys, int size) {
 }
 
 // Experts of the groups that the token does not choose among have no key from here on.
-__device__ void leave_out_groups(const MoeRoute& p, uint32_t* keys) {
+__device__ inline void leave_out_groups(const MoeRoute& p, uint32_t* keys) {
   const int experts = static_cast<int>(p.experts), groups = static_cast<int>(p.groups), size = experts / groups;
   uint32_t* of_groups = keys + experts;
   warp_sync();
@@ -192,13 +192,15 @@ __global__ void __launch_bounds__(256) choose(MoeRoute p, uint32_t* words) {
 
 constexpr int kThreads = 256;
 
+constexpr int kScanInts = kThreads / 32 + 1;  // of shared memory
+
 // The sum of what comes before a thread's own value, and of all of the block.
-__device__ int sum_before(int v, int* total) {
-  __shared__ int shared[kThreads / 32], last;
+__device__ inline int sum_before(int v, int* total) {
+  int *shared = dynamic_shared<int>(0), *last = shared + kThreads / 32;
   const int inclusive = block_inclusive_scan<kThreads>(v, shared, [](int a, int b) { return a + b; });
-  if (threadIdx.x == kThreads - 1) last = inclusive;
+  if (threadIdx.x == kThreads - 1) *last = inclusive;
   __syncthreads();
-  *total = last;
+  *total = *last;
   return inclusive - v;
 }
 
@@ -245,14 +247,15 @@ __global__ void __launch_bounds__(kThreads) sum_offsets(MoeRoute p) {
 
 __global__ void __launch_bounds__(kThreads)
     place(MoeRoute p, const uint32_t* words, const uint32_t* before, int64_t blocks) {
-  const int64_t pair = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (pair >= p.tokens * p.top_k) return;
-  const int64_t token = pair / p.top_k, expert = p.chosen[pair], word = expert * blocks + token / kTokens;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (thread >= p.tokens * p.top_k) return;
+  const int pair = static_cast<int>(thread), token = pair / static_cast<int>(p.top_k), expert = p.chosen[pair];
+  const int64_t word = expert * blocks + token / kTokens;
   const uint32_t earlier = words[word] & ((1u << (token % kTokens)) - 1);
   const int rank = static_cast<int>(before[word]) + __popc(earlier);
   const bool keeps = rank < p.capacity;
   p.rows[pair] = keeps ? p.offsets[expert] + rank : -1;
-  if (keeps) p.slots[p.rows[pair]] = static_cast<int32_t>(pair);
+  if (keeps) p.slots[p.rows[pair]] = pair;
   if (pair >= p.offsets[p.experts]) p.slots[pair] = -1;  // a row that holds nothing
 }
 
@@ -272,8 +275,8 @@ void moe_route(const MoeRoute& p, uint32_t* workspace, Stream stream) {
   dispatch_gpu(p.dtype, [&]<class T>() {
     launch("moe_route", choose<T>, blocks, warps * 32, Shared::bytes(p, warps), stream, p, words);
   });
-  launch("moe_route counts", count_pairs, p.experts, kThreads, 0, stream, p, words, before, blocks);
-  launch("moe_route offsets", sum_offsets, 1, kThreads, 0, stream, p);
+  launch("moe_route counts", count_pairs, p.experts, kThreads, kScanInts * sizeof(int), stream, p, words, before, blocks);
+  launch("moe_route offsets", sum_offsets, 1, kThreads, kScanInts * sizeof(int), stream, p);
   launch("moe_route places", place, ceil_div(p.tokens * p.top_k, kThreads), kThreads, 0, stream, p, words, before, blocks);
 }
 

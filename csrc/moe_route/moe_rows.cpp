@@ -31,6 +31,7 @@ Arguments check(const char* op, const char* name, const Tensor& x, const Optiona
   MoeRows p{};
   p.dtype = checks.dtype();
   p.tokens = rows.size(0), p.top_k = rows.size(1), p.dim = x.size(1);
+  MK_CHECK(p.tokens <= INT32_MAX / p.top_k, op, ": rows has ", p.pairs(), " pairs; expected less than 2^31");
   checks.shape(name, x, {by_row ? p.pairs() : p.tokens, p.dim});
   checks.tensor("rows", rows, {p.tokens, p.top_k}, ScalarType::Int);
   checks.tensor("slots", slots, {p.pairs()}, ScalarType::Int);

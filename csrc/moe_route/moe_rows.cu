@@ -22,9 +22,9 @@ __device__ __forceinline__ const T* row_of(const void* data, int64_t row, int64_
 
 template <class T, int kCount>
 __global__ void __launch_bounds__(kThreads) dispatch_rows(MoeRows p) {
-  const int64_t row = blockIdx.x, slot = p.slot(row);
-  const int dim = static_cast<int>(p.dim);
-  const T* x = row_of<T>(p.x, slot < 0 ? 0 : slot / p.top_k, p.dim);
+  const int64_t row = blockIdx.x;
+  const int dim = static_cast<int>(p.dim), slot = static_cast<int>(p.slot(row));
+  const T* x = row_of<T>(p.x, slot < 0 ? 0 : slot / static_cast<int>(p.top_k), p.dim);
   T* out = static_cast<T*>(p.out) + row * p.dim;
   const float weight = slot < 0 ? 0.f : p.weight<float>(slot);
   for (int d = static_cast<int>(threadIdx.x) * kCount; d < dim; d += kThreads * kCount) {
@@ -62,13 +62,13 @@ __global__ void __launch_bounds__(kThreads) combine_rows(MoeRows p) {
 
 template <class T, int kCount>
 __global__ void __launch_bounds__(kThreads) dot_rows(MoeRows p) {
-  const int64_t pair = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + warp_index();
-  if (pair >= p.pairs()) return;
-  const int dim = static_cast<int>(p.dim);
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + warp_index();
+  if (warp >= p.pairs()) return;
+  const int pair = static_cast<int>(warp), dim = static_cast<int>(p.dim);
   const int64_t row = p.row(pair);
   float sum = 0;
   if (row >= 0) {
-    const T *x = row_of<T>(p.x, pair / p.top_k, p.dim), *y = row_of<T>(p.y, row, p.dim);
+    const T *x = row_of<T>(p.x, pair / static_cast<int>(p.top_k), p.dim), *y = row_of<T>(p.y, row, p.dim);
     for (int d = lane() * kCount; d < dim; d += 32 * kCount) {
       const Vector<T, kCount> a = load_vector<kCount>(x + d), b = load_vector<kCount>(y + d);
 #pragma unroll

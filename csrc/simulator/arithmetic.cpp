@@ -268,6 +268,17 @@ void add_predicates(Table& t) {
   t["xor.pred"] = each([](bool a, bool b) { return a != b; });
 }
 
+// 9.7.1, bfi: the lowest `length` bits of a in the place of those of b from bit `first` on.
+template <class B>
+B insert_bits(B a, B b, uint32_t first, uint32_t length) {
+  first &= 0xff, length &= 0xff;
+  for (uint32_t i = 0; i < length && first + i < 8 * sizeof(B); i++) {
+    const B bit = B{1} << (first + i);
+    b = i < 8 * sizeof(B) && (a >> i & 1) ? b | bit : b & ~bit;
+  }
+  return b;
+}
+
 // 9.7.1 and 9.7.8, what has 32 bits only
 void add_bit_tricks(Table& t) {
   t["popc.b32"] = each([](uint32_t a) { return static_cast<uint32_t>(std::popcount(a)); });
@@ -318,6 +329,8 @@ Table make_table() {
   add_conversions(t);
   add_predicates(t);
   add_bit_tricks(t);
+  t["bfi.b32"] = each([](uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return insert_bits(a, b, c, d); });
+  t["bfi.b64"] = each([](uint64_t a, uint64_t b, uint32_t c, uint32_t d) { return insert_bits(a, b, c, d); });
   // 9.7.9, cvta: a global or parameter address is the same in the generic space here
   for (const char* name : {"cvta.to.global.u64", "cvta.global.u64"}) t[name] = each([](uint64_t a) { return a; });
   t["cvta.shared.u64"] = each([](uint64_t a) { return a + kSharedWindow; });

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels import RoutingPlan, moe_mlp, moe_route
+from madkernels import RoutingPlan, moe_combine, moe_mlp, moe_route
 from madkernels.models.layers.base import Layer, State, check_positive
 from madkernels.models.layers.grouped import grouped_linear
 from madkernels.models.layers.swiglu import SwiGLU
-from madkernels.reference.moe_route import moe_combine, moe_dispatch, moe_route as route_by_torch
+from madkernels.reference.moe_route import (
+    moe_combine as combine_by_torch,
+    moe_dispatch as dispatch_by_torch,
+    moe_route as route_by_torch,
+)
 
 DEVICES = {"cpu", "meta"}  # where the ops are used; their CUDA kernels have not run on a GPU yet
 
@@ -79,9 +84,8 @@ class MoE(Layer):
         logits = self.router(tokens)
         if self.dense:
             return dense_plan(logits, self.top_k)
-        choose = moe_route if tokens.device.type in DEVICES else route_by_torch
         bias = self.bias.to(torch.promote_types(logits.dtype, torch.float32)) if self.balance else None
-        plan = choose(logits, self.top_k, score="sigmoid" if self.sigmoid else "softmax", bias=bias)
+        plan = routed(logits, self.top_k, score="sigmoid" if self.sigmoid else "softmax", bias=bias)
         if self.balance and self.training:
             self.taken += plan.counts
         return plan
@@ -92,9 +96,9 @@ class MoE(Layer):
             return moe_mlp(tokens, plan, self.gate_up, self.down)
         device = tokens.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
-        copies = moe_dispatch(tokens, plan).to(dtype)
+        copies = dispatch_by_torch(tokens, plan).to(dtype)
         gate, up = grouped_linear(copies, self.gate_up.to(dtype), plan.offsets[1:]).chunk(2, dim=-1)
-        return moe_combine(grouped_linear(F.silu(gate) * up, self.down.to(dtype), plan.offsets[1:]), plan)
+        return combined(grouped_linear(F.silu(gate) * up, self.down.to(dtype), plan.offsets[1:]), plan)
 
     def flops(self, seqlen: int) -> int:
         """Router 2 L D E, and 6 L D F for each of a token's experts."""
@@ -109,6 +113,16 @@ class MoE(Layer):
     def working(self) -> int:
         """How many of the routed experts see a token."""
         return self.experts if self.dense else self.top_k
+
+
+def routed(logits: Tensor, top_k: int, **options: Any) -> RoutingPlan:
+    """A plan of scores (tokens, experts): by the op, or by torch where it is not used."""
+    return (moe_route if logits.device.type in DEVICES else route_by_torch)(logits, top_k, **options)
+
+
+def combined(y: Tensor, plan: RoutingPlan) -> Tensor:
+    """Rows of a plan (rows, dim) into their tokens' weighted sums, likewise."""
+    return (moe_combine if y.device.type in DEVICES else combine_by_torch)(y, plan)
 
 
 @torch.no_grad()

@@ -196,3 +196,47 @@ def test_decoding_beyond_the_room_of_a_cache(name: str, first: int) -> None:
         layer.step(-x[:, t], aside)
         assert all(torch.equal(state[key], value) for key, value in kept.items())
         torch.testing.assert_close(y, whole[:, t], rtol=1e-11, atol=1e-12)
+
+
+SPARSE = {"experts": 5, "top_k": 2, "hidden": 4, "sparse": True, "horizon": 12}
+
+
+def sparse_experts(**options: Any) -> Any:
+    torch.manual_seed(1)
+    return LAYERS["hyena-experts"](DIM, **SPARSE | options).double()
+
+
+def test_sparse_hyena_experts_see_the_tokens_that_chose_them() -> None:
+    """Each expert alone: a layer of one expert, on its tokens."""
+    layer, x = sparse_experts(), sequence(1).double().requires_grad_()
+    scores = layer.router(x[0])
+    chosen = scores.topk(2).indices
+    wanted = torch.zeros_like(x[0])
+    for e in range(5):
+        one = sparse_experts(experts=1, top_k=1, sparse=False)
+        own = torch.arange(4) + e * 4
+        of_all = torch.cat([own, own + 20, own + 40])  # of q, k and v
+        state = {k: v[of_all] if len(v) == 60 else v for k, v in layer.state_dict().items() if not k.startswith("filter")}
+        one.load_state_dict(one.state_dict() | state | {"router.weight": scores.new_zeros(1, DIM), "skip": layer.skip[own]})
+        del one.filter
+        one.__dict__["filter"] = lambda length, dtype, own=own: layer.filter(length, dtype)[own]
+        kept = (chosen == e).any(1)
+        weight = torch.where(chosen == e, scores.gather(1, chosen).softmax(-1), 0).sum(1)[kept]
+        y = one(x[:, kept])[0] - one.out.bias
+        wanted = wanted.index_put((kept.nonzero().squeeze(1),), weight.unsqueeze(1) * y, accumulate=True)
+    torch.testing.assert_close(layer(x)[0], wanted + layer.out.bias)
+
+
+@pytest.mark.parametrize("taps", [0, 6])
+def test_sparse_hyena_experts_in_parts_and_packed(taps: int) -> None:
+    layer, x = sparse_experts(taps=taps), sequence().double()
+    whole, state = layer(x), layer.init_state(2)
+    parts = [layer(x[:, :9], state=state), *(layer.step(x[:, t], state).unsqueeze(1) for t in range(9, SEQLEN))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    offsets = torch.tensor([0, 8, 8, SEQLEN], dtype=torch.int32)
+    packed = layer(x[:1], cu_seqlens=offsets)
+    apart = torch.cat([layer(x[:1, a:b]) for a, b in pairwise(offsets.tolist()) if a < b], 1)
+    torch.testing.assert_close(packed, apart)
+    whole.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    assert layer.flops(100) < 0.6 * sparse_experts(taps=taps, sparse=False).flops(100)  # two experts of five
