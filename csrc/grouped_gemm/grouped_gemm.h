@@ -124,7 +124,7 @@ struct GroupBias {
 
 struct GroupKernels {
   int64_t lanes;  // features of an item of float32 and 16-bit numbers
-  // Of packed copies of rows: columns for `multiply`, panels for `multiply_rows`.
+  // Of packed copies of rows: columns for `multiply`, panels for `outer`.
   int64_t (*bytes)(DType, int64_t packed_rows, int64_t width);
   void (*pack_columns)(DType, const GroupRows&, const GroupParts&, void* to, int64_t begin, int64_t end);
   void (*pack_panels)(DType, const GroupRows&, const GroupParts&, void* to, int64_t begin, int64_t end);
