@@ -8,7 +8,7 @@
 // offset: one block sums what experts keep.
 // place: a thread takes a pair: its rank is what comes before its word, and the bits below its own.
 //
-// Counted: a choice takes experts / 32 looks at keys of 6 instructions a lane, and 40 instructions to find the highest of
+// Estimated: a choice takes experts / 32 looks at keys of 6 instructions a lane, and 40 instructions to find the highest of
 // the warp; at 128 experts and top_k 8, 520 a token, of which an H100 starts 0.9 10^12 a second: 14 us for 24,576 tokens,
 // where reading bfloat16 logits takes 2.
 #include "common/block.h"
