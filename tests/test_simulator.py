@@ -99,6 +99,15 @@ def shifted(a: np.ndarray, n: np.ndarray, left: bool) -> np.ndarray:
     return np.where(n < bits, within, beyond)
 
 
+def inserted(a: np.ndarray, b: np.ndarray, first: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """The lowest bits of a in the place of some of b: first and length are bytes, and nothing goes beyond the last bit."""
+    bits, found = 8 * a.itemsize, []
+    for x, y, at, count in zip(a, b, first & 0xFF, length & 0xFF, strict=True):
+        mask = ((1 << int(count)) - 1) << int(at) & ((1 << bits) - 1)
+        found.append(int(y) & ~mask | int(x) << int(at) & mask)
+    return np.array(found, object).astype(a.dtype)
+
+
 def high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     products = [int(x) * int(y) >> (8 * a.itemsize) for x, y in zip(a, b, strict=True)]
     return np.array(products, object).astype(a.dtype)
@@ -226,6 +235,8 @@ def bit_cases() -> dict[str, Case]:
         "clz.b32": ("u32", ["b32"], lambda a: np.array([32 - int(x).bit_length() for x in a])),
         "brev.b32": ("b32", ["b32"], reversed_bits),
         "prmt.b32": ("b32", ["b32", "b32", "b32"], permuted_bytes),
+        "bfi.b32": ("b32", ["b32", "b32", "u32", "u32"], inserted),
+        "bfi.b64": ("b64", ["b64", "b64", "u32", "u32"], inserted),
         "lop3.b32": ("b32", ["b32", "b32", "b32", "u32"], truth_table),
         "shf.l.wrap.b32": ("b32", ["b32", "b32", "u32"], lambda a, b, c: funnel(a, b, c, True)),
         "shf.r.wrap.b32": ("b32", ["b32", "b32", "u32"], lambda a, b, c: funnel(a, b, c, False)),
