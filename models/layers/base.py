@@ -161,6 +161,13 @@ def no_narrower(after: Tensor, before: Tensor) -> Tensor:
     return after.to(torch.promote_types(after.dtype, before.dtype))
 
 
+def cast_once(x: Tensor) -> Tensor:
+    """Under autocast x in its dtype: one copy for all that take it, where each would make and keep one."""
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if casts else x
+
+
 def wide(x: Tensor) -> Tensor:
     """x in float32 at least, for decay rates, which are exponentiated and summed over the sequence."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

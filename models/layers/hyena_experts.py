@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madkernels import causal_conv, fft_conv
-from madkernels.models.layers.base import State, check_positive, document_of, no_narrower
+from madkernels.models.layers.base import State, cast_once, check_positive, document_of, no_narrower
 from madkernels.models.layers.hyena import LongConvLayer, check_taps
 from madkernels.models.layers.moe import combined, routed
 
@@ -47,6 +47,7 @@ class HyenaExperts(LongConvLayer):
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)
+        x = cast_once(x)
         if self.sparse:
             return self.by_experts(x, cu_seqlens, state)
         q, k, v = self.project(x, cu_seqlens, state)

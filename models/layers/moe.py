@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madkernels import RoutingPlan, moe_combine, moe_mlp, moe_route
-from madkernels.models.layers.base import Layer, State, check_positive
+from madkernels.models.layers.base import Layer, State, cast_once, check_positive
 from madkernels.models.layers.grouped import grouped_linear
 from madkernels.models.layers.swiglu import SwiGLU
 from madkernels.reference.moe_route import (
@@ -73,10 +73,10 @@ class MoE(Layer):
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)
-        tokens = x.reshape(-1, self.dim)
+        tokens = cast_once(x).reshape(-1, self.dim)
         y = self.mix(tokens, self.route(tokens))
         if self.shared is not None:
-            y = y + self.shared(x).view(y.shape)
+            y = y + self.shared(tokens.view(x.shape)).view(y.shape)
         return y.view(x.shape)
 
     def route(self, tokens: Tensor) -> RoutingPlan:
@@ -94,11 +94,9 @@ class MoE(Layer):
         """Tokens (tokens, dim) through their experts, and summed."""
         if tokens.device.type in DEVICES:
             return moe_mlp(tokens, plan, self.gate_up, self.down)
-        device = tokens.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
-        copies = dispatch_by_torch(tokens, plan).to(dtype)
-        gate, up = grouped_linear(copies, self.gate_up.to(dtype), plan.offsets[1:]).chunk(2, dim=-1)
-        return combined(grouped_linear(F.silu(gate) * up, self.down.to(dtype), plan.offsets[1:]), plan)
+        gate_up, down, ends = self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype), plan.offsets[1:]
+        gate, up = grouped_linear(dispatch_by_torch(tokens, plan), gate_up, ends).chunk(2, dim=-1)
+        return combined(grouped_linear(F.silu(gate) * up, down, ends), plan)
 
     def flops(self, seqlen: int) -> int:
         """Router 2 L D E, and 6 L D F for each of a token's experts."""

@@ -35,6 +35,12 @@ def test_an_option_that_changes_nothing_is_left_out() -> None:
     assert str(parse("mamba:dstate=16,expand=3 mamba:width=4")) == "mamba:expand=3 mamba"
 
 
+def another(name: str, option: str) -> int | float | bool:
+    """A value that is not the default."""
+    default = options_of(name)[option]
+    return not default if isinstance(default, bool) else type(default)(11)
+
+
 @given(
     st.lists(
         st.sampled_from(sorted(LAYERS)).flatmap(
@@ -42,7 +48,7 @@ def test_an_option_that_changes_nothing_is_left_out() -> None:
                 LayerSpec,
                 st.just(name),
                 st.lists(st.sampled_from(sorted(options_of(name))), unique=True).map(
-                    lambda keys: tuple((key, 11) for key in sorted(keys))
+                    lambda keys: tuple((key, another(name, key)) for key in sorted(keys))
                 ),
             )
         ),
