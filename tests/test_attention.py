@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -295,6 +296,31 @@ def test_step_in_pages_equals_the_whole() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "value_dim", "page_size"),
+    [(6, 1, 40, 111, 1), (12, 1, 111, 40, 16), (10, 2, 8, 256, 17), (2, 2, 256, 59, 17)],
+)
+def test_step_of_any_widths_and_pages(heads: int, kv_heads: int, head_dim: int, value_dim: int, page_size: int) -> None:
+    each = -(-300 // page_size)
+    keys, values = (3 * each, page_size, kv_heads, head_dim), (3 * each, page_size, kv_heads, value_dim)
+    shapes = (3, heads, head_dim), keys, values, (3, kv_heads, head_dim), (3, kv_heads, value_dim)
+    inputs = dict(zip(("q", "k_cache", "v_cache", "k", "v"), drawn(*shapes), strict=True))
+    table = torch.randperm(3 * each, generator=torch.Generator().manual_seed(0)).int().view(3, each)
+    lengths = torch.tensor([0, 100, each * page_size - 1], dtype=torch.int32)
+    check_step(inputs, cache_seqlens=lengths, block_table=table)
+
+
+@pytest.mark.parametrize("head_dim", [16, 17])
+def test_step_takes_a_cache_of_any_strides(head_dim: int) -> None:
+    inputs = cache(2, 20, 4, 2, head_dim, torch.bfloat16)
+    lengths = torch.tensor([5, 19], dtype=torch.int32)
+    within = torch.stack([inputs[name].transpose(1, 2) for name in ("k_cache", "v_cache")], 3)
+    strided = inputs | dict(zip(("k_cache", "v_cache"), within.transpose(1, 2).unbind(3), strict=True))
+    found, wanted = (attention_step(**given, cache_seqlens=lengths) for given in (strided, inputs))
+    assert torch.equal(found, wanted)
+    assert all(torch.equal(strided[name], inputs[name]) for name in ("k_cache", "v_cache"))
+
+
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("capacity", [6, 8, 40])
 def test_step_by_step_equals_the_whole(capacity: int, window: int | None) -> None:
@@ -345,6 +371,27 @@ def test_step_refusals(change: dict[str, Any], message: str) -> None:
     inputs: dict[str, Any] = cache(2, 9, 4, 2, 8, torch.float32) | {"cache_seqlens": torch.zeros(2, dtype=torch.int32)}
     with pytest.raises(RuntimeError, match=f"attention_step: .*{message}"):
         attention_step(**inputs | change)
+
+
+@pytest.mark.backends("ptx", "cuda")
+@pytest.mark.parametrize(
+    ("lengths", "table"),
+    [((4, 9), None), ((4, -1), None), ((4, 3), ((0, 1, 2), (3, 6, 5))), ((4, 4), ((0, 1, 2), (-1, 4, 5)))],
+    ids=["too long", "negative", "page of the new key", "page of a key"],
+)
+def test_step_on_a_gpu_gives_nan_beyond_the_cache(lengths: tuple[int, int], table: Sequence[Sequence[int]] | None) -> None:
+    whole = cache(2, 9, 4, 2, 8, torch.float32)
+    given = copies(whole)
+    options: dict[str, Any] = {"cache_seqlens": torch.tensor(lengths, dtype=torch.int32)}
+    if table:
+        given |= {name: given[name].view(6, 3, 2, 8) for name in ("k_cache", "v_cache")}
+        options["block_table"] = torch.tensor(table, dtype=torch.int32)
+    out, lse = attention_step(**given, **options, return_lse=True)
+    wanted, wanted_lse = attention_step(**whole, cache_seqlens=torch.tensor([4, 0], dtype=torch.int32), return_lse=True)
+    assert torch.equal(out[0], wanted[0])
+    assert torch.equal(lse[0], wanted_lse[0])
+    assert out[1].isnan().all()
+    assert lse[1].isnan().all()
 
 
 def test_opcheck_step() -> None:

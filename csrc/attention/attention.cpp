@@ -261,8 +261,7 @@ void check_cache(const char* op, const AttentionStep& p) {
              p.capacity, "; take a longer one, or a window");
     for (int64_t t = seen.begin; p.block_table && t < seen.end; t += p.page_size - t % p.page_size) {
       const int32_t page = p.page(b, p.slot(t));
-      MK_CHECK(page >= 0 && page < p.pages, op, ": block_table names page ", page, " for sequence ", b, "; there are ",
-               p.pages);
+      MK_CHECK(p.has(page), op, ": block_table names page ", page, " for sequence ", b, "; there are ", p.pages);
     }
   }
 }

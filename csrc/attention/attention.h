@@ -123,6 +123,7 @@ struct AttentionStep {
   MADKERNELS_ANYWHERE int32_t page(int64_t b, int64_t slot) const {
     return block_table[b * (capacity / page_size) + slot / page_size];
   }
+  MADKERNELS_ANYWHERE bool has(int32_t page) const { return page >= 0 && page < pages; }
   template <class T>
   MADKERNELS_ANYWHERE T* in(const Heads& cache, int64_t b, int64_t position, int64_t head) const {
     const int64_t at = slot(position);

@@ -58,7 +58,7 @@ struct CacheRows {
     const int at = static_cast<int>(p.slot(position));
     if (p.block_table == nullptr) return cache.at<T>(b, at, head);
     const int size = static_cast<int>(p.page_size), page = p.block_table[b * (p.capacity / p.page_size) + at / size];
-    return page >= 0 && page < p.pages ? cache.at<T>(page, at % size, head) : nullptr;
+    return p.has(page) ? cache.at<T>(page, at % size, head) : nullptr;
   }
   __device__ const T* at(int position) const { return fresh != nullptr && position == last ? fresh : slot(position); }
 
@@ -236,14 +236,20 @@ __global__ void __launch_bounds__(kThreads) attend(AttentionStep p) {
   add_values<T, kHeads>(p, values, head, heads, first, count, range, scores, sums);
 }
 
+// Whether the cache has room for a sequence, and a page for its last key: a new one is not read from there.
+__device__ inline bool is_held(const AttentionStep& p, const Span& seen) {
+  if (!p.holds(seen)) return false;
+  return p.block_table == nullptr || seen.length() == 0 || p.has(p.page(seen.doc, p.slot(seen.end - 1)));
+}
+
 // The ranges of a head, one after another. What the cache cannot hold is NaN.
 template <class T>
 __global__ void __launch_bounds__(kThreads) join(AttentionStep p) {
   const int head = static_cast<int>(blockIdx.x % p.heads), b = static_cast<int>(blockIdx.x / p.heads);
   const Span seen = p.seen(b);
-  const int ranges = p.holds(seen) ? static_cast<int>(ceil_div(seen.length(), kRange)) : 0,
-            width = static_cast<int>(p.value_dim);
-  float highest = p.holds(seen) ? -INFINITY : NAN, sum = 0;
+  const bool held = is_held(p, seen);
+  const int ranges = held ? static_cast<int>(ceil_div(seen.length(), kRange)) : 0, width = static_cast<int>(p.value_dim);
+  float highest = held ? -INFINITY : NAN, sum = 0;
   for (int r = 0; r < ranges; r++) {
     const float found = partial(p, b, head, r)[width];
     highest = found > highest || found != found ? found : highest;
