@@ -91,6 +91,7 @@ inline const int32_t* indices_or_null(const OptionalTensor& t) { return static_c
 
 // Rows of a contiguous (rows, width) that are in no group.
 inline void zero_other_rows(const Tensor& t, const Groups& groups) {
+  if (t.numel() == 0) return;  // it may have no memory at all
   const auto bytes = static_cast<int64_t>(t.element_size()) * t.size(1);
   char* data = static_cast<char*>(t.data_ptr());
   std::memset(data, 0, static_cast<size_t>(groups.begin() * bytes));
