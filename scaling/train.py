@@ -24,16 +24,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective_contexts, noop_context_fn
 
 from madkernels.fused import linear_cross_entropy
 from madkernels.models import HybridLM, counting
 from madkernels.models.causality import check_layers_from_outside
 from madkernels.models.init import parameter_groups
-from madkernels.models.layers.moe import balance_experts
+from madkernels.models.layers.base import check_positive
+from madkernels.models.layers.expert_parallel import shard_experts
+from madkernels.models.layers.moe import MoE, balance_experts
 from madkernels.models.lm import Place
 from madkernels.ops.registration import kept_under_recomputation
 from madkernels.runs.engines import Diverged
@@ -59,6 +61,7 @@ class Execution:
         checkpointing: what the backward computes again: none, full (everything inside a layer), or selective (all but
             matrix products, attention and the project's ops).
         compile: whether layers go through torch.compile.
+        expert_parallel: processes that share the experts of MoE layers, each of which holds a part.
         save_every: seconds between checkpoints.
         log_every: steps between points of the log; a hundredth of the run if None.
         peak_flops: FLOPs per second of one device at best, for the utilisation in the log.
@@ -68,6 +71,7 @@ class Execution:
     micro_batch: int | None = None
     checkpointing: str = "none"
     compile: bool = False
+    expert_parallel: int = 1
     save_every: float = 300.0
     log_every: int | None = None
     peak_flops: float | None = None
@@ -75,6 +79,7 @@ class Execution:
     def __post_init__(self) -> None:
         if self.checkpointing not in CHECKPOINTING:
             raise ValueError(f"checkpointing is {self.checkpointing!r}; it takes {', '.join(CHECKPOINTING)}")
+        check_positive(expert_parallel=self.expert_parallel)
 
 
 class Objective(nn.Module):
@@ -159,6 +164,7 @@ class _Trainer:
         self.held_out = held_out(corpus.split("validation"), self.recipe.seqlen, self.recipe.held_out)
         with torch.device("meta"):
             model = build(run)
+        _check_experts(model, how.expert_parallel, self.ranks)
         self.params = counting.params(model) - counting.embedding_params(model)
         self.flops_per_token = counting.training_flops(model, self.recipe.seqlen)
         self.objective = _objective(run, how, self.device, self.ranks)
@@ -230,7 +236,10 @@ class _Trainer:
             loss = self.loss(part) / len(parts)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        norm = _full(nn.utils.clip_grad_norm_(self.objective.parameters(), self.recipe.clip))
+        if self.how.expert_parallel > 1:
+            _average_experts(self.objective, self.how.expert_parallel)
+        norm, foreach = self.norm(), None if self.how.expert_parallel == 1 else False  # which takes one mesh alone
+        nn.utils.clip_grads_with_norm_(self.objective.parameters(), self.recipe.clip, norm, foreach=foreach)
         total = self.mean(total)
         if self.guard.allows(float(total), float(norm)):
             self.optimizer.step()
@@ -248,6 +257,14 @@ class _Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
             loss: Tensor = self.objective(tokens, targets, offsets)
         return loss
+
+    def norm(self) -> Tensor:
+        """Of the gradient: of several processes each element is in one, whichever axes of which mesh it is sharded along."""
+        gradients = [_local(p.grad) for p in self.objective.parameters() if p.grad is not None]
+        square = nn.utils.get_total_norm(gradients).square()
+        if self.ranks > 1:
+            dist.all_reduce(square)
+        return square.sqrt()
 
     @torch.no_grad()
     def measure(self) -> float:
@@ -408,12 +425,16 @@ def _objective(run: LMRun, how: Execution, device: torch.device, ranks: int) -> 
     """Recomputation inside, compilation around it, shards around that. Each layer goes where it belongs before the next is
     made, so no process holds the whole model."""
     mesh = init_device_mesh(device.type, (ranks,)) if ranks > 1 else None
+    of_experts = _mesh_of_experts(device, ranks, how.expert_parallel)
+    placement = None if of_experts is None else _placement(of_experts["dp"])
 
     def place(norm: nn.Module, layer: nn.Module) -> None:
         if how.compile:
             layer.compile()
         if mesh:
-            fully_shard([norm, layer], mesh=mesh)
+            if of_experts:
+                shard_experts(layer, of_experts["ep"])
+            fully_shard([norm, layer], mesh=mesh, shard_placement_fn=placement)
         else:
             norm.to(device)
             layer.to(device)
@@ -427,6 +448,50 @@ def _objective(run: LMRun, how: Execution, device: torch.device, ranks: int) -> 
     warnings.filterwarnings("ignore", message=".*returned a view tensor. An in-place op")  # the residual stream has none
     fully_shard(objective, mesh=mesh)
     return objective
+
+
+def _check_experts(model: HybridLM, parts: int, ranks: int) -> None:
+    """ValueError where so many processes cannot share the experts."""
+    if parts == 1:
+        return
+    layers = [layer for layer in counting.layers(model) if isinstance(layer, MoE)]
+    if not layers:
+        raise ValueError(f"expert_parallel is {parts}, but {model.arch} has no moe layer")
+    for count, of_what in ((ranks, "processes"), *((layer.experts, "experts") for layer in layers)):
+        if count % parts:
+            raise ValueError(f"expert_parallel is {parts}, which does not divide the {count} {of_what}")
+
+
+def _mesh_of_experts(device: torch.device, ranks: int, parts: int) -> DeviceMesh | None:
+    """Neighbours share experts, along "ep"; along "dp" each part is held by so many."""
+    return init_device_mesh(device.type, (ranks // parts, parts), mesh_dim_names=("dp", "ep")) if parts > 1 else None
+
+
+def _placement(dp: DeviceMesh) -> Callable[[nn.Parameter], Any]:
+    """Tells FSDP to shard experts over the processes alone that hold the same, along an axis that divides."""
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+    except ImportError:
+        raise ValueError(f"expert_parallel takes torch 2.12 or later; this is {torch.__version__}") from None
+    over = FSDPMeshInfo(dp, shard_mesh_dim=0)
+
+    def placement(parameter: nn.Parameter) -> ShardPlacementResult | None:
+        if not isinstance(parameter, DTensor):
+            return None
+        axis = next((axis for axis in (1, 2) if parameter.shape[axis] % dp.size() == 0), 0)
+        return ShardPlacementResult(Shard(axis), over)
+
+    return placement
+
+
+@torch.no_grad()
+def _average_experts(model: nn.Module, parts: int) -> None:
+    """Makes means over all processes of the gradients of experts: FSDP took that over "dp", of what are sums over "ep"."""
+    for layer in model.modules():
+        if isinstance(layer, MoE):
+            for weight in (layer.gate_up, layer.down):
+                assert weight.grad is not None
+                weight.grad /= parts
 
 
 def kept_results() -> list[Any]:
@@ -445,5 +510,5 @@ def kept_results() -> list[Any]:
     ]
 
 
-def _full(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value

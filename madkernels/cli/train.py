@@ -241,6 +241,9 @@ def run(
         str, typer.Option(help="Activation checkpointing (recomputation in the backward): none, selective or full.")
     ] = "none",
     compile: Annotated[bool, typer.Option(help="Compile each layer with torch.compile.")] = False,
+    expert_parallel: Annotated[
+        int, typer.Option(min=1, help="Processes that share the experts of moe layers, each holding a part.")
+    ] = 1,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 300.0,
     log_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between lines of the log. Default: a hundredth of the run.")
@@ -277,7 +280,9 @@ def run(
             steps, batch, length, _preset_lr(preset) if lr is None else lr, warmup=warmup, schedule=schedule,
             weight_decay=weight_decay, dtype=dtype, documents=documents, seed=seed,
         )  # fmt: skip
-        how = training.Execution(device, micro_batch, checkpointing, compile, save_every, log_every, peak_flops(device))
+        how = training.Execution(
+            device, micro_batch, checkpointing, compile, expert_parallel, save_every, log_every, peak_flops(device)
+        )
         wanted = LMRun(str(model.arch), model.dim, corpus.vocab_size, recipe, corpus.sha256, corpus=str(data), out=str(out))
         console = Console()
         with training.processes(device) as first, progress_bars(console) as bars:

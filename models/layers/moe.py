@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels import RoutingPlan, moe_combine, moe_mlp, moe_route
+from madkernels import RoutingPlan, grouped_gemm, moe_combine, moe_dispatch, moe_mlp, moe_route
 from madkernels.models.layers.base import Layer, State, cast_once, check_positive
 from madkernels.models.layers.grouped import grouped_linear
 from madkernels.models.layers.swiglu import SwiGLU
@@ -46,6 +46,9 @@ class MoE(Layer):
     hidden_option = "hidden"
     bias: Tensor  # (experts,): added to scores for choosing, and
     taken: Tensor  # (experts,): tokens of each since it was moved; both with `balance` alone
+
+    # `mix` of tokens, plan, gate_up and down, where experts are sharded over processes (expert_parallel.py).
+    over_processes: Callable[[Tensor, RoutingPlan, Tensor, Tensor], Tensor] | None = None
 
     def __init__(
         self, dim: int, *, experts: int = 8, top_k: int = 2, hidden: int = 128, shared: int = 0, sigmoid: bool = False,
@@ -92,11 +95,11 @@ class MoE(Layer):
 
     def mix(self, tokens: Tensor, plan: RoutingPlan) -> Tensor:
         """Tokens (tokens, dim) through their experts, and summed."""
+        if self.over_processes is not None:
+            return self.over_processes(tokens, plan, self.gate_up, self.down)
         if tokens.device.type in DEVICES:
             return moe_mlp(tokens, plan, self.gate_up, self.down)
-        gate_up, down, ends = self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype), plan.offsets[1:]
-        gate, up = grouped_linear(dispatch_by_torch(tokens, plan), gate_up, ends).chunk(2, dim=-1)
-        return combined(grouped_linear(F.silu(gate) * up, down, ends), plan)
+        return combined(through_experts(dispatched(tokens, plan), plan.offsets, self.gate_up, self.down), plan)
 
     def flops(self, seqlen: int) -> int:
         """Router 2 L D E, and 6 L D F for each of a token's experts."""
@@ -116,6 +119,23 @@ class MoE(Layer):
 def routed(logits: Tensor, top_k: int, **options: Any) -> RoutingPlan:
     """A plan of scores (tokens, experts): by the op, or by torch where it is not used."""
     return (moe_route if logits.device.type in DEVICES else route_by_torch)(logits, top_k, **options)
+
+
+def dispatched(x: Tensor, plan: RoutingPlan) -> Tensor:
+    """Tokens (tokens, dim) into the rows of a plan (rows, dim), likewise."""
+    return (moe_dispatch if x.device.type in DEVICES else dispatch_by_torch)(x, plan)
+
+
+def through_experts(x: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor, order: Tensor | None = None) -> Tensor:
+    """Rows of x (rows, dim), taken in an `order` by expert if there is one, each through its expert, likewise.
+
+    offsets: (experts + 1,) int32, of the rows of each expert.
+    """
+    if x.device.type in DEVICES:
+        return grouped_gemm(grouped_gemm(x, gate_up, offsets, activation="swiglu", gather=order), down, offsets)
+    x, ends = x if order is None else x[order], offsets[1:]
+    gate, up = grouped_linear(x, gate_up.to(x.dtype), ends).chunk(2, dim=-1)
+    return grouped_linear(F.silu(gate) * up, down.to(x.dtype), ends)
 
 
 def combined(y: Tensor, plan: RoutingPlan) -> Tensor:

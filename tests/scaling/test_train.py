@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+from processes import call, starter
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_common
 
+from madkernels.models import HybridLM
 from madkernels.models.layers import LAYERS, add_layer
 from madkernels.runs.engines import Diverged
 from madkernels.scaling import checkpoint, train as training
@@ -150,20 +154,10 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 def command(data: Path, out: Path, *options: str, processes: int = 1, steps: int = 8) -> list[str]:
-    starter = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"
-    ]  # fmt: skip
     return [
-        *starter, "-m", "madkernels.cli", "train", "run", "--data", str(data), "--out", str(out), "--arch", ARCH,
+        *starter(processes), "-m", "madkernels.cli", "train", "run", "--data", str(data), "--out", str(out), "--arch", ARCH,
         "--dim", "16", "--lr", "3e-3", "--steps", str(steps), "--batch", "4", "--seqlen", "32", "--log-every", "1", *options,
     ]  # fmt: skip
-
-
-def call(arguments: list[str]) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    found = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=environment)
-    assert found.returncode == 0, found.stderr[-3000:]
-    return found.stdout
 
 
 def killed(arguments: list[str], out: Path, after: int) -> None:
@@ -232,7 +226,7 @@ def test_no_process_holds_the_whole_model(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # as over 32 MiB: what is freed goes back to the system
     script = tmp_path / "build.py"
     script.write_text(BUILD)
-    shares = call([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]).split()
+    shares = call([*starter(2), str(script)]).split()
     assert len(shares) == 2
     assert max(map(float, shares)) < 0.7
 
@@ -250,6 +244,79 @@ def test_two_processes_are_resumed_by_one(data: Path, whole: Path, tmp_path: Pat
     assert int(checkpoint.steps_in(tmp_path / "checkpoints")[-1].name[5:]) < 60
     call(command(data, tmp_path, steps=60))
     torch.testing.assert_close([p["loss"] for p in log(tmp_path)], [p["loss"] for p in log(whole)], atol=1e-3, rtol=0)
+
+
+# ---- experts over processes
+
+
+@pytest.fixture(scope="module")
+def short(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps in one process."""
+    out = tmp_path_factory.mktemp("short")
+    call(command(data, out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def of_four(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in four, of which two and two share the experts; there are its last two checkpoints."""
+    out = tmp_path_factory.mktemp("of_four")
+    call(command(data, out, "--expert-parallel", "2", "--save-every", "0", processes=4))
+    return out
+
+
+def assert_same_training(out: Path, wanted: Path) -> None:
+    ours, theirs = log(out), log(wanted)
+    assert [point["step"] for point in ours] == list(range(1, 9))
+    for name in ("loss", "norm"):
+        torch.testing.assert_close([p[name] for p in ours], [p[name] for p in theirs], atol=1e-4, rtol=0)
+    weights, others = (checkpoint.load_model(path).state_dict() for path in (out, wanted))
+    torch.testing.assert_close(weights, others, atol=1e-4, rtol=0)
+
+
+def test_experts_over_four_processes_change_nothing(short: Path, of_four: Path) -> None:
+    assert_same_training(of_four, short)
+
+
+def test_experts_over_two_processes_in_pieces_change_nothing(data: Path, short: Path, tmp_path: Path) -> None:
+    pieces = ["--micro-batch", "1", "--checkpointing", "selective"]
+    call(command(data, tmp_path, "--expert-parallel", "2", *pieces, processes=2))
+    assert_same_training(tmp_path, short)
+
+
+@pytest.mark.parametrize(("processes", "sharing"), [(1, 1), (4, 2), (4, 4)])
+def test_shared_experts_are_resumed(
+    data: Path, short: Path, of_four: Path, tmp_path: Path, processes: int, sharing: int
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(of_four, out)
+    shutil.rmtree(out / "checkpoints" / "step-00000008")
+    told = call(command(data, out, "--expert-parallel", str(sharing), processes=processes))
+    assert told.startswith("going on from step 7\n")
+    assert_same_training(out, short)
+
+
+@pytest.mark.parametrize(
+    ("arch", "ranks", "message"),
+    [
+        ("moe swiglu moe:experts=9", 2, "expert_parallel is 2, which does not divide the 9 experts"),
+        ("moe", 3, "expert_parallel is 2, which does not divide the 3 processes"),
+        ("swiglu", 2, "expert_parallel is 2, but swiglu has no moe layer"),
+    ],
+)
+def test_experts_that_cannot_be_shared(arch: str, ranks: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training._check_experts(HybridLM(arch, vocab_size=5, dim=4), 2, ranks)
+
+
+def test_who_shares_experts_is_looked_at_before_the_training(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="expert_parallel is 2, which does not divide the 1 processes"):
+        train(run_of(data), Execution(expert_parallel=2))
+    with pytest.raises(ValueError, match="expert_parallel is 0; expected a whole number from 1"):
+        Execution(expert_parallel=0)
+    monkeypatch.delattr(_fsdp_common, "ShardPlacementResult")
+    with pytest.raises(ValueError, match=r"expert_parallel takes torch 2\.12 or later"):
+        training._placement(None)
 
 
 # ---- signals
