@@ -9,6 +9,7 @@ collective asks the host how many they are, so the host waits once for the devic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,8 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> None:
         if layer.experts % mesh.size():
             raise ValueError(f"{layer.experts} experts do not divide among {mesh.size()} processes")
         layer.gate_up, layer.down = _own(layer.gate_up, mesh), _own(layer.down, mesh)
-        layer.over_processes = partial(expert_parallel_mlp, group=mesh.get_group())
+        mlp: Callable[..., Tensor] = expert_parallel_mlp
+        layer.over_processes = partial(mlp, group=mesh.get_group())
 
 
 def _own(weight: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
@@ -74,7 +76,8 @@ def expert_parallel_mlp(x: Tensor, plan: RoutingPlan, gate_up: Tensor, down: Ten
     gate_up, down = (w.to_local() if isinstance(w, DTensor) else w for w in (gate_up, down))
     experts, processes = plan.counts.shape[0], group.size()
     if gate_up.shape[0] * processes != experts:
-        raise ValueError(f"gate_up has {gate_up.shape[0]} experts; expected those of one of {processes} processes, of {experts}")
+        held = gate_up.shape[0]
+        raise ValueError(f"gate_up has {held} experts; expected those of one of {processes} processes, of {experts}")
     to_experts, of_processes = _counts(plan, group)
     sent, received = torch.stack([to_experts.sum(1), of_processes.sum(1)]).tolist()
     rows = _exchange(dispatched(x, plan)[: sum(sent)], sent, received, group)
