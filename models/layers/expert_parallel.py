@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> None:
         if layer.experts % mesh.size():
             raise ValueError(f"{layer.experts} experts do not divide among {mesh.size()} processes")
         layer.gate_up, layer.down = _own(layer.gate_up, mesh), _own(layer.down, mesh)
-        mlp: Callable[..., Tensor] = expert_parallel_mlp
+        mlp = cast("Callable[..., Tensor]", expert_parallel_mlp)  # the decorator leaves it no type
         layer.over_processes = partial(mlp, group=mesh.get_group())
 
 
