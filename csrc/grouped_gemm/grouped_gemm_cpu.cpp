@@ -96,9 +96,9 @@ int64_t outer_items(const GroupOuter& p) {
 // Rows i .. i + kTileRows - 1 of the gradient, columns from `first` on.
 template <class T, class A>
 void write_columns(const GroupOuter& p, int64_t group, int64_t i, int64_t first, const A* sums) {
-  const int64_t rows = least<int64_t>(kTileRows, p.a_width - i), count = least<int64_t>(kTileLanes<A>, p.b.width - first);
+  const int64_t rows = least<int64_t>(kTileRows, p.a.width - i), count = least<int64_t>(kTileLanes<A>, p.b.width - first);
   for (int64_t row = 0; row < rows; row++) {
-    T* to = static_cast<T*>(p.out) + (group * p.a_width + i + row) * p.b.width + first;
+    T* to = static_cast<T*>(p.out) + (group * p.a.width + i + row) * p.b.width + first;
     for (int64_t f = 0; f < count; f += kLanes<A>) {
       store(to + f, widen(sums + row * kTileLanes<A> + f), static_cast<int>(least<int64_t>(count - f, kLanes<A>)));
     }
@@ -114,7 +114,7 @@ void add_part(const GroupOuter& p, int64_t index, int64_t first, typename P::Acc
   const GroupPart& part = p.parts.parts[index];
   const bool begins = index == p.parts.first[part.group], ends = index + 1 == p.parts.first[part.group + 1];
   const int64_t rows = rounded_up(part.length(), kPackedRows), steps = rows / P::kGroup;
-  const int64_t padded = rounded_up(p.a_width, kTileRows);
+  const int64_t padded = rounded_up(p.a.width, kTileRows);
   const Element* a = static_cast<const Element*>(p.packed) + part.packed / P::kGroup * padded;
   pack_rows<P>(columns, columns_of(rows_of<T>(p.b, part), first, least(kWidth, p.b.width - first)), kWidth, rows);
   for (int64_t i = 0; i < padded; i += kTileRows) {
@@ -134,14 +134,14 @@ void add_part(const GroupOuter& p, int64_t index, int64_t first, typename P::Acc
 template <class T, class A>
 void write_zeros(const GroupOuter& p, int64_t group, int64_t first, A* sums) {
   for (int64_t i = 0; i < kTileRows * kTileLanes<A>; i++) sums[i] = A(0);
-  for (int64_t i = 0; i < p.a_width; i += kTileRows) write_columns<T, A>(p, group, i, first, sums);
+  for (int64_t i = 0; i < p.a.width; i += kTileRows) write_columns<T, A>(p, group, i, first, sums);
 }
 
 void outer(const GroupOuter& p, const Turns& turns) {
   dispatch_product(p.dtype, [&]<class T, class P>() {
     using A = typename P::Acc;
     const int64_t panels = ceil_div(p.b.width, kTileLanes<A>);
-    Scratch<A> sums(rounded_up(most<int64_t>(p.a_width, 1), kTileRows) * kTileLanes<A>);
+    Scratch<A> sums(rounded_up(most<int64_t>(p.a.width, 1), kTileRows) * kTileLanes<A>);
     Scratch<typename P::Element> columns(kPartRows / P::kGroup * kTileLanes<A>);
     for (int64_t item = turns.next(); item < turns.count; item = turns.next()) {
       const int64_t group = item / panels, first = item % panels * kTileLanes<A>;
