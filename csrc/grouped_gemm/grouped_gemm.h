@@ -34,8 +34,9 @@ struct GroupPart {
   MADKERNELS_ANYWHERE int64_t length() const { return end - begin; }
 };
 
-constexpr int64_t kPackedRows = 8;
+constexpr int64_t kPackedRows = 16;
 constexpr int64_t kPartRows = 512;  // at most: packing a matrix for them costs little beside the products
+constexpr int64_t kFewRows = 64;    // at most: packing a matrix for them costs more than it saves
 
 // The groups: their offsets, of which on a GPU nobody has looked at the values, and on the CPU their parts.
 struct GroupParts {
@@ -77,10 +78,11 @@ struct GroupProduct {
   GroupRows x;  // [rows, inputs]
   GroupWeight weight;
   Epilogue epilogue;
-  const void* packed;  // on the CPU x as columns, [packed_rows / 8][inputs / group][8]
-  const void* bias;    // [groups, outputs] or null
-  void* y;             // [rows, outputs / halves]
-  void* h;             // [rows, outputs] or null
+  const void*
+      packed;        // on the CPU x as columns, by part [rows / 8][inputs / group][8], or of few rows a vector side by side
+  const void* bias;  // [groups, outputs] or null
+  void* y;           // [rows, outputs / halves]
+  void* h;           // [rows, outputs] or null
 
   MADKERNELS_ANYWHERE int64_t features() const { return weight.outputs / epilogue.halves(); }
 };
@@ -143,10 +145,10 @@ struct GatheredSums {
 
 struct GroupKernels {
   int64_t lanes;  // features of an item of float32 and 16-bit numbers
-  // Of packed copies of rows: columns for `multiply`, panels for `outer`.
+  // Of packed copies of rows: columns for `multiply`, panels of `a` for `outer`. Items: parts.
   int64_t (*bytes)(DType, int64_t packed_rows, int64_t width);
-  void (*pack_columns)(DType, const GroupRows&, const GroupParts&, void* to, int64_t begin, int64_t end);
-  void (*pack_panels)(DType, const GroupRows&, const GroupParts&, void* to, int64_t begin, int64_t end);
+  void (*pack_columns)(const GroupProduct&, void* to, int64_t begin, int64_t end);
+  void (*pack_panels)(const GroupOuter&, void* to, int64_t begin, int64_t end);
   // Items: (part, features).
   int64_t (*items)(DType, int64_t parts, int64_t features);
   void (*multiply)(const GroupProduct&, const Turns&);

@@ -13,22 +13,24 @@ int64_t bytes(DType dtype, int64_t packed_rows, int64_t width) {
   return size;
 }
 
-void pack_columns_of(DType dtype, const GroupRows& rows, const GroupParts& parts, void* to, int64_t begin, int64_t end) {
-  dispatch_product(dtype, [&]<class T, class P>() {
-    const int64_t elements = ceil_div(rows.width, P::kGroup);
+void pack_columns_of(const GroupProduct& p, void* to, int64_t begin, int64_t end) {
+  dispatch_product(p.dtype, [&]<class T, class P>() {
+    const int64_t elements = ceil_div(p.x.width, P::kGroup);
     for (int64_t i = begin; i < end; i++) {
-      auto* at = static_cast<typename P::Element*>(to) + parts.parts[i].packed * elements;
-      pack_columns<P>(at, rows_of<T>(rows, parts.parts[i]), kTileRows);
+      const GroupPart& part = p.parts.parts[i];
+      auto* at = static_cast<typename P::Element*>(to) + part.packed * elements;
+      pack_columns<P>(at, rows_of<T>(p.x, part), takes_few<T, P>(p, part) ? kLanes<typename P::Acc> : kTileRows);
     }
   });
 }
 
-void pack_panels_of(DType dtype, const GroupRows& rows, const GroupParts& parts, void* to, int64_t begin, int64_t end) {
-  dispatch_product(dtype, [&]<class T, class P>() {
-    const int64_t padded = rounded_up(rows.width, kTileRows);
+void pack_panels_of(const GroupOuter& p, void* to, int64_t begin, int64_t end) {
+  dispatch_product(p.dtype, [&]<class T, class P>() {
+    const int64_t padded = rounded_up(p.a.width, kTileRows);
     for (int64_t i = begin; i < end; i++) {
-      auto* at = static_cast<typename P::Element*>(to) + parts.parts[i].packed / P::kGroup * padded;
-      pack_panels<P>(at, rows_of<T>(rows, parts.parts[i]), rounded_up(parts.parts[i].length(), kPackedRows));
+      const GroupPart& part = p.parts.parts[i];
+      auto* at = static_cast<typename P::Element*>(to) + part.packed / P::kGroup * padded;
+      pack_panels<P>(at, rows_of<T>(p.a, part), rounded_up(part.length(), kTileRows));
     }
   });
 }
@@ -113,7 +115,7 @@ void add_part(const GroupOuter& p, int64_t index, int64_t first, typename P::Acc
   constexpr int64_t kWidth = kVectors * kLanes<A>;
   const GroupPart& part = p.parts.parts[index];
   const bool begins = index == p.parts.first[part.group], ends = index + 1 == p.parts.first[part.group + 1];
-  const int64_t rows = rounded_up(part.length(), kPackedRows), steps = rows / P::kGroup;
+  const int64_t rows = rounded_up(part.length(), kTileRows), steps = rows / P::kGroup;
   const int64_t padded = rounded_up(p.a.width, kTileRows);
   const Element* a = static_cast<const Element*>(p.packed) + part.packed / P::kGroup * padded;
   pack_rows<P>(columns, columns_of(rows_of<T>(p.b, part), first, least(kWidth, p.b.width - first)), kWidth, rows);

@@ -151,13 +151,16 @@ inline void zero_other_rows(DType, const Tensor& t, const Groups& groups) {
   std::memset(data + groups.end() * bytes, 0, static_cast<size_t>((t.size(0) - groups.end()) * bytes));
 }
 
-using PackRows = void (*)(DType, const GroupRows&, const GroupParts&, void*, int64_t, int64_t);
-
-inline Packed pack(PackRows kernel, DType dtype, const GroupRows& rows, const GroupParts& parts, const Tensor& like) {
-  Packed packed(grouped_gemm_cpu().bytes(dtype, parts.packed_rows, rows.width), like);
-  torch::stable::parallel_for(0, parts.count, grain(kPartRows * rows.width),
-                              [&](int64_t begin, int64_t end) { kernel(dtype, rows, parts, packed.data(), begin, end); });
+// kernel(p, to, begin, end) over the parts, of rows of a width, -> their packed copy.
+template <class P>
+Packed pack(void (*kernel)(const P&, void*, int64_t, int64_t), const P& p, int64_t width, const Tensor& like) {
+  Packed packed(grouped_gemm_cpu().bytes(p.dtype, p.parts.packed_rows, width), like);
+  torch::stable::parallel_for(0, p.parts.count, grain(kPartRows * width),
+                              [&](int64_t begin, int64_t end) { kernel(p, packed.data(), begin, end); });
   return packed;
+}
+inline Packed pack_columns(const GroupProduct& p, const Tensor& like) {
+  return pack(grouped_gemm_cpu().pack_columns, p, p.x.width, like);
 }
 
 // f(turns) over the parts and features of a product.
@@ -170,10 +173,9 @@ void in_turns_of(const GroupProduct& p, F&& f) {
 
 // p without its packed rows.
 inline void multiply(GroupProduct p, const Tensor& like) {
-  const GroupKernels& kernels = grouped_gemm_cpu();
-  const Packed packed = pack(kernels.pack_columns, p.dtype, p.x, p.parts, like);
+  const Packed packed = pack_columns(p, like);
   p.packed = packed.data();
-  in_turns_of(p, [&](const Turns& turns) { kernels.multiply(p, turns); });
+  in_turns_of(p, [&](const Turns& turns) { grouped_gemm_cpu().multiply(p, turns); });
 }
 
 inline void activate_backward(const GroupActivation& p, const Groups& groups, const Tensor&) {
@@ -184,8 +186,9 @@ inline void activate_backward(const GroupActivation& p, const Groups& groups, co
 // out (groups, a.width, b.width)
 inline void outer(DType dtype, const GroupParts& parts, const GroupRows& a, const GroupRows& b, const Tensor& out) {
   const GroupKernels& kernels = grouped_gemm_cpu();
-  const Packed packed = pack(kernels.pack_panels, dtype, a, parts, out);
-  const GroupOuter p{.dtype = dtype, .parts = parts, .a = a, .b = b, .packed = packed.data(), .out = out.data_ptr()};
+  GroupOuter p{.dtype = dtype, .parts = parts, .a = a, .b = b, .packed = nullptr, .out = out.data_ptr()};
+  const Packed packed = pack(kernels.pack_panels, p, a.width, out);
+  p.packed = packed.data();
   const int64_t rows = parts.packed_rows / most<int64_t>(parts.groups, 1);
   in_turns(kernels.outer_items(p), (rows + 1) * a.width * kernels.lanes / 16,
            [&](const Turns& turns) { kernels.outer(p, turns); });

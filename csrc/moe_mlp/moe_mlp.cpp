@@ -165,7 +165,7 @@ void sum_weights(const MoeWeights& p, const Tensor& like) { gpu::sum_weights(p, 
 #else
 
 void multiply_gradient(MoeGradient p, const Tensor& like) {
-  const Packed packed = pack(grouped_gemm_cpu().pack_columns, p.product.dtype, p.product.x, p.product.parts, like);
+  const Packed packed = pack_columns(p.product, like);
   p.product.packed = packed.data();
   in_turns_of(p.product, [&](const Turns& turns) { moe_mlp_cpu().multiply_gradient(p, turns); });
 }
