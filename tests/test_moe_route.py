@@ -321,13 +321,16 @@ class Layer(torch.nn.Module):
         return out, plan.load_balance_loss + plan.z_loss + plan.dropped
 
 
-def test_compile_and_export_of_a_layer() -> None:
-    inputs = (drawn(40, 8).requires_grad_(), drawn(40, 12).requires_grad_())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compile_and_export_of_a_layer(dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    inputs = tuple(drawn(40, n, dtype=dtype).requires_grad_() for n in (8, 12))
     plain = Layer()(*inputs)
     compiled = torch.compile(Layer(), fullgraph=True, backend="aot_eager")(*inputs)
     grads = [torch.autograd.grad(out.square().sum() + loss, inputs) for out, loss in (plain, compiled)]
     for a, b in zip((*plain, *grads[0]), (*compiled, *grads[1]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        rounding = 8 * torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, b, rtol=rounding, atol=rounding)
     with torch.no_grad():
         exported = torch.export.export(Layer(), inputs).module()(*inputs)
     assert torch.equal(exported[0], plain[0])
