@@ -39,7 +39,7 @@ from madkernels.models.layers.moe import MoE, balance_experts
 from madkernels.models.lm import Place
 from madkernels.ops.registration import kept_under_recomputation
 from madkernels.runs.engines import Diverged
-from madkernels.scaling import checkpoint
+from madkernels.scaling import checkpoint, tokenizers
 from madkernels.scaling.data import Batch, Batches, Corpus, held_out
 from madkernels.scaling.recipe import LMRun
 from madkernels.scaling.stop import Stop, Stopped
@@ -160,6 +160,7 @@ class _Trainer:
         self.rows = self._rows()
         corpus = _corpus_of(run, self.rank, self.ranks)
         options = {"batch": self.recipe.batch, "seqlen": self.recipe.seqlen, "seed": self.recipe.seed}
+        self.tokenizer = corpus.manifest["tokenizer"]
         self.end, self.batches = corpus.end, Batches(corpus.split("train"), corpus.end, **options)
         self.held_out = held_out(corpus.split("validation"), self.recipe.seqlen, self.recipe.held_out)
         with torch.device("meta"):
@@ -338,8 +339,12 @@ class _Trainer:
     def save(self) -> None:
         """A full disk costs the checkpoint, not the run."""
         assert self.run.out
+        if self.rank == 0:
+            with suppress(OSError):
+                tokenizers.copy(Path(self.run.corpus), Path(self.run.out))
         meta = {
             "config": self.run.config(),
+            "tokenizer": self.tokenizer,
             "seconds": self.seconds,
             "guard": vars(self.guard),
             "total": float(self.total),

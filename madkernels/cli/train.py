@@ -191,13 +191,14 @@ def prepare(
 
     from madkernels.scaling import prepare as text
     from madkernels.scaling.stop import Stop
+    from madkernels.scaling.tokenizers import tokenizer_of
 
     if files and dataset:
         raise ValueError("give files or --dataset, not both")
     found = text.files_of(files) if files else text.standard_library()
     documents = text.dataset_documents(dataset) if dataset else text.documents_of(found)
     with Stop():  # what is not whole goes
-        manifest = text.prepare(documents, out, text.tokenizer_of(tokenizer), validation=validation)
+        manifest = text.prepare(documents, out, tokenizer_of(tokenizer), validation=validation)
     console = Console()
     for name, shards in manifest["splits"].items():
         tokens, count = (sum(shard[what] for shard in shards) for what in ("tokens", "documents"))

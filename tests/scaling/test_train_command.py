@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from madkernels.cli.main import main
 from madkernels.scaling import train as training
-from madkernels.scaling.prepare import Bytes, prepare
+from madkernels.scaling.prepare import prepare
+from madkernels.scaling.tokenizers import Bytes
 
 
 @pytest.fixture(scope="module")
