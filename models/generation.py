@@ -74,13 +74,13 @@ def continue_prompts(
     top_p: float | None = None,
     end: int | None = None,
     generator: torch.Generator | None = None,
-    on_tokens: Callable[[list[int]], None] | None = None,
+    on_tokens: Callable[[list[int]], object] | None = None,
 ) -> list[list[int]]:
     """What :meth:`HybridLM.generate` says, of prompts (seqlen >= 1,) of any lengths; the new tokens of each.
 
     Args:
         end: a sequence ends before this token.
-        on_tokens: called with the new token of each sequence, -1 behind its end.
+        on_tokens: called with the new token of each sequence, -1 behind its end; where it gives True, no more are made.
     """
     _check(prompts, max_new_tokens, temperature, top_k, top_p)
     found: list[list[int]] = [[] for _ in prompts]
@@ -95,8 +95,9 @@ def continue_prompts(
         for new, token, goes in zip(found, tokens, going, strict=True):
             if goes:
                 new.append(token)
-        if on_tokens:
-            on_tokens([token if goes else -1 for token, goes in zip(tokens, going, strict=True)])
+        told = [token if goes else -1 for token, goes in zip(tokens, going, strict=True)]
+        if on_tokens and on_tokens(told) is True:
+            break
         if left:
             logits = model.step(chosen, states)
     return found
