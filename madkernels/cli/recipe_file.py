@@ -46,7 +46,9 @@ RecipeFile = Annotated[
 
 def write(context: typer.Context, folder: Path) -> None:
     """Leaves in a folder, as `recipe.toml`, the options that a command ran with, so that `--recipe` does it again."""
-    names = [str(option.name) for option in context.command.params if option.name not in ("recipe_file", "out", "help")]
+    names = [
+        str(option.name) for option in context.command.params if option.name not in ("recipe_file", "out", "dry_run", "help")
+    ]
     given = {name: context.params[name] for name in names if context.params.get(name) is not None}
     lines = [f"{name.replace('_', '-')} = {_toml(value)}" for name, value in given.items()]
     (folder / "recipe.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
