@@ -136,7 +136,7 @@ def test_plan_of_a_preset() -> None:
     assert " tokens per step 1,048,576 (2 times 524,288)\n" in text
     flops = float(re.findall("per token, training (.*)", text)[0]) * 1e11
     hours = flops / (64 * 989e12 * 0.4) / 3600
-    assert f" time at an MFU of 40% {hours:,.1f} h" in text
+    assert f" time at an MFU of 40% {hours:.0f} h ({64 * hours:,.0f} GPU hours)" in text
     assert re.search(r"together .* GiB: does not fit in 1 GiB", plan("--preset", "hyena-70m", "--memory", "1"))
 
 
