@@ -32,7 +32,7 @@ GREY = "#999999"
 MOST_TICKS = 4  # of a logarithmic axis: more would run into one another
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SIZE, SMALL = (3.8, 2.6), (1.56, 1.7)  # inches: 365 and 150 pixels wide at the least
-STYLE: dict[Any, Any] = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,  # points: 12 pixels
@@ -116,7 +116,7 @@ def _draw(panels: Sequence[Panel], places: Sequence[Axes], same_y: bool) -> None
         axes.set_axisbelow(True)
         axes.grid(axis="y", alpha=0.25)
         panel.draw(axes)
-        axes.set_title(textwrap.fill(panel.title, 22 if panel.small else 52))
+        axes.set_title(textwrap.fill(panel.title, 20 if panel.small else 44))
     if same_y:
         low, high = min(axes.get_ylim()[0] for axes in places), max(axes.get_ylim()[1] for axes in places)
         for axes in places:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from madkernels.reporting.figures import Panel, colour_variables, css, svg
 
 MADE_BY = '<meta name="generator" content="madkernels">'
-WIDE = 4  # columns; in a narrow window the rows of a table of as many or more become cards
+WIDE, MANY = 4, 9  # columns: from these on the rows of a table are cards in a narrow window, or are set closer
 _TEMPLATES = Environment(
     loader=PackageLoader("madkernels.reporting"),
     autoescape=True,
@@ -25,7 +25,13 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
     undefined=StrictUndefined,
 )
-_TEMPLATES.globals |= {"MADE_BY": Markup(MADE_BY), "WIDE": WIDE, "colour_variables": colour_variables, "css": css}
+_TEMPLATES.globals |= {
+    "MADE_BY": Markup(MADE_BY),
+    "WIDE": WIDE,
+    "MANY": MANY,
+    "colour_variables": colour_variables,
+    "css": css,
+}
 
 
 @dataclass(frozen=True)

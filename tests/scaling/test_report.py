@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from browser import assert_fits
 from scaling_points import write_runs, write_scores
 from typer.testing import CliRunner
 
@@ -33,6 +34,11 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(table: Table, scores: Table | None = None) -> str:
     columns = Columns("params", "loss", "tokens", "flops")
     return page(table, scores, columns, "architecture", "budget", BootstrapOptions(resamples=50), "A <title>")
+
+
+def test_page_fits_every_window(tmp_path: Path) -> None:
+    runs, scores = read_table(write_runs(tmp_path / "runs.csv")), read_table(write_scores(tmp_path / "results.csv"))
+    assert_fits(made(runs, scores), tmp_path)
 
 
 def without(path: Path, *parts: str) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import assert_fits
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -101,6 +102,10 @@ def test_page_stands_by_itself(rows: list[dict[str, Any]]) -> None:
     assert "A &lt;title&gt;" in text
     assert "the loss is nan in epoch 1 &lt;b&gt;" in text
     assert page(rows, "A <title>") == text, "the same results give the same page"
+
+
+def test_page_fits_every_window(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert_fits(page(rows, "MAD scores"), tmp_path)
 
 
 def test_page_tells_what_is_missing(rows: list[dict[str, Any]]) -> None:
