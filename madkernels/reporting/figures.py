@@ -81,8 +81,11 @@ def picture(
     """
     rows = math.ceil(len(panels) / columns)
     width, height = SMALL if panels[0].small else SIZE
+    longest = max(map(len, colours), default=0) if colours else 0
+    across = max(1, int(width * columns / (0.5 + 0.08 * longest)))  # names of the legend in a row, in inches
+    below = 0.2 * math.ceil(len(colours or ()) / across)
     with matplotlib.rc_context(STYLE | {"svg.fonttype": "path"}):
-        figure = Figure(figsize=(width * columns, height * rows), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(width * columns, height * rows + below + 0.3), layout="constrained", facecolor="white")
         grid = figure.subplots(rows, columns, squeeze=False).flat
         _draw(panels, [next(grid) for _ in panels], same_y)
         for unused in grid:
@@ -91,7 +94,7 @@ def picture(
             figure.suptitle(title, fontsize=10)
         if colours:
             handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-            figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3), frameon=False)
+            figure.legend(handles=handles, loc="outside lower center", ncols=across, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
