@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from madkernels.models.generation import continue_prompts, step
 from madkernels.models.init import init_embedding
 from madkernels.models.layers import Layer, State
 from madkernels.models.layers.base import check_positive
+from madkernels.models.pretrained import from_pretrained, save_pretrained
 from madkernels.models.spec import Architecture, parse
 
 NORM_EPS = 1e-5
@@ -54,10 +57,10 @@ class Backbone(nn.Module):
         y: Tensor = self.norm(x)
         return y
 
-    def step(self, x: Tensor, states: list[State]) -> Tensor:
+    def step(self, x: Tensor, states: Sequence[State | list[State]]) -> Tensor:
         for norm, layer, state in zip(self.norms, self.layers, states, strict=True):
             assert isinstance(layer, Layer)
-            x = x + layer.step(norm(x), state)
+            x = x + step(layer, norm(x), state)
         y: Tensor = self.norm(x)
         return y
 
@@ -124,37 +127,55 @@ class HybridLM(nn.Module):
         """The state of each layer before the first token."""
         return self.backbone.init_state(batch)
 
-    def step(self, tokens: Tensor, states: list[State]) -> Tensor:
+    def step(self, tokens: Tensor, states: Sequence[State | list[State]]) -> Tensor:
         """tokens (batch,) to logits (batch, vocab_size); brings the states up to date."""
         logits: Tensor = self.unembedding(self.backbone.step(self.embedding(tokens), states))
         return logits
 
-    @torch.no_grad()
     def generate(
         self,
         prompt: Tensor,
         max_new_tokens: int,
         *,
         temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continues prompt (batch, seqlen >= 1) to (batch, seqlen + max_new_tokens); temperature 0 takes the likeliest."""
+        """Continues prompt (batch, seqlen >= 1) to (batch, seqlen + max_new_tokens).
+
+        :func:`madkernels.models.generation.continue_prompts` takes prompts of unequal lengths, and ends at a token.
+
+        Args:
+            prompt: int64 tokens.
+            max_new_tokens: number of tokens to add to each row.
+            temperature: what logits are divided by before a token is drawn; 0 takes the likeliest.
+            top_k: draw among so many of the likeliest tokens.
+            top_p: draw among the likeliest tokens that have this share of the probability together.
+            generator: what draws.
+        """
         check_tokens(prompt)
-        if prompt.shape[1] == 0:
-            raise ValueError("generate needs a prompt of one token at least")
-        if max_new_tokens < 0 or temperature < 0:
-            raise ValueError(f"max_new_tokens is {max_new_tokens} and temperature {temperature}; expected both from 0")
-        states, tokens = self.init_state(prompt.shape[0]), [prompt]
-        logits = self(prompt, states=states)[:, -1]
-        for i in range(max_new_tokens):
-            if i > 0:
-                logits = self.step(tokens[-1].squeeze(1), states)
-            if temperature == 0:
-                chosen = logits.argmax(-1, keepdim=True)
-            else:
-                chosen = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
-            tokens.append(chosen)
-        return torch.cat(tokens, dim=1)
+        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        new = continue_prompts(self, list(prompt), max_new_tokens, **options)
+        return torch.cat([prompt, prompt.new_tensor(new).view(len(prompt), -1)], dim=1)
+
+    def save_pretrained(self, folder: str | Path, **more: Any) -> None:
+        """Writes `config.json` and `model.safetensors` to a folder; `more` goes to the config."""
+        save_pretrained(self, Path(folder), **more)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> HybridLM:
+        """The model of a folder that `save_pretrained` or `madkernels train export` wrote, on the CPU.
+
+        Args:
+            folder: its path.
+            dtype: of the parameters; as they were saved if None.
+
+        Raises:
+            ValueError: it is no such folder, or the architecture is not known here.
+        """
+        model = from_pretrained(Path(folder))
+        return model if dtype is None else model.to(dtype)
 
 
 def check_tokens(tokens: Tensor) -> None:

@@ -32,8 +32,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 from torch.optim import Optimizer
 
-from madkernels.models import HybridLM
+from madkernels.models import HybridLM, pretrained
 from madkernels.scaling.digest import file_sha256
+from madkernels.scaling.tokenizers import Bytes, Tokenizer, tokenizer_in
 
 FOLDER = "checkpoints"  # of a run
 META, SUMS, PIECES = "run.json", "SHA256SUMS", ".metadata"
@@ -245,23 +246,56 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def load_model(path: str | Path) -> HybridLM:
-    """The language model of a run or of one of its checkpoints, on the CPU.
+    """The language model of a run or of one of its checkpoints, or of a folder that was exported, on the CPU.
 
     Args:
-        path: the folder of a run, for its newest checkpoint that is sound, or that of a checkpoint, `step-NNNNNNNN`.
+        path: the folder of a run, for its newest checkpoint that is sound; that of a checkpoint, `step-NNNNNNNN`; or what
+            `madkernels train export` wrote.
 
     Raises:
         ValueError: there is no checkpoint, or it is damaged.
     """
     path = Path(path)
+    if is_exported(path):
+        return HybridLM.from_pretrained(path)
     if not (path / FOLDER).exists():
         if not (path / META).exists() and not (path / SUMS).exists():
-            raise ValueError(f"{path} is neither the folder of a run nor of a checkpoint")
+            raise ValueError(f"{path} is neither the folder of a run nor of a checkpoint, nor an exported model")
         return _load_model(path)
     if not (found := steps_in(path / FOLDER)):
         raise ValueError(f"{path / FOLDER} has no checkpoint")
     model: HybridLM = _newest(found, _load_model, lambda text: warnings.warn(text, stacklevel=4), "there is no earlier one")
     return model
+
+
+def is_exported(path: Path) -> bool:
+    """Whether this is the folder of an exported model, not of a run or checkpoint."""
+    return (path / pretrained.CONFIG).exists()
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """What makes tokens for the model that `load_model` gives of the same path.
+
+    Raises:
+        ValueError: its file is not there, or it is not known which one it was.
+    """
+    path = Path(path)
+    if is_exported(path):
+        return _tokenizer(path, pretrained.config_of(path))
+    run = path if (path / FOLDER).exists() else path.parent.parent
+    newest = (steps_in(path / FOLDER) or [path])[-1]
+    return _tokenizer(run, meta := meta_of(newest), meta["config"])
+
+
+def _tokenizer(folder: Path, *said: dict[str, Any]) -> Tokenizer:
+    """Of a model that was saved without the name of one, bytes where its vocabulary is of their size."""
+    known: dict[str, Any] = {}
+    for part in reversed(said):
+        known |= part
+    name = known.get("tokenizer") or (Bytes.name if known.get("vocab_size") == Bytes.vocab_size else None)
+    if name is None:
+        raise ValueError(f"{folder} does not say which tokenizer made its tokens; give --tokenizer")
+    return tokenizer_in(folder, name)
 
 
 def _load_model(checkpoint: Path) -> HybridLM:

@@ -15,69 +15,14 @@ import shutil
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from madkernels.scaling.data import FORMAT, MANIFEST, SPLITS, Tokens, checksum, data_sha256
+from madkernels.scaling.tokenizers import Tokenizer
 
 SHARD_TOKENS = 2**28
-END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-
-
-# ---- tokenizers
-
-
-class Tokenizer(Protocol):
-    """Text to tokens; `end` is the token that ends a document."""
-
-    name: str
-    vocab_size: int
-    end: int
-
-    def encode(self, text: bytes) -> Sequence[int] | Tokens: ...
-
-
-class Bytes:
-    """One token per byte, and 256 to end a document."""
-
-    name, vocab_size, end = "bytes", 257, 256
-
-    def encode(self, text: bytes) -> Tokens:
-        return np.frombuffer(text, np.uint8)
-
-
-class HuggingFace:
-    """A `tokenizer.json` of the Hugging Face `tokenizers` library. ValueError where it has none of the known end tokens."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            from tokenizers import Tokenizer as Model
-        except ImportError:
-            raise ValueError("a tokenizer file needs the tokenizers library: pip install 'madkernels[hf]'") from None
-        try:
-            text = path.read_bytes()
-            self.model = Model.from_str(text.decode())
-        except OSError as error:
-            raise ValueError(f"tokenizer {path}: {error.strerror}; expected bytes, or a tokenizer.json") from None
-        except Exception as error:  # what the library raises for a file that is none
-            raise ValueError(f"tokenizer {path}: {error}") from None
-        self.name = f"{path.name} sha256:{hashlib.sha256(text).hexdigest()}"
-        self.vocab_size = self.model.get_vocab_size()
-        ends = [self.model.token_to_id(name) for name in END_NAMES]
-        found = next((end for end in ends if end is not None), None)
-        if found is None:
-            raise ValueError(f"tokenizer {path} has no token that ends a document; looked for {', '.join(END_NAMES)}")
-        self.end: int = found
-
-    def encode(self, text: bytes) -> list[int]:
-        ids: list[int] = self.model.encode(text.decode(errors="replace"), add_special_tokens=False).ids
-        return ids
-
-
-def tokenizer_of(name: str) -> Tokenizer:
-    """`bytes`, or the path of a tokenizer.json."""
-    return Bytes() if name == "bytes" else HuggingFace(Path(name))
 
 
 # ---- documents
@@ -192,6 +137,7 @@ def prepare(
     try:
         unfinished.mkdir(parents=True)
         manifest = _write(documents, unfinished, tokenizer, validation, shard_tokens)
+        tokenizer.save(unfinished)
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         unfinished.rename(out)
     except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import backends
@@ -14,11 +14,23 @@ from checks import relative_rms, transposed, with_gradients
 from op_cases import Inputs, OpCase, changed, offsets_of
 from torch import Tensor
 
-from madkernels import attention_step, causal_conv, fft_conv, moe_combine, moe_dispatch, moe_route, selective_scan
+from madkernels import (
+    RoutingPlan,
+    attention_step,
+    causal_conv,
+    fft_conv,
+    grouped_gemm,
+    moe_combine,
+    moe_dispatch,
+    moe_mlp,
+    moe_route,
+    selective_scan,
+)
 
 pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.backends("ptx")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ATTENTION, CONV, LONG, SCAN = (CASES_OF_OPS[n] for n in ("attention", "causal_conv", "fft_conv", "selective_scan"))
+GEMM, MOE = (CASES_OF_OPS[n] for n in ("grouped_gemm", "moe_mlp"))
 MANY_MULTIPROCESSORS = 1000  # more than any row here can use: time is split as far as it goes
 
 
@@ -44,13 +56,13 @@ def from_nothing(op: OpCase, inputs: Inputs) -> Inputs:
 Run = Callable[[torch.dtype], dict[str, Tensor]]
 
 
-def case(op: OpCase, *shape: int, by_time: bool = False) -> Run:
-    """Results and gradients of an op."""
+def case(op: OpCase, *shape: int, across: Sequence[str] = (), **options: Any) -> Run:
+    """Results and gradients of an op. across: inputs whose second-last axis is dense."""
 
     def run(dtype: torch.dtype) -> dict[str, Tensor]:
         inputs = from_nothing(op, op.draw(*shape, dtype=dtype))
-        inputs = changed(inputs, transposed, op.names("batch", "seqlen")) if by_time else inputs
-        return with_gradients(lambda **t: op.call(**t, **op.options), inputs)
+        inputs = changed(inputs, transposed, across)
+        return with_gradients(lambda **t: op.call(**t, **op.options | options), inputs)
 
     return run
 
@@ -110,7 +122,7 @@ CASES: dict[str, Run] = {
     "scan of segments and many states": case(SCAN, 1, 800, 5, 19, 1),
     "scan of documents, few states": packed_case(SCAN, (5, 1, 0, 64, 33), 20, 6, 2),
     "scan of documents, 16 states": packed_case(SCAN, (5, 1, 0, 64, 33), 20, 16, 1),
-    "convolution along time": case(CONV, 2, 70, 5, 4, by_time=True),
+    "convolution along time": case(CONV, 2, 70, 5, 4, across=CONV.names("batch", "seqlen")),
     "convolution of pairs": case(CONV, 2, 300, 8, 4),
     "wide convolution": case(CONV, 2, 80, 8, 9),
     "long convolution of 200": on_one_multiprocessor(case(LONG, 3, 200, 5, 1, 150)),
@@ -123,6 +135,10 @@ CASES: dict[str, Run] = {
     "attention step of one head": attention_steps(2, 2, 20),
     "attention step of four heads": attention_steps(4, 1, 70),
     "attention step of six heads": attention_steps(6, 1, 40),
+    "groups": case(GEMM, 1, 200, 150, 70, 2),
+    "groups, transposed and gathered": case(GEMM, 1, 200, 150, 70, 2, transpose=True, gathered=True),
+    "experts": case(MOE, 1, 150, 140, 70, 2, 1),
+    "experts, transposed": case(MOE, 1, 150, 140, 70, 2, 1, across=("gate_up", "down")),
     "routing": routing(),
     "routing to groups": routing(score="sigmoid", groups=(20, 4), capacity=6),
     "long convolution of documents": on_one_multiprocessor(packed_case(LONG, (80, 800, 20), 2, 2, 500)),
@@ -231,6 +247,35 @@ def test_malformed_offsets_end_and_stay_inside(op: OpCase, offsets: list[int]) -
     with backends.without_races() if backends.device().type == "cpu" else contextlib.nullcontext():
         outputs = op.call(**leaves, **dict.fromkeys(op.offsets, cu_seqlens))
         torch.autograd.grad([o.sum() for o in outputs], list(leaves.values()))
+
+
+INDICES = [-1, 2, -(2**31), 2**31 - 1, 1, 50, 49, 0, 3, 51]
+
+
+@pytest.mark.backends("ptx", "cuda")
+@pytest.mark.parametrize("offsets", MALFORMED, ids=str)
+def test_malformed_groups_end_and_stay_inside(offsets: list[int]) -> None:
+    """Nor at indices and plans: what is none of a tensor's rows is a row of zeros, or left out."""
+    device = backends.device()
+    some, index = (torch.tensor(v, dtype=torch.int32, device=device) for v in (offsets, INDICES * 10))
+    groups, weights = len(offsets) - 1, torch.rand(50, 2, device=device)
+    x, gate_up, down = (torch.randn(shape, device=device) for shape in ((50, 6), (groups, 10, 6), (groups, 6, 5)))
+    pairs = index.view(50, 2)
+    plan = RoutingPlan(weights, pairs, some, some[1:], index, pairs, weights.sum(), weights.sum())
+    leaves = [t.requires_grad_() for t in (x, gate_up, down, weights)]
+    with backends.without_races() if device.type == "cpu" else contextlib.nullcontext():
+        y = grouped_gemm(x, gate_up, some, gather=index, activation="swiglu")
+        torch.autograd.grad(grouped_gemm(y, down, some).sum(), leaves[:3])
+        torch.autograd.grad(moe_mlp(x, plan, gate_up, down).sum(), leaves)
+
+
+def test_groups_whose_rows_are_not_aligned() -> None:
+    """Views of tensors, and widths that are no whole chunks: element by element, with the same bits."""
+    whole = GEMM.draw(1, 40, 32, 16, 2)
+    apart = {k: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for k, t in whole.items()}
+    plain, found = (with_gradients(lambda **t: GEMM.call(**t, **GEMM.options), given) for given in (whole, apart))
+    for name, value in found.items():
+        assert torch.equal(value, plain[name]), name
 
 
 def test_no_document_of_some_steps_is_refused() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import backends
 import pytest
 import torch
 from cases.grouped_gemm import CASE, offsets_of
@@ -14,18 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from madkernels import grouped_gemm, reference
 
 pytestmark = pytest.mark.usefixtures("backend")
+on_cpu = pytest.mark.backends("cpu")  # where offsets and indices are looked at, and float64 is taken
 
 
 def offsets(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+    return torch.tensor(values, dtype=torch.int32, device=backends.device())
 
 
 def drawn(rows: int = 20, groups: int = 3, outputs: int = 6, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return {
-        "x": torch.randn(rows, 4, dtype=dtype),
-        "weight": torch.randn(groups, outputs, 4, dtype=dtype),
-        "bias": torch.randn(groups, outputs, dtype=dtype),
-    }
+    shapes = {"x": (rows, 4), "weight": (groups, outputs, 4), "bias": (groups, outputs)}
+    return {k: torch.randn(shape, dtype=dtype, device=backends.device()) for k, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -34,12 +34,15 @@ def test_any_widths(widths: tuple[int, int], dtype: torch.dtype) -> None:
     """Odd numbers of outputs too, which only an activation without a gate can have."""
     inputs, outputs = widths
     weight, bias = torch.randn(3, outputs, inputs) / inputs**0.5, torch.randn(3, outputs)
-    given = {k: t.to(dtype) for k, t in {"x": torch.randn(70, inputs), "weight": weight, "bias": bias}.items()}
+    given = {
+        k: t.to(backends.device(), dtype) for k, t in {"x": torch.randn(70, inputs), "weight": weight, "bias": bias}.items()
+    }
     op, plain = CASE.whole(grouped_gemm), CASE.whole(reference.grouped_gemm)
     for activation in (None, "silu"):
         check(op, plain, given, slack=CASE.slack(dtype), offsets=offsets(1, 1, 40, 66), activation=activation)
 
 
+@on_cpu
 def test_transposed_weights_are_the_same_in_any_layout() -> None:
     given, some = drawn(dtype=torch.float64), offsets(0, 5, 5, 20)
     plain = grouped_gemm(**given, offsets=some)
@@ -69,19 +72,20 @@ def test_special_values_stay_in_their_row(value: float) -> None:
     plain = grouped_gemm(**given, **options)
     given["x"][5, 1] = value
     y, exact = (function(**given, **options) for function in (grouped_gemm, reference.grouped_gemm))
-    others = torch.arange(20) != 5
+    others = torch.arange(20, device=backends.device()) != 5
     assert torch.equal(y[others], plain[others])
     assert torch.equal(y.isnan(), exact.isnan())
 
 
 def test_groups_do_not_depend_on_each_other() -> None:
     """All rows in one group, or in many: the bits of a row are the same."""
-    x, weight = torch.randn(1200, 60), torch.randn(60, 60)
+    x, weight = (torch.randn(shape, device=backends.device()) for shape in ((1200, 60), (60, 60)))
     alone = grouped_gemm(x, weight.expand(1, 60, 60), offsets(0, 1200))
     apart = grouped_gemm(x, weight.expand(5, 60, 60), offsets(0, 0, 1, 700, 700, 1200))
     assert torch.equal(alone, apart)
 
 
+@on_cpu
 def test_a_row_can_be_gathered_often() -> None:
     x, weight = torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
     gather = offsets(2, 2, -1, 0, 2, 0)
@@ -93,27 +97,41 @@ def test_a_row_can_be_gathered_often() -> None:
     assert call(x, weight)[2].eq(0).all()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"offsets": offsets(-1, 5, 9, 20)}, "offsets starts with -1; expected 0 at least"),
-        ({"offsets": offsets(0, 9, 5, 20)}, "offsets falls from 9 to 5 at index 2"),
-        ({"offsets": offsets(0, 5, 9, 21)}, "offsets ends with 21; there are 20 rows"),
-        ({"offsets": offsets(0, 20)}, r"offsets has shape \(2,\); expected \(4,\)"),
-        ({"offsets": offsets(0, 5, 9, 20).long()}, "offsets has dtype int64; with x in float32 it takes int32"),
-        ({"gather": offsets(*[20] * 20)}, "gather names 20; expected -1 to 19"),
-        ({"gather": offsets(*[0] * 20).long()}, "gather has dtype int64"),
-        ({"activation": "tanh"}, 'activation is "tanh"; it takes silu, gelu, relu, relu2, swiglu, geglu, reglu, or None'),
-    ],
-)
-def test_refusals(change: dict[str, Any], message: str) -> None:
+# Changes are made where the test runs.
+Change = Callable[[], dict[str, Any]]
+SHAPES_AND_DTYPES: list[tuple[Change, str]] = [
+    (lambda: {"offsets": offsets(0, 20)}, r"offsets has shape \(2,\); expected \(4,\)"),
+    (lambda: {"offsets": offsets(0, 5, 9, 20).long()}, "offsets has dtype int64; with x in float32 it takes int32"),
+    (lambda: {"gather": offsets(*[0] * 20).long()}, "gather has dtype int64"),
+    (lambda: {"activation": "tanh"}, 'activation is "tanh"; it takes silu, gelu, relu, relu2, swiglu, geglu, reglu, or'),
+]
+VALUES: list[tuple[Change, str]] = [
+    (lambda: {"offsets": offsets(-1, 5, 9, 20)}, "offsets starts with -1; expected 0 at least"),
+    (lambda: {"offsets": offsets(0, 9, 5, 20)}, "offsets falls from 9 to 5 at index 2"),
+    (lambda: {"offsets": offsets(0, 5, 9, 21)}, "offsets ends with 21; there are 20 rows"),
+    (lambda: {"gather": offsets(*[20] * 20)}, "gather names 20; expected -1 to 19"),
+]
+
+
+def check_refusal(change: Change, message: str) -> None:
     with pytest.raises(RuntimeError, match=f"grouped_gemm: {message}"):
-        grouped_gemm(**drawn() | {"offsets": offsets(0, 5, 9, 20)} | change)
+        grouped_gemm(**drawn() | {"offsets": offsets(0, 5, 9, 20)} | change())
+
+
+@pytest.mark.parametrize(("change", "message"), SHAPES_AND_DTYPES)
+def test_refuses_what_does_not_fit(change: Change, message: str) -> None:
+    check_refusal(change, message)
+
+
+@on_cpu
+@pytest.mark.parametrize(("change", "message"), VALUES)
+def test_refuses_values_that_make_no_groups(change: Change, message: str) -> None:
+    check_refusal(change, message)
 
 
 def test_h_is_kept_for_a_backward_alone() -> None:
     given = [drawn()[k] for k in ("x", "weight")]
-    arguments = (offsets_of(20, 3), None, None, "silu", False)
+    arguments = (offsets_of(20, 3).to(backends.device()), None, None, "silu", False)
     assert torch.ops.madkernels.grouped_gemm(*given, *arguments, False)[1].shape == (0,)
     y, h = torch.ops.madkernels.grouped_gemm(given[0].requires_grad_(), given[1], *arguments, True)
     assert h.shape == (20, 6)

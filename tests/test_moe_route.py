@@ -251,6 +251,24 @@ def test_layouts_of_rows(layout: Callable[[Tensor], Tensor]) -> None:
         assert torch.equal(function(view, plan), function(view.clone(memory_format=torch.contiguous_format), plan))
 
 
+def test_under_vmap() -> None:
+    """Maps of rows over one plan, and plans of their own; with gradients."""
+    plan, x = routed(20, 5, 2), drawn(3, 20, 8)
+    alone = torch.stack([through(rows, plan) for rows in x])
+    assert torch.equal(torch.func.vmap(lambda rows: through(rows, plan))(x), alone)
+    logits = drawn(3, 20, 5)
+
+    def loss(rows: Tensor, scores: Tensor) -> Tensor:
+        return through(rows, moe_route(scores, 2)).square().sum()
+
+    for i, (of_map, each) in enumerate(
+        zip((x, logits), torch.func.vmap(torch.func.grad(loss, (0, 1)))(x, logits), strict=True)
+    ):
+        wanted = torch.stack([torch.func.grad(loss, i)(a, b) for a, b in zip(x, logits, strict=True)])
+        assert each.shape == of_map.shape
+        assert relative_rms(each, wanted) < 1e-6
+
+
 def test_rows_that_hold_nothing_are_not_read() -> None:
     plan = routed(40, 4, 2, capacity=5)
     y = drawn(80, 8)
@@ -303,13 +321,16 @@ class Layer(torch.nn.Module):
         return out, plan.load_balance_loss + plan.z_loss + plan.dropped
 
 
-def test_compile_and_export_of_a_layer() -> None:
-    inputs = (drawn(40, 8).requires_grad_(), drawn(40, 12).requires_grad_())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compile_and_export_of_a_layer(dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    inputs = tuple(drawn(40, n, dtype=dtype).requires_grad_() for n in (8, 12))
     plain = Layer()(*inputs)
     compiled = torch.compile(Layer(), fullgraph=True, backend="aot_eager")(*inputs)
     grads = [torch.autograd.grad(out.square().sum() + loss, inputs) for out, loss in (plain, compiled)]
     for a, b in zip((*plain, *grads[0]), (*compiled, *grads[1]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        rounding = 8 * torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, b, rtol=rounding, atol=rounding)
     with torch.no_grad():
         exported = torch.export.export(Layer(), inputs).module()(*inputs)
     assert torch.equal(exported[0], plain[0])

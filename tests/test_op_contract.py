@@ -309,8 +309,9 @@ def test_opcheck_step(op: OpCase) -> None:
     torch.library.opcheck(op.dispatched("_step"), op.dispatcher_arguments(given, "_step"))
 
 
-def test_compile_and_export(op: OpCase) -> None:
-    inputs = {k: t.requires_grad_() for k, t in op.draw(2, 40, *op.small).items()}
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compile_and_export(op: OpCase, dtype: torch.dtype) -> None:
+    inputs = {k: t.requires_grad_() for k, t in op.draw(2, 40, *op.small, dtype=dtype).items()}
 
     class Layer(torch.nn.Module):
         def forward(self, given: Inputs) -> Tensor:
@@ -318,6 +319,7 @@ def test_compile_and_export(op: OpCase) -> None:
             assert isinstance(out, Tensor)
             return out * 2
 
+    torch.compiler.reset()  # or the ops' layers would count as one that is compiled too often
     layer = Layer()
     plain = layer(inputs)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(inputs)

@@ -15,8 +15,10 @@ from madkernels import (
     causal_conv_step,
     fft_conv,
     fft_conv_step,
+    grouped_gemm,
     moe_combine,
     moe_dispatch,
+    moe_mlp,
     moe_route,
     selective_scan,
     selective_scan_step,
@@ -104,6 +106,28 @@ def route(dtype: torch.dtype, tokens: int, experts: int, top_k: int, dim: int, *
     (out.float().sum() + plan.load_balance_loss + plan.z_loss).backward()
 
 
+def multiply(dtype: torch.dtype, rows: int, inputs: int, outputs: int, groups: int, activation: str | None) -> None:
+    offsets = torch.arange(groups + 1, dtype=torch.int32, device=DEVICE) * (rows // (groups + 1))
+    gather = torch.arange(rows, dtype=torch.int32, device=DEVICE).flip(0) // 2
+    x, bias = leaf(rows, inputs, dtype=dtype), leaf(groups, outputs, dtype=dtype)
+    weight = leaf(groups, outputs, inputs, dtype=dtype)
+    for matrices, transpose in ((weight, False), (weight.mT.contiguous(), True)):
+        for index in (None, gather):
+            y = grouped_gemm(x, matrices, offsets, bias=bias, activation=activation, gather=index, transpose=transpose)
+            y.float().sum().backward()
+
+
+def mix(dtype: torch.dtype, tokens: int, dim: int, hidden: int, experts: int, top_k: int, activation: str) -> None:
+    x, gate_up, down = (
+        leaf(tokens, dim, dtype=dtype),
+        leaf(experts, 2 * hidden, dim, dtype=dtype),
+        leaf(experts, dim, hidden, dtype=dtype),
+    )
+    biases = {"gate_up_bias": leaf(experts, 2 * hidden, dtype=dtype), "down_bias": leaf(experts, dim, dtype=dtype)}
+    plan = moe_route(leaf(tokens, experts, dtype=dtype), top_k)
+    moe_mlp(x, plan, gate_up, down, activation=activation, **biases).float().sum().backward()
+
+
 def main() -> None:
     for dtype, (seqlen, dstate) in itertools.product(DTYPES, ((41, 16), (70, 19), (900, 3))):
         scan(dtype, 2, seqlen, 67, dstate)
@@ -123,6 +147,11 @@ def main() -> None:
         attend_once(dtype, heads, kv_heads, head_dim)
     for dtype, (experts, top_k, dim) in itertools.product(DTYPES, ((6, 6, 37), (40, 3, 64), (1100, 2, 9))):
         route(dtype, 70, experts, top_k, dim)
+    for dtype, (inputs, outputs, activation) in itertools.product(
+        DTYPES, ((64, 80, "swiglu"), (37, 59, None), (200, 6, "geglu"))
+    ):
+        multiply(dtype, 300, inputs, outputs, 3, activation)
+        mix(dtype, 150, inputs, outputs, 4, 3, activation or "reglu")
     route(torch.bfloat16, 70, 40, 3, 64, score="sigmoid", groups=(20, 4), capacity=5)
 
 

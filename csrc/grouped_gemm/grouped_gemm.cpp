@@ -1,6 +1,7 @@
 // Products of groups: schema, checks, allocation, registration.
 #include "grouped_gemm/grouped_gemm.h"
 
+#include <array>
 #include <tuple>
 
 #include "grouped_gemm/passes.h"
@@ -41,10 +42,9 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const Ten
   MK_CHECK(outputs % epilogue.halves() == 0, op, ": weight has ", outputs, " outputs; a gated activation takes two halves");
   const OptionalTensor indices = contiguous(gather);
   if (indices) check_indices(op, "gather", *indices, x.size(0));
-  const Tensor dense = torch::stable::contiguous(offsets);
   return {.dtype = dtype,
           .epilogue = epilogue,
-          .groups = Groups(static_cast<const int32_t*>(dense.data_ptr()), groups),
+          .groups = Groups(offsets, rows),
           .bias = contiguous(bias),
           .gather = indices,
           .x = group_rows(x, indices_or_null(indices)),
@@ -61,15 +61,16 @@ std::tuple<Tensor, Tensor> grouped_gemm(Tensor x, Tensor weight, Tensor offsets,
   Tensor h = empty_in_large_pages(kept ? Shape{a.rows, a.weight.outputs} : Shape{0}, x.scalar_type(), x);
   multiply({.dtype = a.dtype,
             .parts = a.groups.parts(),
+            .x = a.x,
             .weight = a.weight,
             .epilogue = a.epilogue,
             .packed = nullptr,
             .bias = data_or_null(a.bias),
             .y = y.data_ptr(),
             .h = kept ? h.data_ptr() : nullptr},
-           a.x, x);
-  zero_other_rows(y, a.groups);
-  if (kept) zero_other_rows(h, a.groups);
+           x);
+  zero_other_rows(a.dtype, y, a.groups);
+  if (kept) zero_other_rows(a.dtype, h, a.groups);
   return {y, h};
 }
 
@@ -78,14 +79,38 @@ std::tuple<Tensor, Tensor> grouped_gemm(Tensor x, Tensor weight, Tensor offsets,
 // dy through the activation, (rows, outputs).
 Tensor activate_backward(const Arguments& a, const Tensor& dy, const Tensor& h) {
   if (a.epilogue.activation == Activation::kNone) return dy;
-  const Tensor kept = torch::stable::contiguous(h);
+  const Tensor kept = aligned(h);
   Tensor dh = empty_in_large_pages(shape_of(h), h.scalar_type(), h);
   const GroupActivation p{
       .dtype = a.dtype, .epilogue = a.epilogue, .dy = group_rows(dy), .h = kept.data_ptr(), .dh = dh.data_ptr()};
-  torch::stable::parallel_for(a.groups.begin(), a.groups.end(), grain(a.weight.outputs),
-                              [&](int64_t begin, int64_t end) { grouped_gemm_cpu().activate_backward(p, begin, end); });
+  madkernels::activate_backward(p, a.groups, h);
   return dh;
 }
+
+#if MADKERNELS_GPU
+
+// aten::sort, stable -> values, indices.
+std::tuple<Tensor, Tensor> sorted(const Tensor& t) {
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(t), torch::stable::detail::from(std::optional<bool>(true)),
+                                    torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+void sum_gathered(const Arguments& a, const Tensor& from, const Tensor& dx) {
+  const auto [values, order] = sorted(*a.gather);
+  gpu::sum_gathered({.dtype = a.dtype,
+                     .parts = a.groups.parts(),
+                     .tokens = dx.size(0),
+                     .width = a.weight.inputs,
+                     .sorted = static_cast<const int32_t*>(values.data_ptr()),
+                     .order = static_cast<const int64_t*>(order.data_ptr()),
+                     .from = from.data_ptr(),
+                     .y = dx.data_ptr()},
+                    OnDevice(dx).stream());
+}
+
+#else
 
 // Sums the rows (rows, inputs) that were gathered from the same one of x.
 void sum_gathered(const Arguments& a, const Tensor& from, const Tensor& dx) {
@@ -110,21 +135,24 @@ void sum_gathered(const Arguments& a, const Tensor& from, const Tensor& dx) {
       tokens, starts[tokens]);
 }
 
+#endif
+
 void gradient_of_x(const Arguments& a, const Tensor& dh, const Tensor& dx) {
   const Tensor rows = a.gather ? empty_in_large_pages({a.rows, a.weight.inputs}, dx.scalar_type(), dx) : dx;
   multiply({.dtype = a.dtype,
             .parts = a.groups.parts(),
+            .x = group_rows(dh),
             .weight = a.weight.transposed(),
             .epilogue = {Activation::kNone, false},
             .packed = nullptr,
             .bias = nullptr,
             .y = rows.data_ptr(),
             .h = nullptr},
-           group_rows(dh), dx);
+           dx);
   if (a.gather) {
     sum_gathered(a, rows, dx);
   } else {
-    zero_other_rows(dx, a.groups);
+    zero_other_rows(a.dtype, dx, a.groups);
   }
 }
 
@@ -151,7 +179,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_backward(Tensor dy, Tensor x, Te
               .rows = rows,
               .weights = nullptr,
               .slots = nullptr,
-              .out = dbias.data_ptr()});
+              .out = dbias.data_ptr()},
+             x);
   }
   return {dx, dweight, dbias};
 }

@@ -13,22 +13,24 @@ int64_t bytes(DType dtype, int64_t packed_rows, int64_t width) {
   return size;
 }
 
-void pack_columns_of(DType dtype, const GroupRows& rows, const GroupParts& parts, void* to, int64_t begin, int64_t end) {
-  dispatch_product(dtype, [&]<class T, class P>() {
-    const int64_t elements = ceil_div(rows.width, P::kGroup);
+void pack_columns_of(const GroupProduct& p, void* to, int64_t begin, int64_t end) {
+  dispatch_product(p.dtype, [&]<class T, class P>() {
+    const int64_t elements = ceil_div(p.x.width, P::kGroup);
     for (int64_t i = begin; i < end; i++) {
-      auto* at = static_cast<typename P::Element*>(to) + parts.parts[i].packed * elements;
-      pack_columns<P>(at, rows_of<T>(rows, parts.parts[i]), kTileRows);
+      const GroupPart& part = p.parts.parts[i];
+      auto* at = static_cast<typename P::Element*>(to) + part.packed * elements;
+      pack_columns<P>(at, rows_of<T>(p.x, part), takes_few<T, P>(p, part) ? kLanes<typename P::Acc> : kTileRows);
     }
   });
 }
 
-void pack_panels_of(DType dtype, const GroupRows& rows, const GroupParts& parts, void* to, int64_t begin, int64_t end) {
-  dispatch_product(dtype, [&]<class T, class P>() {
-    const int64_t padded = rounded_up(rows.width, kTileRows);
+void pack_panels_of(const GroupOuter& p, void* to, int64_t begin, int64_t end) {
+  dispatch_product(p.dtype, [&]<class T, class P>() {
+    const int64_t padded = rounded_up(p.a.width, kTileRows);
     for (int64_t i = begin; i < end; i++) {
-      auto* at = static_cast<typename P::Element*>(to) + parts.parts[i].packed / P::kGroup * padded;
-      pack_panels<P>(at, rows_of<T>(rows, parts.parts[i]), rounded_up(parts.parts[i].length(), kPackedRows));
+      const GroupPart& part = p.parts.parts[i];
+      auto* at = static_cast<typename P::Element*>(to) + part.packed / P::kGroup * padded;
+      pack_panels<P>(at, rows_of<T>(p.a, part), rounded_up(part.length(), kTileRows));
     }
   });
 }
@@ -96,9 +98,9 @@ int64_t outer_items(const GroupOuter& p) {
 // Rows i .. i + kTileRows - 1 of the gradient, columns from `first` on.
 template <class T, class A>
 void write_columns(const GroupOuter& p, int64_t group, int64_t i, int64_t first, const A* sums) {
-  const int64_t rows = least<int64_t>(kTileRows, p.a_width - i), count = least<int64_t>(kTileLanes<A>, p.b.width - first);
+  const int64_t rows = least<int64_t>(kTileRows, p.a.width - i), count = least<int64_t>(kTileLanes<A>, p.b.width - first);
   for (int64_t row = 0; row < rows; row++) {
-    T* to = static_cast<T*>(p.out) + (group * p.a_width + i + row) * p.b.width + first;
+    T* to = static_cast<T*>(p.out) + (group * p.a.width + i + row) * p.b.width + first;
     for (int64_t f = 0; f < count; f += kLanes<A>) {
       store(to + f, widen(sums + row * kTileLanes<A> + f), static_cast<int>(least<int64_t>(count - f, kLanes<A>)));
     }
@@ -113,8 +115,8 @@ void add_part(const GroupOuter& p, int64_t index, int64_t first, typename P::Acc
   constexpr int64_t kWidth = kVectors * kLanes<A>;
   const GroupPart& part = p.parts.parts[index];
   const bool begins = index == p.parts.first[part.group], ends = index + 1 == p.parts.first[part.group + 1];
-  const int64_t rows = rounded_up(part.length(), kPackedRows), steps = rows / P::kGroup;
-  const int64_t padded = rounded_up(p.a_width, kTileRows);
+  const int64_t rows = rounded_up(part.length(), kTileRows), steps = rows / P::kGroup;
+  const int64_t padded = rounded_up(p.a.width, kTileRows);
   const Element* a = static_cast<const Element*>(p.packed) + part.packed / P::kGroup * padded;
   pack_rows<P>(columns, columns_of(rows_of<T>(p.b, part), first, least(kWidth, p.b.width - first)), kWidth, rows);
   for (int64_t i = 0; i < padded; i += kTileRows) {
@@ -134,14 +136,14 @@ void add_part(const GroupOuter& p, int64_t index, int64_t first, typename P::Acc
 template <class T, class A>
 void write_zeros(const GroupOuter& p, int64_t group, int64_t first, A* sums) {
   for (int64_t i = 0; i < kTileRows * kTileLanes<A>; i++) sums[i] = A(0);
-  for (int64_t i = 0; i < p.a_width; i += kTileRows) write_columns<T, A>(p, group, i, first, sums);
+  for (int64_t i = 0; i < p.a.width; i += kTileRows) write_columns<T, A>(p, group, i, first, sums);
 }
 
 void outer(const GroupOuter& p, const Turns& turns) {
   dispatch_product(p.dtype, [&]<class T, class P>() {
     using A = typename P::Acc;
     const int64_t panels = ceil_div(p.b.width, kTileLanes<A>);
-    Scratch<A> sums(rounded_up(most<int64_t>(p.a_width, 1), kTileRows) * kTileLanes<A>);
+    Scratch<A> sums(rounded_up(most<int64_t>(p.a.width, 1), kTileRows) * kTileLanes<A>);
     Scratch<typename P::Element> columns(kPartRows / P::kGroup * kTileLanes<A>);
     for (int64_t item = turns.next(); item < turns.count; item = turns.next()) {
       const int64_t group = item / panels, first = item % panels * kTileLanes<A>;

@@ -3,6 +3,8 @@
 // An item is a part of a group's rows and 48 features (of AVX-512), which lie across lanes. The matrix of these features is
 // packed into the second cache by the item itself, so that it is read once, and is never written to memory; then rows pass,
 // 8 at a time, each tile with the whole contraction in registers. Items do not depend on the threads, nor do results.
+//
+// Of few rows it is these that lie across lanes, and the matrix is multiplied as it lies in memory, where it can be.
 #pragma once
 
 #include "common/tile_product.h"
@@ -130,6 +132,105 @@ struct ProductTile {
   }
 };
 
+// ---- few rows ----
+
+// Whether the matrix is made of the elements that P multiplies, and a part has few rows. Not of pairs of bfloat16: packing
+// them costs half as much, and took two thirds of the time that this took.
+template <class T, class P>
+inline bool takes_few(const GroupProduct& p, const GroupPart& part) {
+  using A = typename P::Acc;
+  if constexpr (!std::is_same_v<T, typename P::Element> || kLanes<A> < kTileRows) return false;
+  return part.length() <= kFewRows && p.weight.input_stride == 1;
+}
+
+// The tile [outputs][rows], of half as many vectors of rows as outputs let registers hold.
+constexpr int kFewVectors = 2, kFewOutputs = kTileRows * kTileVectors / kFewVectors;
+
+// c += a b of so many outputs, which lie a_stride from one another, and vectors of rows b_stride from one another. Asks for
+// the next outputs meanwhile: each is too short for hardware to follow.
+template <class P, int kOutputs, int kVectors>
+inline __attribute__((always_inline)) void multiply_few(TileOf<P, kOutputs, kVectors>& c, const typename P::Element* a,
+                                                        int64_t a_stride, const typename P::Element* b, int64_t b_stride,
+                                                        int64_t steps) {
+  using A = typename P::Acc;
+  constexpr int kTogether = 3;  // outputs that one pointer serves: registers are few
+  constexpr int kPointers = (kOutputs + kTogether - 1) / kTogether;
+  const typename P::Element* from[kPointers];
+  for (int i = 0; i < kPointers; i++) from[i] = a + i * kTogether * a_stride;
+  for (int64_t k = 0; k < steps; k++) {
+    __builtin_prefetch(a + kOutputs * (a_stride + k), 0, 2);
+    Vec<A> lanes[kVectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; j++) std::memcpy(&lanes[j], b + j * b_stride + k * kLanes<A>, sizeof(lanes[j]));
+#pragma GCC unroll 12
+    for (int i = 0; i < kOutputs; i++) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; j++) {
+        c[i][j] = P::add(c[i][j], from[i / kTogether] + k + i % kTogether * a_stride, lanes[j]);
+      }
+    }
+  }
+}
+
+// The products of kOutputs outputs and all rows: out [kOutputs][padded].
+template <class P, int kOutputs>
+void multiply_few_outputs(typename P::Acc* out, int64_t padded, const typename P::Element* weight, int64_t stride,
+                          const typename P::Element* rows, int64_t steps) {
+  using A = typename P::Acc;
+  const int64_t vector = steps * kLanes<A>;
+  int64_t row = 0;
+  for (; row + kLanes<A> < padded; row += kFewVectors * kLanes<A>) {
+    TileOf<P, kOutputs, kFewVectors> c;
+    clear<P>(c);
+    multiply_few<P>(c, weight, stride, rows + row * steps, vector, steps);
+    store_tile(out + row, padded, c);
+  }
+  if (row < padded) {
+    TileOf<P, kOutputs, 1> c;
+    clear<P>(c);
+    multiply_few<P>(c, weight, stride, rows + row * steps, vector, steps);
+    store_tile(out + row, padded, c);
+  }
+}
+
+// of [count][padded] into [padded][..], rows `stride` apart; both whole vectors.
+template <class A>
+void transpose_products(A* to, int64_t stride, const A* from, int64_t padded, int64_t count) {
+  constexpr int n = kLanes<A>;
+  for (int64_t row = 0; row < padded; row += n) {
+    for (int64_t f = 0; f < count; f += n) {
+      Vec<A> square[n];
+      for (int i = 0; i < n; i++) square[i] = widen(from + (f + i) * padded + row);
+      transpose<A>(square);
+      for (int i = 0; i < n; i++) narrow(to + (row + i) * stride + f, square[i]);
+    }
+  }
+}
+
+// The products of a part of few rows and of features first .. first + count - 1 of one half, as a tile has them: to
+// [rows][halves][kTileLanes]. by_output: [kTileLanes][kFewRows]
+template <class P>
+void multiply_few_rows(typename P::Acc* to, typename P::Acc* by_output, const GroupProduct& p, const GroupPart& part,
+                       int64_t first, int64_t count) {
+  using A = typename P::Acc;
+  const int64_t steps = p.weight.inputs, padded = rounded_up(part.length(), kLanes<A>);
+  const auto* rows = static_cast<const A*>(p.packed) + part.packed * steps;
+  const A* weight = p.weight.at<A>(part.group, first);
+  const auto outputs = [&]<int kOutputs>(int64_t done) {
+    for (; done + kOutputs <= count; done += kOutputs) {
+      multiply_few_outputs<P, kOutputs>(by_output + done * padded, padded, weight + done * p.weight.output_stride,
+                                        p.weight.output_stride, rows, steps);
+    }
+    return done;
+  };
+  const int64_t most = outputs.template operator()<kFewOutputs>(0),
+                some = outputs.template operator()<kFewOutputs / 3>(most);
+  outputs.template operator()<1>(some);
+  transpose_products(to, p.epilogue.halves() * kTileLanes<A>, by_output, padded, count);
+}
+
+// ---- all parts ----
+
 template <class T, class P, class Finish>
 void multiply_groups(const GroupProduct& p, const Turns& turns, Finish&& finish) {
   using A = typename P::Acc;
@@ -138,10 +239,19 @@ void multiply_groups(const GroupProduct& p, const Turns& turns, Finish&& finish)
   const int64_t steps = ceil_div(p.weight.inputs, P::kGroup), halves = p.epilogue.halves();
   const int64_t features = p.features(), panels = ceil_div(features, kWidth);
   Scratch<Element> weights(halves * steps * kWidth);
-  Scratch<A> products(kTileRows * halves * kWidth);
+  Scratch<A> products(kFewRows * halves * kWidth), by_output(kFewRows * kWidth);
   for (int64_t item = turns.next(); item < turns.count; item = turns.next()) {
     const GroupPart& part = p.parts.parts[item / panels];
     const int64_t first = item % panels * kWidth, count = least(kWidth, features - first);
+    if constexpr (P::kGroup == 1) {
+      if (takes_few<T, P>(p, part)) {
+        for (int64_t half = 0; half < halves; half++) {
+          multiply_few_rows<P>(products + half * kWidth, by_output, p, part, half * features + first, count);
+        }
+        finish(ProductTile<A>{part.group, part.begin, part.length(), first, count, products, halves});
+        continue;
+      }
+    }
     const int64_t vectors = ceil_div(count, kLanes<A>);
     for (int64_t half = 0; half < halves; half++) {
       pack_weight<T, P>(weights + half * steps * kWidth, p.weight, part.group, half * features + first, count,

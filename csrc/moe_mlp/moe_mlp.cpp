@@ -4,6 +4,9 @@
 #include <tuple>
 
 #include "grouped_gemm/passes.h"
+#if MADKERNELS_GPU
+#include "moe_route/moe_route.h"
+#endif
 
 namespace madkernels {
 namespace {
@@ -13,21 +16,25 @@ struct Arguments {
   DType dtype;
   Epilogue epilogue;
   Groups groups;
-  std::vector<int32_t> tokens;             // [rows]: whose row it is, -1 behind the last
+  std::vector<int32_t> tokens;             // [rows], on the CPU: whose row it is, -1 behind the last
   Tensor weights, slots, rows;             // contiguous
   OptionalTensor gate_up_bias, down_bias;  // contiguous
   GroupWeight gate_up, down;               // [experts, outputs, dim]; [experts, dim, hidden]
   GroupRows x;                             // [rows, dim]
 
-  int64_t row_count() const { return static_cast<int64_t>(tokens.size()); }
+  int64_t row_count() const { return slots.size(0); }
   int64_t top_k() const { return weights.size(1); }
-  GroupRows of_tokens(const Tensor& t) const { return group_rows(t, tokens.data()); }
+  // t (tokens, ...) by row
+  GroupRows of_tokens(const Tensor& t) const {
+    return MADKERNELS_GPU ? group_rows(t, slot_of_rows(), top_k()) : group_rows(t, tokens.data());
+  }
   const int32_t* slot_of_rows() const { return static_cast<const int32_t*>(slots.data_ptr()); }
   const int32_t* row_of_slots() const { return static_cast<const int32_t*>(rows.data_ptr()); }
 };
 
-// Which token each row is of.
+// Which token each row is of; on a GPU, where the slots are not looked at, none.
 std::vector<int32_t> tokens_of(const char* op, const Tensor& slots, const Groups& groups, int64_t top_k) {
+  if (MADKERNELS_GPU) return {};
   const auto* values = static_cast<const int32_t*>(slots.data_ptr());
   std::vector<int32_t> tokens(static_cast<size_t>(slots.size(0)), -1);
   for (int64_t row = groups.begin(); row < groups.end(); row++) {
@@ -61,8 +68,7 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weights, const Te
   const Tensor slot_values = torch::stable::contiguous(slots), row_values = torch::stable::contiguous(rows);
   check_indices(op, "slots", slot_values, count);
   check_indices(op, "rows", row_values, count);
-  const Tensor dense = torch::stable::contiguous(offsets);
-  const Groups groups(static_cast<const int32_t*>(dense.data_ptr()), experts);
+  const Groups groups(offsets, count);
   Arguments a{.dtype = dtype,
               .epilogue = epilogue,
               .groups = groups,
@@ -80,6 +86,24 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weights, const Te
 }
 
 // The rows of each token together, with their weights or without.
+#if MADKERNELS_GPU
+
+void sum_rows(const Arguments& a, const Tensor& from, bool weighted, const Tensor& y) {
+  gpu::moe_combine({.dtype = a.dtype,
+                    .tokens = y.size(0),
+                    .top_k = a.top_k(),
+                    .dim = y.size(1),
+                    .x = from.data_ptr(),
+                    .y = nullptr,
+                    .weights = weighted ? a.weights.data_ptr() : nullptr,
+                    .slots = a.slot_of_rows(),
+                    .rows = a.row_of_slots(),
+                    .out = y.data_ptr()},
+                   OnDevice(y).stream());
+}
+
+#else
+
 void sum_rows(const Arguments& a, const Tensor& from, bool weighted, const Tensor& y) {
   sum({.dtype = a.dtype,
        .each = a.top_k(),
@@ -92,9 +116,13 @@ void sum_rows(const Arguments& a, const Tensor& from, bool weighted, const Tenso
       y.size(0), a.row_count());
 }
 
-GroupProduct product_of(const Arguments& a, const GroupWeight& weight, const OptionalTensor& bias, const Tensor& y) {
+#endif
+
+GroupProduct product_of(const Arguments& a, const GroupRows& x, const GroupWeight& weight, const OptionalTensor& bias,
+                        const Tensor& y) {
   return {.dtype = a.dtype,
           .parts = a.groups.parts(),
+          .x = x,
           .weight = weight,
           .epilogue = {Activation::kNone, false},
           .packed = nullptr,
@@ -113,48 +141,68 @@ std::tuple<Tensor, Tensor> moe_mlp(Tensor x, Tensor weights, Tensor slots, Tenso
   Tensor h = empty_in_large_pages(keep ? Shape{a.row_count(), a.gate_up.outputs} : Shape{0}, type, x);
   const Tensor activated = empty_in_large_pages({a.row_count(), a.down.inputs}, type, x);
   const Tensor out = empty_in_large_pages({a.row_count(), a.down.outputs}, type, x);
-  GroupProduct first = product_of(a, a.gate_up, a.gate_up_bias, activated);
+  GroupProduct first = product_of(a, a.x, a.gate_up, a.gate_up_bias, activated);
   first.epilogue = a.epilogue, first.h = keep ? h.data_ptr() : nullptr;
-  multiply(first, a.x, x);
-  multiply(product_of(a, a.down, a.down_bias, out), group_rows(activated), x);
+  multiply(first, x);
+  multiply(product_of(a, group_rows(activated), a.down, a.down_bias, out), x);
   sum_rows(a, out, true, y);
-  if (keep) zero_other_rows(h, a.groups);
+  if (keep) zero_other_rows(a.dtype, h, a.groups);
   return {y, h};
 }
 
 // ---- backward ----
 
-// -> w a (rows, hidden), dh (rows, outputs); writes dweights.
-std::tuple<Tensor, Tensor> gradients_of_rows(const Arguments& a, const Tensor& dy, const Tensor& h, const Tensor& dweights) {
-  const GroupKernels& kernels = grouped_gemm_cpu();
-  const Tensor kept = torch::stable::contiguous(h);
-  Tensor weighted = empty_in_large_pages({a.row_count(), a.down.inputs}, h.scalar_type(), h),
-         dh = empty_in_large_pages(shape_of(h), h.scalar_type(), h);
-  const int64_t dot_parts = kernels.items(a.dtype, 1, a.down.inputs);
-  const Tensor dots = empty_in_large_pages({dot_parts, a.row_count()}, dweights.scalar_type(), h);
-  const Packed packed = pack(kernels.pack_columns, a.dtype, a.of_tokens(dy), a.groups.parts(), h);
-  MoeGradient p{.product = product_of(a, a.down.transposed(), std::nullopt, weighted),
-                .epilogue = a.epilogue,
-                .weights = a.weights.data_ptr(),
-                .slots = a.slot_of_rows(),
-                .h = kept.data_ptr(),
-                .weighted = weighted.data_ptr(),
-                .dh = dh.data_ptr(),
-                .dots = dots.data_ptr(),
-                .rows = a.row_count()};
+// How many sums of a row's dot product there are.
+int64_t dot_parts_of(const Arguments& a) {
+  return MADKERNELS_GPU ? ceil_div(a.down.inputs, gpu::kDotFeatures) : grouped_gemm_cpu().items(a.dtype, 1, a.down.inputs);
+}
+
+#if MADKERNELS_GPU
+
+void multiply_gradient(const MoeGradient& p, const Tensor& like) { gpu::multiply_gradient(p, OnDevice(like).stream()); }
+void sum_weights(const MoeWeights& p, const Tensor& like) { gpu::sum_weights(p, OnDevice(like).stream()); }
+
+#else
+
+void multiply_gradient(MoeGradient p, const Tensor& like) {
+  const Packed packed = pack_columns(p.product, like);
   p.product.packed = packed.data();
   in_turns_of(p.product, [&](const Turns& turns) { moe_mlp_cpu().multiply_gradient(p, turns); });
-  const MoeWeights w{.dtype = a.dtype,
-                     .parts = a.groups.parts(),
+}
+
+void sum_weights(const MoeWeights& p, const Tensor&) {
+  torch::stable::parallel_for(0, p.parts.count, grain(kPartRows * (p.dot_parts + (p.bias ? p.dy.width : 0))),
+                              [&](int64_t begin, int64_t end) { moe_mlp_cpu().sum_weights(p, begin, end); });
+}
+
+#endif
+
+// -> w a (rows, hidden), dh (rows, outputs); writes dweights.
+std::tuple<Tensor, Tensor> gradients_of_rows(const Arguments& a, const Tensor& dy, const Tensor& h, const Tensor& dweights) {
+  const Tensor kept = aligned(h);
+  Tensor weighted = empty_in_large_pages({a.row_count(), a.down.inputs}, h.scalar_type(), h),
+         dh = empty_in_large_pages(shape_of(h), h.scalar_type(), h);
+  const Tensor dots = empty_in_large_pages({dot_parts_of(a), a.row_count()}, dweights.scalar_type(), h);
+  multiply_gradient({.product = product_of(a, a.of_tokens(dy), a.down.transposed(), std::nullopt, weighted),
+                     .epilogue = a.epilogue,
+                     .weights = a.weights.data_ptr(),
                      .slots = a.slot_of_rows(),
+                     .h = kept.data_ptr(),
+                     .weighted = weighted.data_ptr(),
+                     .dh = dh.data_ptr(),
                      .dots = dots.data_ptr(),
-                     .dot_parts = dot_parts,
-                     .rows = a.row_count(),
-                     .dy = a.of_tokens(dy),
-                     .bias = data_or_null(a.down_bias),
-                     .dweights = dweights.data_ptr()};
-  torch::stable::parallel_for(0, w.parts.count, grain(kPartRows * (dot_parts + (w.bias ? a.down.outputs : 0))),
-                              [&](int64_t begin, int64_t end) { moe_mlp_cpu().sum_weights(w, begin, end); });
+                     .rows = a.row_count()},
+                    h);
+  sum_weights({.dtype = a.dtype,
+               .parts = a.groups.parts(),
+               .slots = a.slot_of_rows(),
+               .dots = dots.data_ptr(),
+               .dot_parts = dots.size(0),
+               .rows = a.row_count(),
+               .dy = a.of_tokens(dy),
+               .bias = data_or_null(a.down_bias),
+               .dweights = dweights.data_ptr()},
+              h);
   return {weighted, dh};
 }
 
@@ -180,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   outer(a.dtype, parts, a.of_tokens(dy), group_rows(weighted), ddown);
   outer(a.dtype, parts, group_rows(dh), a.x, dgate_up);
   const Tensor of_rows = empty_in_large_pages({a.row_count(), x.size(1)}, type, x);
-  multiply(product_of(a, a.gate_up.transposed(), std::nullopt, of_rows), group_rows(dh), x);
+  multiply(product_of(a, group_rows(dh), a.gate_up.transposed(), std::nullopt, of_rows), x);
   sum_rows(a, of_rows, false, dx);
   if (gate_up_bias) {
     sum_bias({.dtype = a.dtype,
@@ -188,7 +236,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
               .rows = group_rows(dh),
               .weights = nullptr,
               .slots = nullptr,
-              .out = dgate_up_bias.data_ptr()});
+              .out = dgate_up_bias.data_ptr()},
+             x);
   }
   if (down_bias) {
     sum_bias({.dtype = a.dtype,
@@ -196,7 +245,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
               .rows = a.of_tokens(dy),
               .weights = a.weights.data_ptr(),
               .slots = a.slot_of_rows(),
-              .out = ddown_bias.data_ptr()});
+              .out = ddown_bias.data_ptr()},
+             x);
   }
   return {dx, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias};
 }

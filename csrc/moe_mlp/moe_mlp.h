@@ -24,7 +24,7 @@ struct MoeGradient {
   const void* h;         // [rows, outputs]
   void* weighted;        // [rows, hidden]: w a
   void* dh;              // [rows, outputs]
-  void* dots;            // [features / lanes, rows]; accumulation type: <V' dy, a> over the features of an item
+  void* dots;            // [dot_parts, rows]; accumulation type: <V' dy, a> over the features of an item, or of a warp
   int64_t rows;
 };
 
@@ -50,5 +50,15 @@ struct MoeKernels {
 };
 
 MADKERNELS_DECLARE_CPU_KERNELS(MoeKernels, moe_mlp)
+
+// ---- GPU ----
+
+namespace gpu {
+constexpr int64_t kDotFeatures = 64;  // of a warp
+// float32, bfloat16 and float16.
+void multiply_gradient(const MoeGradient& p, void* stream);
+// `dweights` holds zeros, which stay where a choice has no row.
+void sum_weights(const MoeWeights& p, void* stream);
+}  // namespace gpu
 
 }  // namespace madkernels

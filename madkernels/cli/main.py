@@ -8,8 +8,8 @@ import typer
 
 from madkernels.cli.bench import bench
 from madkernels.cli.mad import mad
+from madkernels.cli.sample import train
 from madkernels.cli.scale import scale
-from madkernels.cli.train import train
 
 app = typer.Typer(
     help="Kernels for hybrid language models, and the MAD pipeline that designs them.",

@@ -187,4 +187,5 @@ _register_linear("madkernels::moe_dispatch", _dispatch_gradients, dispatch)
 _register_linear("madkernels::moe_combine", _combine_gradients, combine)
 _register_linear("madkernels::moe_dot", _dot_gradients, dot)
 keep_under_recomputation("madkernels::moe_route")
-register_vmap_one_by_one("madkernels::moe_route")
+for _name in ("moe_route", "moe_dispatch", "moe_combine", "moe_dot"):
+    register_vmap_one_by_one(f"madkernels::{_name}")

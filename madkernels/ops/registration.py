@@ -298,9 +298,11 @@ def register_vmap_one_by_one(name: str, op: Callable[..., Any] | None = None) ->
     call = op or overload(name)
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        maps = [_map(args, in_dims, i) for i in range(info.batch_size)]
-        found = [torch.stack(results) for results in zip(*(call(*values) for values in maps), strict=True)]
-        return tuple(found), (0,) * len(found)
+        found = [call(*_map(args, in_dims, i)) for i in range(info.batch_size)]
+        if isinstance(found[0], Tensor):
+            return torch.stack(found), 0
+        stacked = [torch.stack(results) for results in zip(*found, strict=True)]
+        return tuple(stacked), (0,) * len(stacked)
 
     torch.library.register_vmap(name, rule)
 

@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from madkernels.scaling import checkpoint
 from madkernels.scaling.data import Corpus
-from madkernels.scaling.prepare import Bytes, prepare
+from madkernels.scaling.prepare import prepare
 from madkernels.scaling.recipe import LMRun, Recipe
+from madkernels.scaling.tokenizers import Bytes
 from madkernels.scaling.train import Execution, train
 from madkernels.scaling.watch import Log
 

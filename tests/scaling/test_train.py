@@ -27,9 +27,10 @@ from madkernels.models.layers import LAYERS, add_layer
 from madkernels.runs.engines import Diverged
 from madkernels.scaling import checkpoint, train as training
 from madkernels.scaling.data import Batch, Corpus, held_out
-from madkernels.scaling.prepare import Bytes, prepare
+from madkernels.scaling.prepare import prepare
 from madkernels.scaling.recipe import LMRun, Recipe
 from madkernels.scaling.stop import Stop, Stopped
+from madkernels.scaling.tokenizers import Bytes
 from madkernels.scaling.train import Execution, train
 from madkernels.scaling.watch import Guard
 

@@ -17,8 +17,9 @@ from madkernels.models.layers import LAYERS
 from madkernels.reporting.figures import COLOURS, GREY, css
 from madkernels.runs.engines import load_plugin
 from madkernels.scaling import report
-from madkernels.scaling.prepare import Bytes, prepare
+from madkernels.scaling.prepare import prepare
 from madkernels.scaling.state import attention_share
+from madkernels.scaling.tokenizers import Bytes
 from madkernels.synthetics.page import _diagrams
 
 # One whose state is set by `slots`, one that is attention, one that mixes channels.

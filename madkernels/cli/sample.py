@@ -1,0 +1,127 @@
+"""`madkernels train sample` and `export`: from a trained model to text, and to other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from madkernels.cli.sweeps import Plugins, load_plugins
+from madkernels.cli.train import train as train  # with these commands
+
+if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
+    from torch import Tensor
+
+    from madkernels.models import HybridLM
+    from madkernels.scaling.tokenizers import Tokenizer
+
+Model = Annotated[
+    Path, typer.Argument(help="Folder of a run (its newest checkpoint), of a checkpoint, or of an exported model.")
+]
+TokenizerFile = Annotated[
+    str | None, typer.Option(help="bytes, or a tokenizer.json. Default: the one that the data were prepared with.")
+]
+
+
+@train.command()
+def sample(
+    model: Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Text to continue; repeat for a batch. Default: an empty line.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most; a text also ends with its document.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among so many of the likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the likeliest tokens that have this probability together.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Dtype of the parameters: float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Device: cpu or cuda.")] = "cpu",
+    tokenizer: TokenizerFile = None,
+    plugin: Plugins = None,
+) -> None:
+    """Continue text with a trained model. A single prompt is written as it grows.
+
+    For example: madkernels train sample run --prompt "import "
+    """
+    import torch
+
+    from madkernels.cli.device import check_device
+    from madkernels.models.generation import continue_prompts
+    from madkernels.scaling.tokenizers import TextStream
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: {dtype!r} is not known; expected {' or '.join(DTYPES)}")
+    check_device(device)
+    lm, text = _loaded(model, tokenizer, plugin)
+    lm = lm.to(device, getattr(torch, dtype)).eval()
+    prompts = prompt or ["\n"]
+    streams = [TextStream(text) for _ in prompts]
+    alone = len(prompts) == 1
+
+    def show(new: list[int]) -> None:
+        for stream, token in zip(streams, new, strict=True):
+            told = stream.add(token) if token >= 0 else ""
+            if alone:
+                print(told, end="", flush=True)
+
+    if alone:
+        print(prompts[0], end="", flush=True)
+    found = continue_prompts(
+        lm, [_tokens_of(text, each, device) for each in prompts], tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        end=text.end, generator=torch.Generator(device).manual_seed(seed), on_tokens=show,
+    )  # fmt: skip
+    if alone:
+        print(streams[0].end())
+    for number, (begin, new) in enumerate(zip(prompts, found, strict=True) if not alone else (), 1):
+        print(f"--- {number}\n{begin}{text.decode(new)}")
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+@train.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not be there yet.")],
+    dtype: Annotated[str, typer.Option(help="Dtype of the parameters: float32 or bfloat16.")] = "float32",
+    tokenizer: TokenizerFile = None,
+    plugin: Plugins = None,
+) -> None:
+    """Write a trained model as other tools read it: model.safetensors, config.json, and its tokenizer.json if it has one.
+
+    HybridLM.from_pretrained and every command that takes a run read it.
+    """
+    import torch
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: {dtype!r} is not known; expected {' or '.join(DTYPES)}")
+    if out.exists():
+        raise ValueError(f"{out} is there already; choose another --out")
+    lm, text = _loaded(model, tokenizer, plugin)
+    lm.to(getattr(torch, dtype)).save_pretrained(out, tokenizer=text.name, end=text.end)
+    text.save(out)
+    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}, {size:,.1f} MB")
+
+
+def _loaded(path: Path, tokenizer: str | None, plugins: list[Path] | None) -> tuple[HybridLM, Tokenizer]:
+    from madkernels.scaling.checkpoint import load_model, load_tokenizer
+    from madkernels.scaling.tokenizers import tokenizer_of
+
+    load_plugins(plugins)
+    model = load_model(path)
+    found = load_tokenizer(path) if tokenizer is None else tokenizer_of(tokenizer)
+    if found.vocab_size != model.vocab_size:
+        raise ValueError(f"the tokenizer {found.name} has {found.vocab_size} tokens, the model {model.vocab_size}")
+    return model, found
+
+
+def _tokens_of(tokenizer: Tokenizer, prompt: str, device: str) -> Tensor:
+    import torch
+
+    if not prompt:
+        raise ValueError("--prompt is empty; give a character at least")
+    return torch.tensor([int(t) for t in tokenizer.encode(prompt.encode())], device=device)

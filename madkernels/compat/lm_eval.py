@@ -1,0 +1,164 @@
+"""Models of this package under the Language Model Evaluation Harness (lm-eval 0.4): runs, checkpoints, exported models.
+
+    python -m madkernels.compat.lm_eval --model madkernels --model_args path=run --tasks hellaswag
+
+is `lm_eval` that knows the model `madkernels`; in Python `register()` makes it known. Arguments of the model: path,
+tokenizer (default: that of the data), dtype, device, batch_size (rows that are scored at a time).
+
+Texts are never cut: a layer's state carries the context from one stretch of a long text to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from madkernels.models import HybridLM
+from madkernels.models.generation import continue_prompts
+from madkernels.scaling.checkpoint import load_model, load_tokenizer
+from madkernels.scaling.tokenizers import Tokenizer, tokenizer_of
+
+NAME = "madkernels"
+STRETCH = 2048  # tokens that are scored at a time
+
+Pair = tuple[list[int], list[int]]  # tokens of a context and of its continuation
+
+
+def pair_of(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
+    """Tokens of both, cut where the tokens of the whole text are; spaces at the end of a context go to what follows, as the
+    tokens of words begin with theirs. A context is a document's end at least."""
+    bare = context.rstrip()
+    continuation, context = context[len(bare) :] + continuation, bare
+    whole = [int(t) for t in tokenizer.encode((context + continuation).encode())]
+    length = len(list(tokenizer.encode(context.encode())))
+    return ([tokenizer.end, *whole[:length]], whole[length:])
+
+
+@torch.no_grad()
+def scores(model: HybridLM, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+    """Of each continuation its log-likelihood in nats after its context, and whether each of its tokens is the likeliest.
+
+    The pairs are one batch; rows that end early are padded behind their end, which no layer sees from before it.
+    """
+    device = model.embedding.weight.device
+    rows = [torch.tensor(context + continuation, device=device) for context, continuation in pairs]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    found, right = [0.0] * len(pairs), [True] * len(pairs)
+    states = model.init_state(len(pairs))
+    for first in range(0, padded.shape[1] - 1, STRETCH):
+        last = min(first + STRETCH, padded.shape[1] - 1)
+        logits = model(padded[:, first:last], states=states).float()
+        told, likeliest = (t.cpu() for t in _of_targets(logits, padded[:, first + 1 : last + 1]))
+        for i, (context, continuation) in enumerate(pairs):
+            begin = max(len(context) - 1 - first, 0)
+            end = min(len(context) + len(continuation) - 1 - first, last - first)
+            if begin < end:
+                found[i] += float(told[i, begin:end].double().sum())
+                right[i] &= bool(likeliest[i, begin:end].all())
+    return list(zip(found, right, strict=True))
+
+
+def _of_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (rows, seqlen, vocab_size) -> log-likelihoods of targets (rows, seqlen), and whether they are the likeliest."""
+    told = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return told, logits.argmax(-1) == targets
+
+
+class Scorer:
+    """What the harness asks of a model, in its own words."""
+
+    def __init__(self, model: HybridLM, tokenizer: Tokenizer, batch_size: int) -> None:
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+
+    def loglikelihood(self, texts: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """Of (context, continuation)."""
+        return self._scored([pair_of(self.tokenizer, *text) for text in texts])
+
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
+        """Of whole texts."""
+        pairs = [([self.tokenizer.end], [int(t) for t in self.tokenizer.encode(text.encode())]) for text in texts]
+        return [score for score, _ in self._scored(pairs)]
+
+    def generate_until(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+        """Of (context, options), text up to the first of `until`."""
+        return [self._generated(context, options) for context, options in asked]
+
+    def _scored(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        """Long ones together with long ones."""
+        order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        for some in _batches(order, self.batch_size):
+            for i, score in zip(some, scores(self.model, [pairs[i] for i in some]), strict=True):
+                found[i] = score
+        return found
+
+    def _generated(self, context: str, options: dict[str, Any]) -> str:
+        until = options.get("until") or []
+        stops = [until] if isinstance(until, str) else list(until)
+        device = self.model.embedding.weight.device
+        prompt = torch.tensor([self.tokenizer.end, *map(int, self.tokenizer.encode(context.encode()))], device=device)
+        text: list[int] = []
+
+        def stop(new: list[int]) -> bool:
+            text.extend(new)
+            return any(each in self.tokenizer.decode(text) for each in stops)
+
+        temperature = float(options.get("temperature") or 0.0) if options.get("do_sample", True) else 0.0
+        drawn: dict[str, Any] = {"temperature": temperature}
+        drawn |= {name: options[name] for name in ("top_k", "top_p") if options.get(name)}
+        most = int(options.get("max_gen_toks") or 256)
+        (new,) = continue_prompts(self.model, [prompt], most, end=self.tokenizer.end, on_tokens=stop, **drawn)
+        told = self.tokenizer.decode(new)
+        return told[: min((told.index(each) for each in stops if each in told), default=len(told))]
+
+
+def _batches(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for first in range(0, len(values), size):
+        yield values[first : first + size]
+
+
+def register() -> None:
+    """Makes the model `madkernels` known to lm-eval, which must be installed."""
+    base = import_module("lm_eval.api.model").LM
+
+    class Model(base):  # type: ignore[misc, valid-type]
+        def __init__(
+            self, path: str, tokenizer: str | None = None, dtype: str = "float32", device: str | None = None,
+            batch_size: int | str | None = None, max_batch_size: int | None = None,
+        ) -> None:  # fmt: skip
+            super().__init__()
+            made = load_tokenizer(path) if tokenizer is None else tokenizer_of(tokenizer)
+            device = device if device and (torch.cuda.is_available() or "cuda" not in device) else "cpu"  # lm-eval's default
+            model = load_model(Path(path)).to(device, getattr(torch, dtype))
+            rows = 8 if batch_size in (None, "auto") else int(batch_size)
+            self.scorer = Scorer(model, made, rows)
+
+        def _asked(self, name: str) -> Callable[[Sequence[tuple[Any, ...]]], list[Any]]:
+            found: Callable[[Sequence[tuple[Any, ...]]], list[Any]] = getattr(self.scorer, name)
+            return found
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Any]:
+            return self._asked("loglikelihood")([request.args for request in requests])
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[Any]:
+            return self.scorer.loglikelihood_rolling([request.args[0] for request in requests])
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[Any]:
+            return self._asked("generate_until")([request.args for request in requests])
+
+    import_module("lm_eval.api.registry").register_model(NAME)(Model)
+
+
+def main() -> None:
+    register()
+    import_module("lm_eval.__main__").cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
