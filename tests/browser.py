@@ -42,20 +42,26 @@ for (const width of %s) {
 
 def measured(page: str, folder: Path) -> list[tuple[list[str], list[float]]]:
     """For each of WIDTHS, the elements that do not fit, and the sizes of the labels in pixels."""
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium")
     (folder / "page.html").write_text(page.replace("</body>", MEASURE + "</body>"))
-    (folder / "frames.html").write_text(FRAMES % list(WIDTHS))
-    flags = (
-        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
-    )
-    command = [CHROMIUM, *(f"--{flag}" for flag in flags.split()), "--disable-sync", f"--user-data-dir={folder / 'profile'}"]
-    command += ["--virtual-time-budget=10000", "--dump-dom", (folder / "frames.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = re.search(r"<pre>(.*?)</pre>", done.stdout, flags=re.DOTALL)
-    assert found, done.stdout
+    shown = after_scripts(FRAMES % list(WIDTHS), folder)
+    found = re.search(r"<pre>(.*?)</pre>", shown, flags=re.DOTALL)
+    assert found, shown
     by_width = {said["width"]: (said["wide"], said["sizes"]) for said in json.loads(html.unescape(found[1]))}
     return [by_width[width] for width in WIDTHS]
+
+
+def after_scripts(page: str, folder: Path) -> str:
+    """A page as it is once its scripts have run."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium")
+    (folder / "shown.html").write_text(page)
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync"
+    command = [CHROMIUM, *(f"--{flag}" for flag in flags.split()), "--disable-component-update"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
+    done = subprocess.run(
+        [*command, (folder / "shown.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    return done.stdout
 
 
 def assert_fits(page: str, folder: Path) -> None:

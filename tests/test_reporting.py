@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-from browser import assert_fits, measured
+from browser import after_scripts, assert_fits, measured
 from markupsafe import Markup
 
 from madkernels.reporting import pages
@@ -32,6 +33,16 @@ def test_what_is_too_wide_is_found(tmp_path: Path) -> None:
     hidden = Markup(f"<div style='overflow-x: auto'>{table}</div>")
     (phone, _), _, _ = measured(pages.document("t", "", [], [Section("s", [hidden])]), tmp_path)
     assert any("<div" in element for element in phone)
+
+
+def test_a_click_on_a_column_sorts_by_it(tmp_path: Path) -> None:
+    """Numbers from the largest down, then from the smallest up, and what is none last."""
+    lines = [["a", "9.5"], ["b", "-"], ["c", "1,200"], ["d", "30 ± 2"]]
+    page = pages.document("t", "", [], [Section("s", [pages.table(["name", "score"], lines)])])
+    for clicks, order in ((0, "abcd"), (1, "cdab"), (2, "adcb")):
+        click = "<script>" + "document.querySelectorAll('thead button')[1].click();" * clicks + "</script></body>"
+        shown = after_scripts(page.replace("</body>", click), tmp_path)
+        assert "".join(re.findall(r'<th scope="row">(.)', shown)) == order
 
 
 @pytest.mark.parametrize(
