@@ -11,8 +11,6 @@ from madkernels.cli.sweeps import Plugins, load_plugins
 from madkernels.cli.train import train as train  # with these commands
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
-    from torch import Tensor
-
     from madkernels.models import HybridLM
     from madkernels.scaling.tokenizers import Tokenizer
 
@@ -58,25 +56,20 @@ def sample(
     lm, text = _loaded(model, tokenizer, plugin)
     lm = lm.to(device, getattr(torch, dtype)).eval()
     prompts = prompt or ["\n"]
-    streams = [TextStream(text) for _ in prompts]
-    alone = len(prompts) == 1
-
-    def show(new: list[int]) -> None:
-        for stream, token in zip(streams, new, strict=True):
-            told = stream.add(token) if token >= 0 else ""
-            if alone:
-                print(told, end="", flush=True)
-
-    if alone:
+    begun = [_tokens_of(text, each) for each in prompts]
+    stream = TextStream(text, begun[0]) if len(prompts) == 1 else None
+    if stream:
         print(prompts[0], end="", flush=True)
     found = continue_prompts(
-        lm, [_tokens_of(text, each, device) for each in prompts], tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        end=text.end, generator=torch.Generator(device).manual_seed(seed), on_tokens=show,
+        lm, [torch.tensor(each, device=device) for each in begun], tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        end=text.end, generator=torch.Generator(device).manual_seed(seed),
+        on_tokens=(lambda new: print(stream.add(new[0]), end="", flush=True)) if stream else None,
     )  # fmt: skip
-    if alone:
-        print(streams[0].end())
-    for number, (begin, new) in enumerate(zip(prompts, found, strict=True) if not alone else (), 1):
-        print(f"--- {number}\n{begin}{text.decode(new)}")
+    if stream:
+        print(stream.end())
+        return
+    for number, (whole, begin, new) in enumerate(zip(prompts, begun, found, strict=True), 1):
+        print(f"--- {number}\n{whole}{text.decode(begin + new)[len(text.decode(begin)) :]}")
 
 
 DTYPES = ("float32", "bfloat16")
@@ -119,9 +112,7 @@ def _loaded(path: Path, tokenizer: str | None, plugins: list[Path] | None) -> tu
     return model, found
 
 
-def _tokens_of(tokenizer: Tokenizer, prompt: str, device: str) -> Tensor:
-    import torch
-
+def _tokens_of(tokenizer: Tokenizer, prompt: str) -> list[int]:
     if not prompt:
         raise ValueError("--prompt is empty; give a character at least")
-    return torch.tensor([int(t) for t in tokenizer.encode(prompt.encode())], device=device)
+    return [int(t) for t in tokenizer.encode(prompt.encode())]

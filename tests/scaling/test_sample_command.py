@@ -117,7 +117,9 @@ def test_a_tokenizer_file_stays_with_data_run_and_export(words: Path, call: Call
     shutil.rmtree(words.parent / "data")
     code, told, errors = call("sample", words, "--prompt", "w1 w2", "--tokens", 3, "--temperature", 0)
     assert (code, errors) == (0, "")
-    assert set(told.split()) <= {*WORDS, "?"}
+    assert set(told.split()) <= {*WORDS, "?"}  # the decoder's space after the prompt included
+    pair = call("sample", words, "--prompt", "w1 w2", "--prompt", "w3", "--tokens", 3, "--temperature", 0)[1]
+    assert pair.startswith(f"--- 1\n{told}--- 2\nw3 w")
     assert call("export", words, "--out", tmp_path / "out")[0] == 0
     assert call("sample", tmp_path / "out", "--prompt", "w1 w2", "--tokens", 3, "--temperature", 0)[1] == told
     (tmp_path / "out" / "tokenizer.json").unlink()
@@ -148,7 +150,7 @@ def test_what_is_no_model(call: Call, tmp_path: Path) -> None:
 
 
 def test_text_waits_for_whole_characters() -> None:
-    stream = TextStream(Bytes())
+    stream = TextStream(Bytes(), list(b"b"))
     told = [stream.add(token) for token in "aé".encode() + b"\xff"]
     assert told == ["a", "", "é", ""]
     assert stream.end() == "�"
