@@ -101,15 +101,10 @@ def export(
 
 
 def _loaded(path: Path, tokenizer: str | None, plugins: list[Path] | None) -> tuple[HybridLM, Tokenizer]:
-    from madkernels.scaling.checkpoint import load_model, load_tokenizer
-    from madkernels.scaling.tokenizers import tokenizer_of
+    from madkernels.scaling.checkpoint import load_with_tokenizer
 
     load_plugins(plugins)
-    model = load_model(path)
-    found = load_tokenizer(path) if tokenizer is None else tokenizer_of(tokenizer)
-    if found.vocab_size != model.vocab_size:
-        raise ValueError(f"the tokenizer {found.name} has {found.vocab_size} tokens, the model {model.vocab_size}")
-    return model, found
+    return load_with_tokenizer(path, tokenizer)
 
 
 def _tokens_of(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -3,16 +3,17 @@
     python -m madkernels.compat.lm_eval --model madkernels --model_args path=run --tasks hellaswag
 
 is `lm_eval` that knows the model `madkernels`; in Python `register()` makes it known. Arguments of the model: path,
-tokenizer (default: that of the data), dtype, device, batch_size (rows that are scored at a time).
+tokenizer (default: that of the data), dtype, plugin (a Python file that adds layers). The harness's own --batch_size is how
+many rows are scored at a time.
 
 Texts are never cut: a layer's state carries the context from one stretch of a long text to the next.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from madkernels.models import HybridLM
 from madkernels.models.generation import continue_prompts
-from madkernels.scaling.checkpoint import load_model, load_tokenizer
-from madkernels.scaling.tokenizers import Tokenizer, tokenizer_of
+from madkernels.runs.engines import load_plugin
+from madkernels.scaling.checkpoint import load_with_tokenizer
+from madkernels.scaling.tokenizers import Tokenizer
 
 NAME = "madkernels"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 STRETCH = 2048  # tokens that are scored at a time
 
 Pair = tuple[list[int], list[int]]  # tokens of a context and of its continuation
@@ -130,14 +133,17 @@ def register() -> None:
     class Model(base):  # type: ignore[misc, valid-type]
         def __init__(
             self, path: str, tokenizer: str | None = None, dtype: str = "float32", device: str | None = None,
-            batch_size: int | str | None = None, max_batch_size: int | None = None,
+            batch_size: int | str | None = None, max_batch_size: int | None = None, plugin: str | None = None,
         ) -> None:  # fmt: skip
             super().__init__()
-            made = load_tokenizer(path) if tokenizer is None else tokenizer_of(tokenizer)
+            if dtype not in DTYPES:
+                raise ValueError(f"dtype is {dtype!r}; it takes {', '.join(DTYPES)}")
+            if plugin is not None:
+                load_plugin(plugin)
+            model, made = load_with_tokenizer(path, tokenizer)
             device = device if device and (torch.cuda.is_available() or "cuda" not in device) else "cpu"  # lm-eval's default
-            model = load_model(Path(path)).to(device, getattr(torch, dtype))
-            rows = 8 if batch_size in (None, "auto") else int(batch_size)
-            self.scorer = Scorer(model, made, rows)
+            rows = 8 if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
+            self.scorer = Scorer(model.to(device, getattr(torch, dtype)), made, rows)
 
         def _asked(self, name: str) -> Callable[[Sequence[tuple[Any, ...]]], list[Any]]:
             found: Callable[[Sequence[tuple[Any, ...]]], list[Any]] = getattr(self.scorer, name)
@@ -156,7 +162,11 @@ def register() -> None:
 
 
 def main() -> None:
-    register()
+    try:
+        register()
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; the harness is installed by pip install lm-eval", file=sys.stderr)
+        sys.exit(2)
     import_module("lm_eval.__main__").cli_evaluate()
 
 

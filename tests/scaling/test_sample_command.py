@@ -146,7 +146,30 @@ def test_refusals(run: Path, call: Call, arguments: tuple[str, ...], message: st
 
 
 def test_what_is_no_model(call: Call, tmp_path: Path) -> None:
-    assert "is neither the folder of a run nor of a checkpoint, nor an exported model" in call("sample", tmp_path)[2]
+    expected = "expected a folder that madkernels train run or train export wrote\n"
+    for path, told in (
+        (tmp_path, "is neither a run, a checkpoint nor an exported model"),
+        (tmp_path / "none", "does not exist"),
+    ):
+        assert call("sample", path) == (2, "", f"error: {path} {told}; {expected}")
+
+
+def test_a_damaged_checkpoint_is_passed_over(run: Path, call: Call, tmp_path: Path) -> None:
+    """Its tokenizer is known from the one before it, too."""
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    (newest,) = (again / "checkpoints").iterdir()
+    shutil.copytree(newest, newest.with_name("step-00000007"))
+    (newest.with_name("step-00000007") / "run.json").write_text("{")
+    with pytest.warns(UserWarning, match="trying the checkpoint before it"):
+        found = call("sample", again, "--prompt", "w1")
+    assert found == call("sample", run, "--prompt", "w1")
+
+
+def test_another_tokenizer_than_the_models(run: Path, words: Path, call: Call) -> None:
+    errors = call("sample", run, "--tokenizer", words.parent / "mine.json")[2]
+    assert errors.startswith("error: the tokenizer mine.json sha256:")
+    assert errors.endswith("has 7 tokens, the model 257\n")
 
 
 def test_text_waits_for_whole_characters() -> None:
