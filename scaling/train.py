@@ -64,6 +64,7 @@ class Execution:
         expert_parallel: processes that share the experts of MoE layers, each of which holds a part.
         save_every: seconds between checkpoints.
         log_every: steps between points of the log; a hundredth of the run if None.
+        eval_every: steps between measurements of the held-out loss; at the end alone if None.
         peak_flops: FLOPs per second of one device at best, for the utilisation in the log.
     """
 
@@ -74,6 +75,7 @@ class Execution:
     expert_parallel: int = 1
     save_every: float = 300.0
     log_every: int | None = None
+    eval_every: int | None = None
     peak_flops: float | None = None
 
     def __post_init__(self) -> None:
@@ -197,8 +199,11 @@ class _Trainer:
             self.total += loss
             now = time.perf_counter()
             self.seconds = before + now - begun
-            if self.step % every == 0 or self.step == self.recipe.steps:
-                self.tell(self.total / (self.step - self.since), norm)
+            measured = self.how.eval_every is not None and self.step % self.how.eval_every == 0
+            if measured or self.step % every == 0 or self.step == self.recipe.steps:
+                held_out_loss = self.measure(at_end=False) if measured else None
+                begun += time.perf_counter() - now  # which is no time of training
+                self.tell(self.total / (self.step - self.since), norm, held_out_loss)
                 self.total, self.since = torch.zeros_like(self.total), self.step
                 if self.checkpoint_due(now - saved):
                     self.save()
@@ -268,8 +273,10 @@ class _Trainer:
         return square.sqrt()
 
     @torch.no_grad()
-    def measure(self) -> float:
-        """The loss on the held-out rows; the processes take them in turn, and as often as each other."""
+    def measure(self, at_end: bool) -> float:
+        """The loss on the held-out rows; the processes take them in turn, and as often as each other.
+
+        at_end: of the run, where it may be stopped."""
         self.objective.eval()
         size = self.how.micro_batch or len(self.rows)
         total = torch.zeros((), device=self.device, dtype=torch.float64)
@@ -280,7 +287,8 @@ class _Trainer:
             shown = rows if len(rows) else self.held_out[:1]  # the others need this one to take part
             loss = self.loss(Batch(shown[:, :-1], shown[:, 1:], self.end))
             total += loss * len(rows)
-            self.end_if_asked()
+            if at_end:
+                self.end_if_asked()
         return float(self.mean(total)) * self.ranks / len(self.held_out)
 
     def mean(self, value: Tensor) -> Tensor:
@@ -290,10 +298,12 @@ class _Trainer:
             value /= self.ranks
         return value
 
-    def tell(self, loss: Tensor, norm: float) -> None:
+    def tell(self, loss: Tensor, norm: float, held_out_loss: float | None) -> None:
         tokens = self.recipe.batch * self.recipe.seqlen
         pace = self.step * tokens / self.seconds
         point = {"loss": float(loss), "norm": norm, "lr": self.recipe.rate(self.step - 1), "tokens_per_second": pace}
+        if held_out_loss is not None:
+            point["held_out_loss"] = held_out_loss
         if self.how.peak_flops:
             point["mfu"] = pace * self.flops_per_token / (self.how.peak_flops * self.ranks)
         self.log.add(self.step, point)
@@ -320,8 +330,11 @@ class _Trainer:
         self.log.begin(points, self.step)
 
     def check_run(self, found: Path, config: dict[str, Any]) -> None:
-        """ValueError where a checkpoint is of another run."""
-        if changed := _differences(config, self.run.config()):
+        """ValueError where a checkpoint is of another run. One of fewer steps is extended."""
+        changed = _differences(config, self.run.config())
+        if changed == ["steps"] and config["recipe"]["steps"] < self.recipe.steps:
+            return
+        if changed:
             raise ValueError(f"{found} is of another run ({', '.join(changed)}); choose another --out")
 
     def warn(self, text: str) -> None:
@@ -361,7 +374,7 @@ class _Trainer:
         curve = self.log.points
         last = [p["loss"] for p in curve if p["step"] > 0.9 * self.recipe.steps]
         return {
-            "loss": self.measure(),
+            "loss": self.measure(at_end=True),
             "train_loss": sum(last) / len(last) if last else math.nan,  # a process that is not the first has no log
             "params": self.params,
             "flops": self.flops_per_token * self.recipe.tokens,

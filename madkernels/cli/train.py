@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from madkernels.cli.recipe_file import RecipeFile, write
 from madkernels.cli.sweeps import Plugins, load_plugins
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
@@ -208,9 +209,10 @@ def prepare(
 
 @train.command()
 def run(
+    context: typer.Context,
     data: Annotated[Path, typer.Option(help="Folder that madkernels train prepare wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for the log and checkpoints; a run found there is resumed.")],
-    steps: Annotated[int, typer.Option(min=1, help="Number of optimiser steps.")],
+    steps: Annotated[int, typer.Option(min=1, help="Number of optimiser steps. More than a run in --out has extend it.")],
     batch: Annotated[int, typer.Option(min=1, help="Rows (sequences) per step, over all processes.")],
     preset: Annotated[str | None, typer.Option(help="Preset, such as striped-hyena-70m; train presets lists them.")] = None,
     arch: Annotated[str | None, typer.Option(help='Architecture in place of a preset, such as "8*(hyena swiglu)".')] = None,
@@ -249,6 +251,10 @@ def run(
     log_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between lines of the log. Default: a hundredth of the run.")
     ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between measurements of the held-out loss. Default: at the end alone.")
+    ] = None,
+    recipe_file: RecipeFile = None,
     plugin: Plugins = None,
 ) -> None:
     """Train one model, alone or, under torchrun, sharded over processes.
@@ -282,14 +288,16 @@ def run(
             weight_decay=weight_decay, dtype=dtype, documents=documents, seed=seed,
         )  # fmt: skip
         how = training.Execution(
-            device, micro_batch, checkpointing, compile, expert_parallel, save_every, log_every, peak_flops(device)
-        )
+            device, micro_batch, checkpointing, compile, expert_parallel, save_every, log_every, eval_every,
+            peak_flops(device),
+        )  # fmt: skip
         wanted = LMRun(str(model.arch), model.dim, corpus.vocab_size, recipe, corpus.sha256, corpus=str(data), out=str(out))
         console = Console()
         with training.processes(device) as first, progress_bars(console) as bars:
             bar = bars.add_task(str(wanted), total=steps, note="", visible=first)
 
             def start(step: int) -> None:
+                write(context, out)
                 if step:
                     say(f"going on from step {step}")
                     bars.update(bar, completed=step)

@@ -194,3 +194,69 @@ def test_a_signal_that_ends_it_at_once(
     code, told, errors = called(monkeypatch, capsys, *options(data, tmp_path))
     assert (code, errors) == (130, "")
     assert told.splitlines()[-1] == "stopped at once; the same command goes on from the last checkpoint"
+
+
+# ---- recipe files
+
+
+def test_a_recipe_file_gives_options_and_what_is_typed_counts_more(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the file that a run leaves does the same run again."""
+    recipe, out = tmp_path / "my.toml", tmp_path / "run"
+    recipe.write_text(
+        f'data = "{data}"\narch = "mlp"\ndim = 8\nlr = 3e-3\nsteps = 6\nbatch = 2\nseqlen = 16\n'
+        "log-every = 1\neval-every = 3\ndocuments = true\n"
+    )
+    code, told, errors = called(monkeypatch, capsys, "train", "run", "--recipe", recipe, "--out", out, "--steps", 4)
+    assert (code, errors) == (0, "")
+    assert [line.split(":")[0] for line in told.splitlines() if line.startswith("step")] == [
+        f"step {i}" for i in (1, 2, 3, 4)
+    ]
+    assert [i for i, line in enumerate(told.splitlines(), 1) if "held out loss" in line] == [3]
+    again = tmp_path / "again"
+    code, repeated, _ = called(monkeypatch, capsys, "train", "run", "--recipe", out / "recipe.toml", "--out", again)
+    assert code == 0
+    assert losses(repeated) == losses(told)
+    assert (again / "recipe.toml").read_text() == (out / "recipe.toml").read_text()
+
+
+def losses(told: str) -> list[str]:
+    return [line.split(",")[0] for line in told.splitlines() if line.startswith("step")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz = 3", "has 'stepz', which is no option of this command; did you mean steps?"),
+        ("eval_evry = 3", "has 'eval_evry', which is no option of this command; did you mean eval-every?"),
+        ("recipe = 'x'", "has 'recipe', which is no option of this command; it takes data, "),
+        ("steps =", "is no TOML: "),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_recipe_files_that_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str | None, message: str
+) -> None:
+    recipe = tmp_path / "my.toml"
+    if text is not None:
+        recipe.write_text(text)
+    code, _, errors = called(monkeypatch, capsys, "train", "run", "--recipe", recipe)
+    assert code == 2
+    assert errors.startswith(f"error: --recipe: {recipe} {message}")
+
+
+def test_a_finished_run_is_extended(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its learning rate goes on as that of the longer run. Fewer steps, or another option, is another run."""
+    run = [*options(data, tmp_path / "run"), "--log-every", 1]
+    called(monkeypatch, capsys, *run)
+    code, told, _ = called(monkeypatch, capsys, *run, "--steps", 9)
+    assert code == 0
+    assert told.startswith("going on from step 6\nstep 7: ")
+    whole = called(monkeypatch, capsys, *options(data, tmp_path / "whole"), "--log-every", 1, "--steps", 9)[1]
+    rates = [[part for part in line.split(", ") if part.startswith("lr")] for line in told.splitlines()[1:4]]
+    assert rates == [[part for part in line.split(", ") if part.startswith("lr")] for line in whole.splitlines()[6:9]]
+    assert "is of another run (steps)" in called(monkeypatch, capsys, *run)[2]
+    assert "is of another run (seed, steps)" in called(monkeypatch, capsys, *run, "--steps", 12, "--seed", 1)[2]
