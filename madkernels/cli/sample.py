@@ -28,6 +28,10 @@ def sample(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", help="Text to continue; repeat for a batch. Default: an empty line.")
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Text file with a prompt on each line, after those of --prompt."),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most; a text also ends with its document.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw among so many of the likeliest tokens.")] = None,
@@ -55,11 +59,11 @@ def sample(
     check_device(device)
     lm, text = _loaded(model, tokenizer, plugin)
     lm = lm.to(device, getattr(torch, dtype)).eval()
-    prompts = prompt or ["\n"]
-    begun = [_tokens_of(text, each) for each in prompts]
-    stream = TextStream(text, begun[0]) if len(prompts) == 1 else None
+    begins = [*(prompt or ()), *(prompts.read_text(encoding="utf-8").splitlines() if prompts else ())] or ["\n"]
+    begun = [_tokens_of(text, each) for each in begins]
+    stream = TextStream(text, begun[0]) if len(begins) == 1 else None
     if stream:
-        print(prompts[0], end="", flush=True)
+        print(begins[0], end="", flush=True)
     found = continue_prompts(
         lm, [torch.tensor(each, device=device) for each in begun], tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         end=text.end, generator=torch.Generator(device).manual_seed(seed),
@@ -68,8 +72,8 @@ def sample(
     if stream:
         print(stream.end())
         return
-    for number, (whole, begin, new) in enumerate(zip(prompts, begun, found, strict=True), 1):
-        print(f"--- {number}\n{whole}{text.decode(begin + new)[len(text.decode(begin)) :]}")
+    for number, (begin_text, begin, new) in enumerate(zip(begins, begun, found, strict=True), 1):
+        print(f"--- {number}\n{begin_text}{text.decode(begin + new)[len(text.decode(begin)) :]}")
 
 
 DTYPES = ("float32", "bfloat16")
@@ -109,5 +113,5 @@ def _loaded(path: Path, tokenizer: str | None, plugins: list[Path] | None) -> tu
 
 def _tokens_of(tokenizer: Tokenizer, prompt: str) -> list[int]:
     if not prompt:
-        raise ValueError("--prompt is empty; give a character at least")
+        raise ValueError("--prompt, or a line of --prompts, is empty; give a character at least")
     return [int(t) for t in tokenizer.encode(prompt.encode())]

@@ -12,7 +12,8 @@ Texts are never cut: a layer's state carries the context from one stretch of a l
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -74,10 +75,11 @@ def _of_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Scorer:
-    """What the harness asks of a model, in its own words."""
+    """What the harness asks of a model, in its own words. `progress` iterates over a list, as tqdm does."""
 
     def __init__(self, model: HybridLM, tokenizer: Tokenizer, batch_size: int) -> None:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        self.progress: Callable[[Sequence[Any]], Iterable[Any]] = iter
 
     def loglikelihood(self, texts: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Of (context, continuation)."""
@@ -90,13 +92,14 @@ class Scorer:
 
     def generate_until(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
         """Of (context, options), text up to the first of `until`."""
-        return [self._generated(context, options) for context, options in asked]
+        return [self._generated(context, options) for context, options in self.progress(asked)]
 
     def _scored(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         """Long ones together with long ones."""
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
         found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        for some in _batches(order, self.batch_size):
+        batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
+        for some in self.progress(batches):
             for i, score in zip(some, scores(self.model, [pairs[i] for i in some]), strict=True):
                 found[i] = score
         return found
@@ -121,14 +124,9 @@ class Scorer:
         return told[: min((told.index(each) for each in stops if each in told), default=len(told))]
 
 
-def _batches(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for first in range(0, len(values), size):
-        yield values[first : first + size]
-
-
 def register() -> None:
     """Makes the model `madkernels` known to lm-eval, which must be installed."""
-    base = import_module("lm_eval.api.model").LM
+    base, tqdm = import_module("lm_eval.api.model").LM, import_module("tqdm").tqdm
 
     class Model(base):  # type: ignore[misc, valid-type]
         def __init__(
@@ -145,18 +143,18 @@ def register() -> None:
             rows = 8 if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
             self.scorer = Scorer(model.to(device, getattr(torch, dtype)), made, rows)
 
-        def _asked(self, name: str) -> Callable[[Sequence[tuple[Any, ...]]], list[Any]]:
-            found: Callable[[Sequence[tuple[Any, ...]]], list[Any]] = getattr(self.scorer, name)
-            return found
+        def _shown(self, disable_tqdm: bool) -> Scorer:
+            self.scorer.progress = partial(tqdm, disable=disable_tqdm)
+            return self.scorer
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Any]:
-            return self._asked("loglikelihood")([request.args for request in requests])
+            return self._shown(disable_tqdm).loglikelihood([request.args for request in requests])
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[Any]:
-            return self.scorer.loglikelihood_rolling([request.args[0] for request in requests])
+            return self._shown(disable_tqdm).loglikelihood_rolling([request.args[0] for request in requests])
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[Any]:
-            return self._asked("generate_until")([request.args for request in requests])
+            return self._shown(disable_tqdm).generate_until([request.args for request in requests])
 
     import_module("lm_eval.api.registry").register_model(NAME)(Model)
 

@@ -94,6 +94,13 @@ def test_several_prompts_of_unequal_lengths(run: Path, call: Call) -> None:
     assert told.endswith(again)
 
 
+def test_prompts_of_a_file(run: Path, call: Call, tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("w1 w2\nw3\n")
+    of_file = call("sample", run, "--prompt", "w", "--prompts", tmp_path / "prompts", "--tokens", 4)
+    assert of_file == call("sample", run, "--prompt", "w", "--prompt", "w1 w2", "--prompt", "w3", "--tokens", 4)
+    assert of_file[0] == 0
+
+
 def test_draws_follow_the_seed(run: Path, call: Call) -> None:
     texts = [call("sample", run, "--prompt", "w", "--seed", seed)[1] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
@@ -137,7 +144,7 @@ def test_a_step_of_a_run(run: Path, call: Call) -> None:
     ("arguments", "message"),
     [
         (("--dtype", "float8"), "--dtype: 'float8' is not known; expected float32 or bfloat16"),
-        (("--prompt", ""), "--prompt is empty; give a character at least"),
+        (("--prompt", ""), "--prompt, or a line of --prompts, is empty; give a character at least"),
         (("--top-p", "2"), "top_p is 2.0; expected a share above 0 and up to 1"),
     ],
 )
