@@ -9,6 +9,7 @@
 #                    of every length (needs nvcc, as cuda-check does)
 #   make gpu-check   on a machine with a GPU, offline, 9 minutes at most: build, op tests, compute-sanitizer, benchmarks; results in
 #                    the folder OUT; WHEELS: a folder of wheels of pytest and hypothesis, where they are not installed
+#   make site      the pages and the API as a site, in build/site
 #   make documents  runs the commands and the Python of README.md and docs/, from the pages
 #   make sanitize  the op tests over kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 #
@@ -26,7 +27,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 OP_TESTS = $(shell $(BIN)/python -c 'import madkernels; print(*(f"$(CURDIR)/tests/test_{name}.py" for name in ("op_contract", *madkernels.OPS)))')
 PTX_TESTS := $(addprefix tests/test_,$(addsuffix .py,simulator device gpu_kernels gpu_check views))
 
-.PHONY: install demo test lint format documents sanitize cuda-check ptx-check gpu-check gpu-training wheel clean
+.PHONY: install demo test lint format documents site sanitize cuda-check ptx-check gpu-check gpu-training wheel clean
 
 install: .venv/installed
 
@@ -61,6 +62,11 @@ format: install
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+
+# With packages of its own, so that those of the tests stay as they are.
+site: install
+	$(BIN)/pip install --quiet --upgrade --target build/site-packages mkdocs-material 'mkdocstrings[python]'
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=build/site-packages $(BIN)/python -m mkdocs build --quiet
 
 documents: install
 	$(BIN)/python tools/documents.py
