@@ -264,7 +264,13 @@ def _published(results: Results) -> Section | None:
         [name, *(f"{100 * value:.1f}" for value in (ours[name], theirs[name], rows[name].mad)), rows[name].source]
         for name in ours
     ]
-    head = ["architecture", f"here, {len(tasks)} tasks", "published, these tasks", "published, all tasks", "source"]
+    head = [
+        "architecture",
+        f"here, {len(tasks)} task{'s' if len(tasks) > 1 else ''}",
+        "published, these tasks",
+        "published, all tasks",
+        "source",
+    ]
     told = [f"{name}: {text}" for name, text in published.sources().items() if name in {rows[n].source for n in ours}]
     if agreed := published.agreement(ours, theirs):
         told.append(
