@@ -135,6 +135,17 @@ class LMRun(Keyed):
         kept = {name: config[name] for name in ("arch", "dim", "vocab_size", "tied", "data")}
         return cls(recipe=Recipe(**config["recipe"]), plan=tuple(config["plan"].items()), **kept)
 
+    @property
+    def tokens(self) -> float:
+        """Tokens that the training reads."""
+        return float(self.recipe.tokens)
+
+    def trial(self, dearest: float) -> Callable[[], float] | None:
+        """Steps of this run, to measure its pace by (:mod:`madkernels.runs.pace`)."""
+        from madkernels.scaling.train import trial
+
+        return trial(self, dearest)
+
     @staticmethod
     def do(job: Sequence[LMRun], on_point: Callable[[LMRun, int, dict[str, float]], None], device: str) -> list[Result]:
         """Trains the run of a job; its checkpoints let it go on where it was killed, or stopped by a signal."""

@@ -400,6 +400,28 @@ class _Trainer:
         }
 
 
+def trial(run: LMRun, dearest: float) -> Callable[[], float] | None:
+    """As :meth:`madkernels.runs.engines.Run.trial`: as many rows of a step as cost no more than that."""
+    with torch.device("meta"):
+        flops = counting.training_flops(build(run), run.recipe.seqlen) * run.recipe.seqlen
+    rows = min(run.recipe.batch, int(dearest // flops))
+    if not rows:
+        return None
+    objective = Objective(build(run))
+    optimizer = torch.optim.AdamW(parameter_groups(objective, run.recipe.weight_decay), betas=BETAS, fused=True)
+    tokens = torch.randint(run.vocab_size, (rows, run.recipe.seqlen + 1))
+
+    def update() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=run.recipe.dtype == "bfloat16"):
+            loss: Tensor = objective(tokens[:, :-1], tokens[:, 1:], None)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return rows * flops
+
+    return update
+
+
 def _corpus_of(run: LMRun, rank: int, ranks: int) -> Corpus:
     """The data of a run, each process having looked at its share of the shards."""
     corpus = Corpus(Path(run.corpus))

@@ -108,9 +108,16 @@ class Run(Keyed):
             return [str(r) if isinstance(r, Refused) else r for r in train_together(job, on_point, device)]
         return [train(job[0], lambda epoch, point: on_point(job[0], epoch, point), device)]
 
-    def size(self) -> float:
-        """Tokens that are trained on at most: what sorts the longest first."""
+    @property
+    def tokens(self) -> float:
+        """Tokens that are trained on at most."""
         return float(self.training.epochs * self.task.train_examples * self.task.length)
+
+    def trial(self, dearest: float) -> Callable[[], float] | None:
+        """Steps of this run, to measure its pace by (:mod:`madkernels.runs.pace`)."""
+        from madkernels.synthetics.train import trial
+
+        return trial(self, dearest)
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,16 @@ def rungs(protocol: Protocol, count: int) -> list[Protocol]:
     return cut
 
 
+def foreseen(costs: dict[str, Cost], protocol: Protocol) -> list[Run]:
+    """The runs of a search in which the candidates of most FLOPs go on: as many as there will be, and the dearest."""
+    alive = sorted(costs, key=lambda arch: -costs[arch].flops)
+    runs = dict[Run, None]()
+    for cut in rungs(protocol, len(costs)):
+        runs |= dict.fromkeys(plan(cut, alive))
+        alive = alive[: max(1, math.ceil(len(alive) / KEEP))]
+    return list(runs)
+
+
 def search(
     costs: dict[str, Cost],
     protocol: Protocol,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from madkernels.runs.pace import duration
 from madkernels.runs.store import OPEN
 from madkernels.synthetics.sweep import work_of
 
@@ -27,7 +28,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> Summary:
     total = sum(counts.values(), Counter[str]())
     lines = [f"{total['done']} of {len(rows)} runs are done" + (f", {total['failed']} failed" if total["failed"] else "")]
     if left := time_left(rows):
-        lines.append(f"about {_duration(left)} left at the pace so far")
+        lines.append(f"about {duration(left)} left at the pace so far")
     lines += [f"failed: {row['run'].task}: {row['run'].arch}: {row['error']}" for row in rows if row["status"] == "failed"]
     return Summary(counts, lines)
 
@@ -46,8 +47,3 @@ def time_left(rows: Sequence[dict[str, Any]]) -> float | None:
     elapsed = max(row["ended"] for row in done) - min(row["started"] for row in done)
     pace: float = sum(work[row["run"]] for row in done) / elapsed
     return sum(work[row["run"]] for row in left) / pace
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(minutes, 1)} min"

@@ -58,7 +58,7 @@ def work_of(runs: Sequence[Run]) -> dict[Run, float]:
         place = run.arch, run.task, run.training.dim
         if place not in costs:
             costs[place] = counting.training_flops(build(run), run.task.length)
-    return {run: run.size() * costs[run.arch, run.task, run.training.dim] for run in runs}
+    return {run: run.tokens * costs[run.arch, run.task, run.training.dim] for run in runs}
 
 
 def _summarise(result: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels.models import AutoEncoder, HybridLM
+from madkernels.models import AutoEncoder, HybridLM, counting
 from madkernels.models.init import parameter_groups
 from madkernels.models.layers.moe import balance_experts
 from madkernels.runs.engines import Diverged
@@ -111,6 +111,25 @@ def train(run: Run, on_epoch: Callable[[int, dict[str, float]], None] | None = N
         "data_seconds": data_seconds,
         "curve": curve,
     }
+
+
+def trial(run: Run, dearest: float) -> Callable[[], float] | None:
+    """As :meth:`madkernels.runs.engines.Run.trial`."""
+    options, examples = run.training, min(run.training.batch, run.task.train_examples)
+    model = build(run)
+    flops = counting.training_flops(model, run.task.length) * examples * run.task.length
+    if flops > dearest:
+        return None
+    inputs, targets = run.task.generate(examples, seed=options.seed, split="train")
+    optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=options.lr, betas=BETAS, fused=True)
+
+    def update() -> float:
+        step(model, inputs, targets, options).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return flops
+
+    return update
 
 
 def check_finite(loss: float, epoch: int) -> None:

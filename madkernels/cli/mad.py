@@ -13,10 +13,13 @@ from madkernels.cli.sweeps import (
     Address,
     Bars,
     Device,
+    DryRun,
     EngineName,
     Plugins,
     Results,
     Workers,
+    announce,
+    done_in,
     engine_of,
     load_plugins,
     progress_bars,
@@ -64,6 +67,7 @@ def run(
         ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast). Default: the protocol's.")] = None,
+    dry_run: DryRun = False,
     plugin: Plugins = None,
 ) -> None:
     """Train every architecture on every task, and print their scores.
@@ -85,13 +89,19 @@ def run(
     runs = plan(chosen, arch or DEMO_ARCHS, tasks, seeds=seed, dtype=dtype)
     console = Console()
     place = engine_of(engine, workers, address, device, plugins)
+    if dry_run:
+        announce(work_of(runs), done_in(out), place)
+        return
     with closing(Store(out)) as store:
-        with stoppable(store, runs), progress_bars(console) as bars:
+        with stoppable(store, runs):
             todo = left(runs, store)
             check(todo)
-            done = set(runs) - set(todo)
-            progress = Bars(bars, work_of(runs), done)
-            outcome = sweep(runs, store, progress, engine=place, together=device != "cpu" if together is None else together)
+            work = work_of(runs)
+            announce(work, store.metrics(), place)
+            with progress_bars(console) as bars:
+                progress = Bars(bars, work, set(runs) - set(todo))
+                at_once = device != "cpu" if together is None else together
+                outcome = sweep(runs, store, progress, engine=place, together=at_once)
         wanted = {run.key() for run in runs}
         rows = [row for row in store.latest(Run.of) if row["key"] in wanted]
         scores_path, runs_path = write_csv(rows, out)
@@ -225,6 +235,7 @@ def search(
         int | None, typer.Option(min=1, help="Processes to train in. Default: one per core or, with --device cuda, per GPU.")
     ] = None,
     device: Device = "cpu",
+    dry_run: DryRun = False,
     plugin: Plugins = None,
 ) -> None:
     """Propose hybrids under a budget, by successive halving, and mark those that no other beats."""
@@ -242,14 +253,19 @@ def search(
     costs = searching.affordable(found, chosen, budget, candidates, seed)
     console = Console()
     console.print(f"{len(costs)} of {len(found)} candidates")
-    with closing(Store(out)) as store, stoppable(store), progress_bars(console) as bars:
+    place = engine_of("pool", workers, "auto", device, plugins)
+    if dry_run:
+        announce(work_of(searching.foreseen(costs, chosen)), done_in(out), place)
+        return
+    with closing(Store(out)) as store, stoppable(store):
+        announce(work_of(searching.foreseen(costs, chosen)), store.metrics(), place)
 
         def progress_of(rung: int, runs: list[Run]) -> Bars:
             done = store.metrics()
             return Bars(bars, work_of(runs), {run for run in runs if run.key() in done}, f"rung {rung}")
 
-        place = engine_of("pool", workers, "auto", device, plugins)
-        ranked = searching.search(costs, chosen, store, place, progress_of, together=device != "cpu")
+        with progress_bars(console) as bars:
+            ranked = searching.search(costs, chosen, store, place, progress_of, together=device != "cpu")
     front = searching.pareto(ranked)
     table = Table(caption="* on the Pareto front of score, state, parameters and FLOPs, of those that came furthest.")
     for column in ("", "architecture", "rung", "MAD score", "parameters", "state", "FLOPs per token"):

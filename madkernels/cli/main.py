@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from madkernels import __version__
 from madkernels.cli.bench import bench
 from madkernels.cli.mad import mad
 from madkernels.cli.sample import train
 from madkernels.cli.scale import scale
 
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"madkernels {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
-    help="Kernels for hybrid language models, and the MAD pipeline that designs them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(mad, name="mad")
 app.add_typer(train, name="train")
 app.add_typer(scale, name="scale")
 app.command()(bench)
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Kernels for hybrid language models, and the MAD pipeline that designs them."""
 
 
 @app.command()

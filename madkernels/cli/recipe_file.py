@@ -55,7 +55,8 @@ def write(context: typer.Context, folder: Path) -> None:
     Raises:
         OSError: it could not be written; one that was there still is.
     """
-    names = [str(option.name) for option in context.command.params if option.name not in ("recipe_file", "out", "help")]
+    apart = ("recipe_file", "out", "dry_run", "help")
+    names = [str(option.name) for option in context.command.params if option.name not in apart]
     given = {name: context.params[name] for name in names if context.params.get(name) is not None}
     lines = [f"{name.replace('_', '-')} = {_toml(value)}" for name, value in given.items()]
     whole = folder / "recipe.unfinished"

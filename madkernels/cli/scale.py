@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,10 +14,13 @@ from madkernels.cli.sweeps import (
     Address,
     Bars,
     Device,
+    DryRun,
     EngineName,
     Plugins,
     Results,
     Workers,
+    announce,
+    done_in,
     engine_of,
     load_plugins,
     progress_bars,
@@ -161,10 +165,12 @@ def _write(rows: list[Planned], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from madkernels.runs.pace import amount
     from madkernels.scaling.plan import write_plan
 
     write_plan(rows, out)
-    table = Table(caption=f"{len(rows)} runs, {sum(row.flops for row in rows):.3g} FLOPs")
+    told = amount({row.run("", ""): row.flops for row in rows}, os.cpu_count() or 1)
+    table = Table(caption=f"{len(rows)} runs: {told}")
     names = ("kind", "architecture", "width", "budget", "parameters", "tokens", "tokens per parameter", "steps")
     for name in names:
         table.add_column(name, justify="left" if name in names[:2] else "right")
@@ -191,6 +197,7 @@ def run(
     workers: Workers = None,
     address: Address = "auto",
     device: Device = "cpu",
+    dry_run: DryRun = False,
     plugin: Plugins = None,
 ) -> None:
     """Train the runs of plans. A sweep that was killed goes on where it was when the command is given again."""
@@ -207,11 +214,17 @@ def run(
     runs = runs_of(rows, data, out)
     work = {run: row.flops for run, row in zip(runs, rows, strict=True)}
     place = engine_of(engine, workers, address, device, plugins)
+    if dry_run:
+        announce(work, done_in(out), place)
+        return
     console = Console()
     with closing(Store(out)) as store:
-        with stoppable(store, runs), progress_bars(console) as bars:
+        with stoppable(store, runs):
             known = store.metrics()
-            outcome = sweep(runs, work, store, Bars(bars, work, {run for run in runs if run.key() in known}), place)
+            announce(work, known, place)
+            with progress_bars(console) as bars:
+                progress = Bars(bars, work, {run for run in runs if run.key() in known})
+                outcome = sweep(runs, work, store, progress, place)
         write_csv(rows, runs, store, out / CSV)
     console.print(f"{outcome.trained} runs trained, {outcome.already_done} found done, {outcome.failed} failed.")
     console.print(f"Results: {store.path}, {out / CSV}", soft_wrap=True)

@@ -144,18 +144,20 @@ def _work_rows(
     model: HybridLM, setup: Setup, machine: Gpu, tokens: float | None, batch_tokens: int, mfu: float
 ) -> dict[str, str]:
     from madkernels.models import counting
+    from madkernels.runs.pace import duration
 
     total = tokens or TOKENS_PER_PARAMETER * counting.active_params(model)
     at_a_time = setup.gpus * setup.tokens
     accumulated = -(-batch_tokens // at_a_time)
     flops = counting.training_flops(model, setup.seqlen) * total
-    hours = flops / (setup.gpus * machine.flops * mfu) / 3600
+    seconds = flops / (setup.gpus * machine.flops * mfu)
+    gpu_hours = seconds * setup.gpus / 3600
     return {
         "tokens": f"{total:.4g}",
         "tokens per step": f"{accumulated * at_a_time:,} ({accumulated} times {at_a_time:,})",
         "steps": f"{math.ceil(total / (accumulated * at_a_time)):,}",
         "training FLOPs": f"{flops:.4g}",
-        f"time at an MFU of {mfu:.0%}": f"{hours:,.1f} h ({hours * setup.gpus:,.0f} GPU hours)",
+        f"time at an MFU of {mfu:.0%}": f"{duration(seconds)} ({gpu_hours:,.{0 if gpu_hours >= 10 else 2}f} GPU hours)",
     }
 
 
@@ -265,6 +267,9 @@ def run(
         ),
     ] = None,
     recipe_file: RecipeFile = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how much work this is and how long it takes; do none.")
+    ] = False,
     plugin: Plugins = None,
 ) -> None:
     """Train one model, alone or, under torchrun, sharded over processes.
@@ -279,9 +284,12 @@ def run(
         raise ValueError("--arch has no learning rate of its own: give --lr")
     with Stop(alone=not _several()) as stop, _ends():
         with stop.deferred():  # a library that is half loaded takes no interrupt
+            import torch
             from rich.console import Console
 
-            from madkernels.cli.sweeps import progress_bars
+            from madkernels.cli.sweeps import note, progress_bars
+            from madkernels.models import counting
+            from madkernels.runs.pace import amount
             from madkernels.scaling import train as training
             from madkernels.scaling.data import Corpus
             from madkernels.scaling.estimate import peak_flops
@@ -291,8 +299,8 @@ def run(
         stop.check()
         _check_device(device)
         load_plugins(plugin)
-        model, length = _meta_model(preset, arch, dim, 1, seqlen)
         corpus = Corpus(data)
+        model, length = _meta_model(preset, arch, dim, corpus.vocab_size, seqlen)
         recipe = Recipe(
             steps, batch, length, _preset_lr(preset) if lr is None else lr, warmup=warmup, schedule=schedule,
             weight_decay=weight_decay, dtype=dtype, documents=documents, seed=seed,
@@ -302,9 +310,15 @@ def run(
             peak_flops(device),
         )  # fmt: skip
         wanted = LMRun(str(model.arch), model.dim, corpus.vocab_size, recipe, corpus.sha256, corpus=str(data), out=str(out))
+        here = device == "cpu" and not _several()
+        if int(os.environ.get("RANK", 0)) == 0:
+            work = {wanted: counting.training_flops(model, length) * recipe.tokens}
+            say(f"{steps:,} steps: {amount(work, 1 if here else None, threads=torch.get_num_threads())}")
+        if dry_run:
+            return
         console = Console()
         with training.processes(device) as first, progress_bars(console) as bars:
-            bar = bars.add_task(str(wanted), total=steps, note="", visible=first)
+            bar = bars.add_task("", total=steps, note="", visible=first)
 
             def start(step: int) -> None:
                 try:
@@ -316,10 +330,9 @@ def run(
                     bars.update(bar, completed=step)
 
             def show(step: int, point: dict[str, float]) -> None:
-                told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in point.items())
-                bars.update(bar, completed=step, note=told)
+                bars.update(bar, completed=step, note=note(point, console.width - 54))
                 if not console.is_terminal:
-                    say(f"step {step}: {told}")
+                    say(f"step {step}/{steps} ({step / steps:.0%}): {note(point)}")
 
             result = training.train(wanted, how, show, on_start=start, stop=stop)
             if first:

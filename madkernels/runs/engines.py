@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -44,6 +45,16 @@ class Run(Protocol):
     @property
     def points(self) -> int:
         """How many points its curve gets at most."""
+        ...
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that are trained on at most."""
+        ...
+
+    def trial(self, dearest: float) -> Callable[[], float] | None:
+        """A model like this run's: each call does an optimizer step on the CPU and returns its FLOPs. None where that would
+        be more than `dearest`."""
         ...
 
     def config(self) -> dict[str, Any]:
@@ -212,6 +223,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=_serve, args=(theirs, device, tuple(plugins)), daemon=True)
+        resource_tracker.ensure_running()  # which unblocks SIGINT: not between here and the worker's start
         # Ctrl-C reaches every process of a terminal; workers, which begin with it blocked, leave it to their parent.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

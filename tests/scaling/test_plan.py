@@ -243,7 +243,7 @@ def test_a_killed_command_goes_on(data: Path, tmp_path: Path) -> None:
     run = [*command, "run", plan, "--data", str(data), "--out", str(out), "--workers", "2"]
     started = subprocess.Popen(run, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert started.stdout is not None
-    assert started.stdout.readline() == "6 runs to do\n"
+    assert started.stdout.readline().startswith("6 runs to do: ")
     assert started.stdout.readline().startswith("[1/6] isoflop 1e+09: ")
     os.killpg(started.pid, signal.SIGKILL)
     started.wait()

@@ -129,7 +129,7 @@ def test_it_says_where_it_goes_on_and_what_could_not_be_written(
     code, told, errors = called(monkeypatch, capsys, *arguments)
     warning = f"{part} is damaged: No such file or directory; trying the checkpoint before it"
     assert (code, errors) == (0, "")
-    assert told.splitlines()[:2] == [f"warning: {warning}", "going on from step 4"]
+    assert told.splitlines()[1:3] == [f"warning: {warning}", "going on from step 4"]
     assert told.splitlines()[-1] == f"Warnings: 1, the last: {warning}"
 
 
@@ -158,7 +158,7 @@ def test_a_signal_in_a_step_or_a_save_lets_it_be_finished(
     monkeypatch.setattr(owner, method, honest)
     code, told, errors = called(monkeypatch, capsys, *arguments)
     assert (code, errors) == (0, "")
-    assert told.startswith("going on from step 1\n")
+    assert "\ngoing on from step 1\n" in told
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -213,9 +213,10 @@ def test_a_recipe_file_gives_options_and_what_is_typed_counts_more(
     code, told, errors = called(monkeypatch, capsys, "train", "run", "--recipe", recipe, "--out", out, "--steps", 4)
     assert (code, errors) == (0, "")
     assert [line.split(":")[0] for line in told.splitlines() if line.startswith("step")] == [
-        f"step {i}" for i in (1, 2, 3, 4)
+        f"step {i}/4 ({25 * i}%)" for i in (1, 2, 3, 4)
     ]
-    assert [i for i, line in enumerate(told.splitlines(), 1) if "held out loss" in line] == [3, 4]
+    steps = [line for line in told.splitlines() if line.startswith("step")]
+    assert [i for i, line in enumerate(steps, 1) if "held out loss" in line] == [3, 4]
     again = tmp_path / "again"
     code, repeated, _ = called(monkeypatch, capsys, "train", "run", "--recipe", out / "recipe.toml", "--out", again)
     assert code == 0
@@ -249,6 +250,11 @@ def test_recipe_files_that_are_none(
     assert errors.startswith(f"error: --recipe: {recipe} {message}")
 
 
+def rates_of(told: str) -> list[str]:
+    lines = [line for line in told.splitlines() if line.startswith("step")]
+    return [part for line in lines for part in line.split(", ") if part.startswith("lr")]
+
+
 def test_a_finished_run_is_extended(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,10 +264,9 @@ def test_a_finished_run_is_extended(
     code, told, _ = called(monkeypatch, capsys, *run, "--steps", 9)
     assert code == 0
     extended = "extended from 6 to 9 steps; learning rate 0.0003 so far, 0.000808 from here on"
-    assert told.startswith(f"{extended}\ngoing on from step 6\nstep 7: ")
+    assert f"{extended}\ngoing on from step 6\nstep 7/9 (78%): " in told
     whole = called(monkeypatch, capsys, *options(data, tmp_path / "whole"), "--log-every", 1, "--steps", 9)[1]
-    rates = [[part for part in line.split(", ") if part.startswith("lr")] for line in told.splitlines()[2:5]]
-    assert rates == [[part for part in line.split(", ") if part.startswith("lr")] for line in whole.splitlines()[6:9]]
+    assert rates_of(told) == rates_of(whole)[6:]
     assert "is of another run (steps)" in called(monkeypatch, capsys, *run)[2]
     assert "is of another run (seed, steps)" in called(monkeypatch, capsys, *run, "--steps", 12, "--seed", 1)[2]
 
