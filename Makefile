@@ -11,6 +11,7 @@
 #                    the folder OUT; WHEELS: a folder of wheels of pytest and hypothesis, where they are not installed
 #   make site      the pages and the API as a site, in build/site
 #   make documents  runs the commands and the Python of README.md and docs/, from the pages
+#   make pictures  draws docs/pictures and the reports of docs/studies, from the data there and in benchmarks/results
 #   make sanitize  the op tests over kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 #
 #   make gpu-training  on a machine with a GPU, offline: training steps of presets of 70M and 1B and of a slice of 7B, against plain
@@ -27,7 +28,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 OP_TESTS = $(shell $(BIN)/python -c 'import madkernels; print(*(f"$(CURDIR)/tests/test_{name}.py" for name in ("op_contract", *madkernels.OPS)))')
 PTX_TESTS := $(addprefix tests/test_,$(addsuffix .py,simulator device gpu_kernels gpu_check views))
 
-.PHONY: install demo test lint format documents site sanitize cuda-check ptx-check gpu-check gpu-training wheel clean
+.PHONY: install demo test lint format documents pictures site sanitize cuda-check ptx-check gpu-check gpu-training wheel clean
 
 install: .venv/installed
 
@@ -70,6 +71,9 @@ site: install
 
 documents: install
 	$(BIN)/python tools/documents.py
+
+pictures: install
+	$(BIN)/python tools/pictures.py
 
 # The sanitizers' runtime has to be loaded before Python; leaks are Python's own, so they are not reported.
 sanitize: install

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -132,10 +132,10 @@ class Case:
         return inputs
 
     def __str__(self) -> str:
-        parts = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("name", "quick") or value in (False, None):
-                continue
-            parts.append(field.name if value is True else f"{field.name} {value}")
-        return f"{self.name}: {', '.join(parts)}"
+        return describe(asdict(self))
+
+
+def describe(case: Mapping[str, Any]) -> str:
+    """A case by its fields."""
+    told = {name: value for name, value in case.items() if name not in ("name", "quick") and value not in (False, None)}
+    return f"{case['name']}: {', '.join(name if value is True else f'{name} {value}' for name, value in told.items())}"

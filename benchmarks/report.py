@@ -6,14 +6,18 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
+from madkernels.benchmarks.cases import describe
 from madkernels.benchmarks.harness import OURS, Measured, Result
+from madkernels.reporting.figures import COLOURS, GREY, Panel, picture
 
 SCHEMA = 1
 MIB = 1 << 20
@@ -175,8 +179,8 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
 
 
-def write_json(path: Path, op: str, machine: dict[str, str], cases: Sequence[Measured]) -> None:
-    """Writes all that was measured.
+def record(op: str, machine: dict[str, str], cases: Sequence[Measured]) -> dict[str, Any]:
+    """All that was measured, as it stands in a JSON file.
 
     Keys: `schema` (1); `op`; `machine` (text by name); `cases`, each with `case` (its fields), `checked`, `copies`, `cold`,
     `absent` (reasons by peer), `results` (`contender`, `dtype`, `direction`, `error`, `tolerance`, `seconds` of each run,
@@ -185,9 +189,13 @@ def write_json(path: Path, op: str, machine: dict[str, str], cases: Sequence[Mea
     operations of products; every measurement), `gpu_states` (clocks, power and slowdowns at each of them; empty on a CPU)
     and `figures` (see :func:`figures`).
     """
-    text = json.dumps({"schema": SCHEMA, "op": op, "machine": machine, "cases": [_record(m) for m in cases]}, indent=1)
+    return {"schema": SCHEMA, "op": op, "machine": machine, "cases": [_record(m) for m in cases]}
+
+
+def write_json(path: Path, measured: dict[str, Any]) -> None:
+    """Writes a :func:`record`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
+    path.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 def _record(measured: Measured) -> dict[str, Any]:
@@ -217,27 +225,34 @@ def _record(measured: Measured) -> dict[str, Any]:
     }
 
 
-def plot(path: Path, op: str, machine: dict[str, str], cases: Sequence[Measured]) -> None:
-    """Draws the median of every contender, with its quartiles, one panel per case."""
-    timed = [[r for r in measured.results if r.seconds] for measured in cases]
-    height = 1.2 + sum(0.9 + 0.25 * len(results) for results in timed)
-    picture = Figure(figsize=(9, height), layout="constrained")
-    panels = picture.subplots(len(cases), 1, squeeze=False, height_ratios=[3 + len(results) for results in timed])[:, 0]
-    for panel, measured, results in zip(panels, cases, timed, strict=True):
-        medians = [r.median * 1e3 for r in results]
-        spread = [quartiles(r.seconds) for r in results]
-        below, above = ([abs(s[i] - s[1]) * 1e3 for s in spread] for i in (0, 2))
-        colours = ["C1" if r.contender == OURS else "C0" for r in results]
-        panel.barh(range(len(results)), medians, xerr=[below, above], color=colours)
-        panel.set_yticks(range(len(results)), [f"{r.contender} {r.dtype} {r.direction}" for r in results])
-        panel.invert_yaxis()
-        panel.set_xscale("log")
-        panel.set_xlabel("ms, median and quartiles")
-        panel.set_title(str(measured.case), fontsize=9)
+def plot(path: Path, measured: dict[str, Any]) -> None:
+    """Draws a :func:`record`: the median of every contender, with its quartiles; a panel for each case, dtype and pass."""
+    panels = []
+    for case in measured["cases"]:
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for result in case["results"]:
+            if result["seconds"]:
+                groups.setdefault((result["dtype"], result["direction"]), []).append(result)
+        for names, results in groups.items():
+            title = f"{describe(case['case'])}; {' '.join(names)}"
+            panels.append(Panel(title, partial(_draw_times, results=results)))
+    machine = measured["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    picture.suptitle(f"{op} on {where}, torch {machine['torch']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    title = f"{measured['op']} on {where}, torch {machine['torch']}: ms, median and quartiles"
     try:
-        picture.savefig(path)
+        picture(path, panels, title=title, columns=min(len(panels), 2))
     except ValueError as error:  # an unknown suffix; matplotlib's text lists the known ones
         raise ValueError(f"--plot {path}: {error}") from None
+
+
+def _draw_times(axes: Axes, results: Sequence[dict[str, Any]]) -> None:
+    medians = [1e3 * r["median"] for r in results]
+    spread = [[1e3 * abs(r[end] - r["median"]) for r in results] for end in ("lower_quartile", "upper_quartile")]
+    colours = [COLOURS[1] if r["contender"] == OURS else COLOURS[0] for r in results]
+    bars = axes.barh(range(len(results)), medians, xerr=spread, color=colours, ecolor=GREY)
+    axes.bar_label(bars, [milliseconds(r["median"]) for r in results], padding=3)
+    axes.set_yticks(range(len(results)), [r["contender"] for r in results])
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.margins(x=0.2)
+    axes.xaxis.set_major_locator(MaxNLocator(4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE, FORMAT = "madkernels", 1
+PLUGIN = "\nA layer that is not of this package has to be added first: --plugin FILE, or add_layer"
 TIED = "unembedding.weight"  # not stored where it is the embedding
 
 
@@ -37,6 +39,7 @@ def save_pretrained(model: HybridLM, folder: Path, **more: Any) -> None:
     }
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config | more, indent=2) + "\n")
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # the library lets only the user read it
 
 
 def from_pretrained(folder: Path) -> HybridLM:
@@ -49,7 +52,7 @@ def from_pretrained(folder: Path) -> HybridLM:
     except KeyError as error:
         raise ValueError(f"{folder / CONFIG} does not say {error}") from None
     except ValueError as error:  # such as a layer of a plugin that is not loaded
-        raise ValueError(f"{folder / CONFIG}: {error}") from None
+        raise ValueError(f"{folder / CONFIG}: {error}{PLUGIN}") from None
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 
 from madkernels.models import HybridLM, pretrained
 from madkernels.scaling.digest import file_sha256
-from madkernels.scaling.tokenizers import Bytes, Tokenizer, tokenizer_in
+from madkernels.scaling.tokenizers import Bytes, Tokenizer, tokenizer_in, tokenizer_of
 
 FOLDER = "checkpoints"  # of a run
 META, SUMS, PIECES = "run.json", "SHA256SUMS", ".metadata"
@@ -260,7 +260,8 @@ def load_model(path: str | Path) -> HybridLM:
         return HybridLM.from_pretrained(path)
     if not (path / FOLDER).exists():
         if not (path / META).exists() and not (path / SUMS).exists():
-            raise ValueError(f"{path} is neither the folder of a run nor of a checkpoint, nor an exported model")
+            what = "is neither a run, a checkpoint nor an exported model" if path.exists() else "does not exist"
+            raise ValueError(f"{path} {what}; expected a folder that madkernels train run or train export wrote")
         return _load_model(path)
     if not (found := steps_in(path / FOLDER)):
         raise ValueError(f"{path / FOLDER} has no checkpoint")
@@ -283,8 +284,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if is_exported(path):
         return _tokenizer(path, pretrained.config_of(path))
     run = path if (path / FOLDER).exists() else path.parent.parent
-    newest = (steps_in(path / FOLDER) or [path])[-1]
-    return _tokenizer(run, meta := meta_of(newest), meta["config"])
+    meta = _newest(steps_in(path / FOLDER) or [path], meta_of, lambda text: None, "there is no earlier one")
+    return _tokenizer(run, meta, meta["config"])
+
+
+def load_with_tokenizer(path: str | Path, tokenizer: str | None = None) -> tuple[HybridLM, Tokenizer]:
+    """The model of `load_model`, and its tokenizer: that of `load_tokenizer`, `bytes`, or a tokenizer.json.
+
+    Raises:
+        ValueError: as those two do, or the tokenizer has another number of tokens than the model.
+    """
+    model = load_model(path)
+    found = load_tokenizer(path) if tokenizer is None else tokenizer_of(tokenizer)
+    if found.vocab_size != model.vocab_size:
+        raise ValueError(f"the tokenizer {found.name} has {found.vocab_size} tokens, the model {model.vocab_size}")
+    return model, found
 
 
 def _tokenizer(folder: Path, *said: dict[str, Any]) -> Tokenizer:
@@ -304,7 +318,7 @@ def _load_model(checkpoint: Path) -> HybridLM:
         options = {name: config[name] for name in ("arch", "vocab_size", "dim", "tied")}
         model = HybridLM(**options)
     except ValueError as error:  # such as a layer of a plugin that is not loaded
-        raise ValueError(f"{checkpoint / META}: {error}") from None
+        raise ValueError(f"{checkpoint / META}: {error}{pretrained.PLUGIN}") from None
     except (KeyError, TypeError, AttributeError):
         raise Damaged(f"{checkpoint / META} is damaged: it does not say what a model is made of") from None
     weights = get_model_state_dict(model)

@@ -11,13 +11,13 @@ from typing import Any
 from madkernels.runs.engines import Result
 from madkernels.runs.keys import Keyed, code_of
 
-SCHEDULES = ("cosine", "wsd")
+SCHEDULES = ("cosine", "wsd", "constant")
 DECAY = 0.2  # share of the steps in which warm-up, stable, decay lets the learning rate fall
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW (betas 0.9, 0.95), a linear warm-up, then the schedule down to `final` times the peak learning rate.
+    """AdamW (betas 0.9, 0.95), a linear warm-up, then the schedule, which decays to `final` times the peak learning rate.
 
     Attributes:
         steps: of the optimiser.
@@ -25,7 +25,8 @@ class Recipe:
         seqlen: tokens of a row.
         lr: peak learning rate.
         warmup: share of the steps in which the learning rate rises.
-        schedule: cosine, or wsd: warm-up, stable, and a linear decay over the last fifth (Hu et al. 2024, arXiv 2404.06395).
+        schedule: cosine; wsd: warm-up, stable, and a linear decay over the last fifth (Hu et al. 2024, arXiv 2404.06395); or
+            constant, which stays at the peak.
         weight_decay: of matrices; norms, biases and recurrence parameters have none.
         clip: of the norm of the gradient.
         dtype: float32, or bfloat16: autocast, parameters in float32.
@@ -59,7 +60,7 @@ class Recipe:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it takes float32 or bfloat16")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}; it takes {' or '.join(SCHEDULES)}")
+            raise ValueError(f"schedule is {self.schedule!r}; it takes {', '.join(SCHEDULES)}")
 
     @property
     def tokens(self) -> int:
@@ -71,6 +72,8 @@ class Recipe:
         rising = max(1, round(self.warmup * self.steps))
         if step < rising:
             return self.lr * (step + 1) / rising
+        if self.schedule == "constant":
+            return self.lr
         begin = rising if self.schedule == "cosine" else max(rising, round((1 - DECAY) * self.steps))
         done = max(0.0, (step - begin) / max(1, self.steps - 1 - begin))
         left = (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1 - done

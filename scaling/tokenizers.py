@@ -112,10 +112,14 @@ def copy(data: Path, folder: Path) -> None:
 
 
 class TextStream:
-    """The text of tokens as they come: what is still no text, such as half of a character, waits."""
+    """The text of tokens as they come: what is still no text, such as half of a character, waits.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.tokens, self.told = tokenizer, list[int](), ""
+    It follows a prompt, since tokenizers decode a token at the beginning of a text without its space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self.tokenizer, self.tokens = tokenizer, list(prompt)
+        self.told = tokenizer.decode(self.tokens)
 
     def add(self, token: int) -> str:
         """What there is to tell after one more token."""

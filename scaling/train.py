@@ -10,6 +10,7 @@ last checkpoint exactly as it would have.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -43,7 +44,7 @@ from madkernels.scaling import checkpoint, tokenizers
 from madkernels.scaling.data import Batch, Batches, Corpus, held_out
 from madkernels.scaling.recipe import LMRun
 from madkernels.scaling.stop import Stop, Stopped
-from madkernels.scaling.watch import Guard, Log, points_of
+from madkernels.scaling.watch import Guard, Log, points_of, say
 
 BETAS = (0.9, 0.95)
 CHECKPOINTING = ("none", "selective", "full")
@@ -64,7 +65,7 @@ class Execution:
         expert_parallel: processes that share the experts of MoE layers, each of which holds a part.
         save_every: seconds between checkpoints.
         log_every: steps between points of the log; a hundredth of the run if None.
-        eval_every: steps between measurements of the held-out loss; at the end alone if None.
+        eval_every: steps between measurements of the held-out loss for the log, besides the end; none if None.
         peak_flops: FLOPs per second of one device at best, for the utilisation in the log.
     """
 
@@ -176,6 +177,7 @@ class _Trainer:
         )
         self.guard, self.step, self.seconds = Guard(), 0, 0.0
         self.total, self.since = torch.zeros((), device=self.device), 0  # losses after the last point of the log
+        self.held_out_loss: float | None = None  # at the last point of the log, where it was measured
         self.saved = 0  # the step of the last checkpoint
         self.log = Log(Path(run.out) if run.out and self.rank == 0 else None)
 
@@ -199,11 +201,12 @@ class _Trainer:
             self.total += loss
             now = time.perf_counter()
             self.seconds = before + now - begun
-            measured = self.how.eval_every is not None and self.step % self.how.eval_every == 0
-            if measured or self.step % every == 0 or self.step == self.recipe.steps:
-                held_out_loss = self.measure(at_end=False) if measured else None
+            last = self.step == self.recipe.steps
+            evaluates = self.how.eval_every is not None and (last or self.step % self.how.eval_every == 0)
+            if last or evaluates or self.step % every == 0:
+                self.held_out_loss = self.measure(at_end=False) if evaluates else None
                 begun += time.perf_counter() - now  # which is no time of training
-                self.tell(self.total / (self.step - self.since), norm, held_out_loss)
+                self.tell(self.total / (self.step - self.since), norm, self.held_out_loss)
                 self.total, self.since = torch.zeros_like(self.total), self.step
                 if self.checkpoint_due(now - saved):
                     self.save()
@@ -323,6 +326,7 @@ class _Trainer:
             return
         self.step = self.saved = meta["step"]
         self.seconds, self.guard = meta["seconds"], Guard(**meta["guard"])
+        self.tell_extension(meta["config"]["recipe"]["steps"])
         self.total += meta.get("total", 0.0)
         self.since = meta.get("since", self.step)
         # a checkpoint from before there were checksums leaves the points to the log
@@ -336,6 +340,16 @@ class _Trainer:
             return
         if changed:
             raise ValueError(f"{found} is of another run ({', '.join(changed)}); choose another --out")
+
+    def tell_extension(self, steps: int) -> None:
+        """Of a run of so many steps that goes on as a longer one: what becomes of the learning rate."""
+        if steps == self.recipe.steps or self.rank > 0:
+            return
+        before = dataclasses.replace(self.recipe, steps=steps).rate(self.step - 1)
+        say(
+            f"extended from {steps} to {self.recipe.steps} steps; "
+            f"learning rate {before:.3g} so far, {self.recipe.rate(self.step):.3g} from here on"
+        )
 
     def warn(self, text: str) -> None:
         if self.rank == 0:
@@ -374,7 +388,7 @@ class _Trainer:
         curve = self.log.points
         last = [p["loss"] for p in curve if p["step"] > 0.9 * self.recipe.steps]
         return {
-            "loss": self.measure(at_end=True),
+            "loss": self.measure(at_end=True) if self.held_out_loss is None else self.held_out_loss,
             "train_loss": sum(last) / len(last) if last else math.nan,  # a process that is not the first has no log
             "params": self.params,
             "flops": self.flops_per_token * self.recipe.tokens,

@@ -1,24 +1,29 @@
-"""Results as one HTML page: no script, no file beside it, pictures inside."""
+"""Results as one HTML page: scores first, then what they rest on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
-from madkernels import pages
 from madkernels.models.layers import Layer
 from madkernels.models.spec import SpecError, parse
+from madkernels.reporting import pages
+from madkernels.reporting.figures import COLOURS, GREY, Panel
+from madkernels.reporting.pages import Section
 from madkernels.runs.store import OPEN
 from madkernels.synthetics import published
-from madkernels.synthetics.protocol import MEASURES, Results, best_runs, mad_score, margin, mean, results_of, scores
-from madkernels.synthetics.report import costs_of, label, percent, unfair
+from madkernels.synthetics.protocol import Results, Score, best_runs, mad_score, margin, mean, results_of, scores
+from madkernels.synthetics.report import costs_of, label, percent, unequal
 from madkernels.synthetics.tasks import Task
+
+FEW = 3  # points of a curve: up to so many are marked
 
 
 def write_page(rows: Sequence[dict[str, Any]], path: Path, title: str = "MAD scores") -> None:
@@ -30,109 +35,123 @@ def page(rows: Sequence[dict[str, Any]], title: str) -> str:
     results = results_of(rows)
     if not results:
         raise ValueError("there are no runs to report")
-    colours = dict(zip(scores(results), cycle(pages.COLOURS), strict=False))
+    colours = colours_of(results)
     sections = [
-        _heading(title, rows),
-        _gaps(rows),
-        "<h2>Scores</h2>"
-        + _score_table(results, colours)
-        + pages.figure(_draw_scores(results, colours), "Test accuracy by task."),
-        "<h2>Difficulty</h2>" + _difficulty(results, colours),
-        "<h2>Training</h2>" + _training(rows, colours),
-        "<h2>Architectures and cost</h2>" + _cost_table(results) + _diagrams(colours),
-        "<h2>Beside what is published</h2>" + _published(results),
+        _scores(results, colours),
+        _difficulty(results, colours),
+        _training(rows, colours),
+        Section("Architectures and cost", [_cost_table(results), *_diagrams(colours)]),
+        _published(results),
     ]
-    return pages.document(title, sections)
+    return pages.document(title, _facts(rows), _gaps(rows), sections)
+
+
+def colours_of(results: Results) -> dict[str, str]:
+    """A colour for each architecture."""
+    return dict(zip(scores(results), cycle(COLOURS), strict=False))
 
 
 # ---- sections
 
 
-def _heading(title: str, rows: Sequence[dict[str, Any]]) -> str:
+def _facts(rows: Sequence[dict[str, Any]]) -> str:
     runs = [row["run"] for row in rows]
-    seeds, widths = sorted({r.training.seed for r in runs}), sorted({r.training.dim for r in runs})
-    settings = len({r.task for r in runs})
+    seeds, widths = {r.training.seed for r in runs}, sorted({r.training.dim for r in runs})
+    settings, tasks = len({r.task for r in runs}), len({r.task.name for r in runs})
     select = ", ".join(sorted({r.training.select for r in runs}))
-    facts = (
-        f"{len(runs)} runs: {settings} settings of {len({r.task.name for r in runs})} tasks, {len(seeds)} seed"
-        f"{'s' if len(seeds) > 1 else ''}, width {', '.join(map(str, widths))}. Runs were chosen on the {select} set. "
-        f"madkernels {pages.text(rows[0]['config']['version'])}."
+    return (
+        f"{len(runs)} runs: {settings} settings of {tasks} tasks, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, "
+        f"width {', '.join(map(str, widths))}. The best run of each setting was chosen on the {select} set. "
+        f"madkernels {rows[0]['config']['version']}."
     )
-    return f'<h1>{pages.text(title)}</h1><p class="note">{facts}</p>'
 
 
-def _gaps(rows: Sequence[dict[str, Any]]) -> str:
+def _gaps(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What is missing, said before any score."""
     lines = []
     if open_runs := sum(row["status"] in OPEN for row in rows):
-        lines.append(f"{open_runs} of {len(rows)} runs have no result yet; scores with a star lack settings.")
+        lines.append(f"{open_runs} of {len(rows)} runs have no result yet. A star marks scores that lack some.")
     failed = [row for row in rows if row["status"] == "failed"]
-    lines += [f"Failed: {row['run'].task}: {label(row['run'].arch)}: {row['error']}" for row in failed]
-    lines += [f"Not a fair comparison: {line}." for line in unfair(costs_of([(r["run"], r["metrics"]) for r in rows]))]
-    return pages.gaps(lines)
+    return lines + [f"Failed: {row['run'].task}: {label(row['run'].arch)}: {row['error']}" for row in failed]
 
 
-def _named(arch: str, colours: dict[str, str]) -> str:
+def _named(arch: str, colours: dict[str, str]) -> Markup:
     return pages.swatch(label(arch), colours[arch])
 
 
-def _score_table(results: Results, colours: dict[str, str]) -> str:
-    found = ""
-    for measure in MEASURES:
-        by_arch = scores(results, measure)
-        tasks = list(dict.fromkeys(run.task.name for run, _ in results))
-        ranked = sorted(by_arch, key=lambda arch: -(mad_score(by_arch[arch]).value or 0))
-        lines = [
-            [_named(arch, colours), *(percent(by_arch[arch].get(task)) for task in tasks), percent(mad_score(by_arch[arch]))]
-            for arch in ranked
-        ]
-        found += f"<h3>{measure.replace('_', ' ').capitalize()}, percent</h3>" + pages.table(
-            ["", *tasks, "MAD score"], lines
-        )
-    known = len({run.training.seed for run, _ in results}) > 1
-    return found + f'<p class="note">{"± 95 % intervals over seeds (Student)." if known else "One seed: no intervals."}</p>'
+def _legend(colours: dict[str, str]) -> dict[str, str]:
+    return {label(arch): colour for arch, colour in colours.items()}
 
 
-def _draw_scores(results: Results, colours: dict[str, str]) -> Figure:
-    by_arch = scores(results)
+def _scores(results: Results, colours: dict[str, str]) -> Section:
+    seeds = len({run.training.seed for run, _ in results})
+    within = f"± half of a 95 % interval over {seeds} seeds (Student)." if seeds > 1 else "One seed, so no intervals."
+    about = "Accuracy on test sequences, in percent. The MAD score is the mean over tasks."
+    return Section(
+        "Scores",
+        [
+            _score_table(results, colours, "accuracy"),
+            pages.note(f"{about} {within} {unequal(costs_of(results))}"),
+            pages.figure(score_panels(results, colours), "Test accuracy, percent.", _legend(colours)),
+            pages.heading("Mean over token classes"),
+            _score_table(results, colours, "macro_accuracy"),
+            pages.note("Each token that can be an answer counts alike here, however often it is one."),
+        ],
+    )
+
+
+def _score_table(results: Results, colours: dict[str, str], measure: str) -> Markup:
+    by_arch = scores(results, measure)
     tasks = list(dict.fromkeys(run.task.name for run, _ in results))
-    figure = Figure(figsize=(9, 3.6))
-    axes = figure.subplots()
-    width = 0.8 / len(by_arch)
-    for i, (arch, by_task) in enumerate(by_arch.items()):
-        drawn = [(n, score) for n, task in enumerate(tasks) if (score := by_task.get(task)) and score.value is not None]
-        places = [n + (i - (len(by_arch) - 1) / 2) * width for n, _ in drawn]
-        heights = [100 * (score.value or 0) for _, score in drawn]
-        errors = [100 * (score.margin or 0) for _, score in drawn]
-        axes.bar(places, heights, width, yerr=errors if any(errors) else None, color=colours[arch])
-    axes.set_xticks(range(len(tasks)), tasks)
+    ranked = sorted(by_arch, key=lambda arch: -(mad_score(by_arch[arch]).value or 0))
+    lines = [
+        [_named(arch, colours), _bold(percent(mad_score(by_arch[arch]))), *(percent(by_arch[arch].get(t)) for t in tasks)]
+        for arch in ranked
+    ]
+    return pages.table(["architecture", "MAD score", *tasks], lines)
+
+
+def _bold(text: str) -> Markup:
+    return Markup("<b>{}</b>").format(text)
+
+
+def score_panels(results: Results, colours: dict[str, str]) -> list[Panel]:
+    """The MAD score, then each task: a bar for each architecture, with its interval."""
+    by_arch = scores(results)
+    whole = {arch: mad_score(by_task) for arch, by_task in by_arch.items()}
+    tasks = list(dict.fromkeys(run.task.name for run, _ in results))
+    by_task = {task: {arch: found[task] for arch, found in by_arch.items() if task in found} for task in tasks}
+    return [
+        Panel(name, partial(_draw_bars, found=found, colours=colours), small=True)
+        for name, found in {"MAD score": whole, **by_task}.items()
+    ]
+
+
+def _draw_bars(axes: Axes, found: dict[str, Score], colours: dict[str, str]) -> None:
+    for place, (arch, colour) in enumerate(colours.items()):
+        score = found.get(arch)
+        if score and score.value is not None:
+            error = None if score.margin is None else 100 * score.margin
+            axes.bar(place, 100 * score.value, yerr=error, color=colour, ecolor=GREY, capsize=2)
+    axes.set_xticks([])
+    axes.set_xlim(-0.6, len(colours) - 0.4)
     axes.set_ylim(0, 100)
-    axes.set_ylabel("accuracy, percent")
-    pages.finish(axes)
-    handles = [Patch(color=colour, label=label(arch)) for arch, colour in colours.items()]
-    axes.legend(handles=handles, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
 
 
-def _difficulty(results: Results, colours: dict[str, str]) -> str:
+def _difficulty(results: Results, colours: dict[str, str]) -> Section | None:
     """For each task a curve along each variable that its settings change."""
     best = best_runs(results)
-    found = ""
+    panels = []
     for name in dict.fromkeys(run.task.name for run, _ in results):
         settings = list(dict.fromkeys(run.task for run, _ in results if run.task.name == name))
-        variables = [k for k in settings[0].options() if len({getattr(s, k) for s in settings}) > 1]
-        if not variables:
-            continue
-        figure = Figure(figsize=(3.4 * len(variables), 2.6), layout="constrained")
-        for axes, variable in zip(figure.subplots(1, len(variables), squeeze=False)[0], variables, strict=True):
+        for variable in [k for k in settings[0].options() if len({getattr(s, k) for s in settings}) > 1]:
             along = sorted(_along(settings, variable), key=lambda s: getattr(s, variable))
-            for arch in colours:
-                _draw_along(axes, arch, along, variable, best, colours[arch])
-            axes.set_xlabel(variable)
-            axes.set_ylim(0, 102)
-            pages.finish(axes)
-        found += pages.figure(figure, f"{name}: accuracy, percent, as one variable changes.")
-    return found or '<p class="note">Every task has one setting.</p>'
+            draw = partial(_draw_along, along=along, variable=variable, best=best, colours=colours)
+            panels.append(Panel(f"{name}: {variable}", draw))
+    if not panels:
+        return None
+    caption = "Test accuracy, percent, as one option of a task changes and the others stay."
+    return Section("Accuracy as tasks get harder", [pages.figure(panels, caption, _legend(colours))])
 
 
 def _along(settings: Sequence[Task], variable: str) -> list[Task]:
@@ -141,114 +160,126 @@ def _along(settings: Sequence[Task], variable: str) -> list[Task]:
     return [s for s in settings if all(v == base[k] for k, v in s.options().items() if k != variable)]
 
 
-def _draw_along(axes: Axes, arch: str, along: Sequence[Task], variable: str, best: Any, colour: str) -> None:
-    places, middles, errors = [], [], []
-    for setting in along:
-        values = [100 * b[1]["accuracy"] for (a, task, _), b in best.items() if b and a == arch and task == setting]
-        if values:
-            places.append(getattr(setting, variable))
-            middles.append(mean(values))
-            errors.append(margin(values) or 0.0)
-    if places:
-        axes.errorbar(places, middles, yerr=errors if any(errors) else None, marker="o", ms=4, color=colour)
+def _draw_along(axes: Axes, along: Sequence[Task], variable: str, best: Any, colours: dict[str, str]) -> None:
+    for arch, colour in colours.items():
+        places, middles, errors = [], [], []
+        for setting in along:
+            values = [100 * b[1]["accuracy"] for (a, task, _), b in best.items() if b and a == arch and task == setting]
+            if values:
+                places.append(getattr(setting, variable))
+                middles.append(mean(values))
+                errors.append(margin(values) or 0.0)
+        if places:
+            axes.errorbar(places, middles, yerr=errors if any(errors) else None, marker="o", ms=4, color=colour)
+    axes.set_xticks([getattr(setting, variable) for setting in along])
+    axes.set_xlabel(variable)
+    axes.set_ylim(0, 102)
 
 
-def _training(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> str:
-    """The training curve of the best run, at the first setting of each task."""
+def _training(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> Section | None:
+    """The training curves of the best runs, at the first setting of each task."""
     curves = {row["run"]: row["curve"] for row in rows if row["curve"]}
     results = results_of(rows)
     best = best_runs(results)
     tasks = list({run.task.name: run.task for run, _ in reversed(results)}.values())[::-1]
-    figure = Figure(figsize=(3.4 * len(tasks), 4.6), layout="constrained")
-    grid = figure.subplots(2, len(tasks), squeeze=False)
-    for column, task in enumerate(tasks):
-        for arch, colour in colours.items():
-            chosen = next((b[0] for (a, t, _), b in best.items() if b and a == arch and t == task), None)
-            if chosen not in curves:
-                continue
-            points = curves[chosen]
-            epochs = range(1, len(points) + 1)
-            grid[0][column].plot(epochs, [p["loss"] for p in points], color=colour)
-            grid[1][column].plot(epochs, [100 * p["held_out_accuracy"] for p in points], color=colour)
-        grid[0][column].set_title(task.name, fontsize=10)
-        grid[1][column].set_xlabel("epoch")
-        grid[1][column].set_ylim(0, 102)
-        for axes in (grid[0][column], grid[1][column]):
-            pages.finish(axes)
-    grid[0][0].set_ylabel("training loss, nats")
-    grid[1][0].set_ylabel("held-out accuracy, percent")
-    return pages.figure(figure, "The best run of each architecture at the first setting of each task.")
+    losses, accuracies = [], []
+    for task in tasks:
+        chosen = {a: b[0] for (a, t, _), b in reversed(best.items()) if b and t == task}
+        found = [(colours[arch], curves[run]) for arch, run in chosen.items() if run in curves]
+        if found:
+            losses.append(Panel(task.name, partial(_draw_curves, found=found, measure="loss")))
+            accuracies.append(Panel(task.name, partial(_draw_curves, found=found, measure="held_out_accuracy", scale=100)))
+    if not losses:
+        return None
+    told = "The best run of each architecture at the first setting of each task."
+    return Section(
+        "Training",
+        [
+            pages.note(told),
+            pages.figure(accuracies, "Held-out accuracy, percent, by epoch.", _legend(colours)),
+            pages.figure(losses, "Training loss, nats, by epoch.", _legend(colours)),
+        ],
+    )
 
 
-def _cost_table(results: Results) -> str:
+def _draw_curves(axes: Axes, found: Sequence[tuple[str, Any]], measure: str, scale: float = 1) -> None:
+    for colour, points in found:
+        values = [scale * point[measure] for point in points]
+        axes.plot(range(1, len(values) + 1), values, color=colour, marker="o" if len(values) <= FEW else "", ms=4)
+    longest = max(len(points) for _, points in found)
+    axes.set_xlim(0, longest + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(min(longest + 1, 6), integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_ylim(0, 102 if scale > 1 else 1.1 * axes.get_ylim()[1])
+
+
+def _cost_table(results: Results) -> Markup:
     lines = []
     by_arch = scores(results)
     for arch, cost in costs_of(results).items():
         figures = [f"{cost.parameters:,}", f"{cost.state:,}", f"{cost.flops:,.0f}"] if cost else ["-"] * 3
         seconds = [m["seconds"] for run, m in results if run.arch == arch and m]
-        times = [f"{sum(seconds) / 60:,.0f}"] if seconds else ["-"]
-        lines.append([pages.text(label(arch)), percent(mad_score(by_arch[arch])), *figures, *times])
-    head = ["", "MAD score", "parameters", "state", "FLOPs per token", "minutes"]
-    length = results[0][0].task.length
-    note = f"Parameters of the layers; state, and forward FLOPs, for a sequence of length {length}; time of all runs."
-    return pages.table(head, lines) + f'<p class="note">{note}</p>'
+        times = [f"{sum(seconds) / 60:,.1f}"] if seconds else ["-"]
+        lines.append([label(arch), percent(mad_score(by_arch[arch])), *figures, *times])
+    head = ["architecture", "MAD score", "parameters", "state", "FLOPs per token", "minutes"]
+    told = (
+        "Parameters of the layers. State: numbers kept of a sequence while decoding, and forward FLOPs per token, both for "
+        f"length {results[0][0].task.length}. Minutes of training, all runs together."
+    )
+    return pages.table(head, lines) + pages.note(told)
 
 
-def _diagrams(colours: dict[str, str]) -> str:
-    found = ""
+def _diagrams(colours: dict[str, str]) -> list[Markup]:
+    found = []
     for arch in colours:
         try:
             layers = [(str(spec), _colour_of(spec.layer)) for spec in parse(arch).layers]
         except SpecError:  # a layer from outside that is not here
-            layers = [(name, pages.COLOURS[0]) for name in arch.split(" ")]
-        boxes = " → ".join(f'<span style="border-color:{colour}">{pages.text(name)}</span>' for name, colour in layers)
-        found += f'<div class="stack">tokens → {boxes} → logits</div>'
-    return found + pages.note("Framed orange: attention; blue: other mixers of the sequence; grey: mixers of channels.")
+            layers = [(name, COLOURS[0]) for name in arch.split(" ")]
+        found.append(pages.chain(layers))
+    told = "Orange: attention. Blue: other layers that mix tokens. Grey: layers that work on each token by itself."
+    return [*found, pages.note(told)]
 
 
 def _colour_of(layer: type[Layer]) -> str:
     """Mixers of channels grey, attention orange, other mixers of the sequence blue."""
-    return "#999" if layer.mixes == "channel" else pages.COLOURS[1] if layer.is_attention else pages.COLOURS[0]
+    return GREY if layer.mixes == "channel" else COLOURS[1] if layer.is_attention else COLOURS[0]
 
 
-def _published(results: Results) -> str:
-    """Scores beside the published ones, over the tasks that have both."""
+def _published(results: Results) -> Section | None:
+    """Scores beside the published ones of the same architectures, over the tasks that have both."""
     rows, by_arch = published.published(), scores(results)
     tasks = [
         task for task in dict.fromkeys(run.task.name for run, _ in results) if all(task in r.tasks for r in rows.values())
     ]
-    if not tasks:
-        return pages.note("None of these tasks has published scores.")
     ours = {}
     for arch, by_task in by_arch.items():
         values = [score.value for task in tasks if (score := by_task.get(task)) and score.value is not None]
         if values and (name := published.family(arch)):
             ours[name] = mean(values)
-    theirs = {name: mean([row.tasks[task] for task in tasks]) for name, row in rows.items()}
+    if not ours:
+        return None
+    theirs = {name: mean([rows[name].tasks[task] for task in tasks]) for name in ours}
     lines = [
-        [
-            pages.text(name),
-            f"{100 * ours[name]:.1f}" if name in ours else "-",
-            f"{100 * theirs[name]:.1f}",
-            f"{100 * row.mad:.1f}",
-            "-" if row.perplexity is None else f"{row.perplexity:.2f}",
-            pages.text(row.source),
-        ]
-        for name, row in rows.items()
+        [name, *(f"{100 * value:.1f}" for value in (ours[name], theirs[name], rows[name].mad)), rows[name].source]
+        for name in ours
     ]
-    head = ["", f"here, over {len(tasks)} tasks", "published, these tasks", "published, all tasks", "perplexity", "source"]
-    agreed = published.agreement(ours, theirs)
-    told = "Fewer than three architectures are published ones: no agreement can be given."
-    if agreed:
-        told = (
+    head = [
+        "architecture",
+        f"here, {len(tasks)} task{'s' if len(tasks) > 1 else ''}",
+        "published, these tasks",
+        "published, all tasks",
+        "source",
+    ]
+    told = [f"{name}: {text}" for name, text in published.sources().items() if name in {rows[n].source for n in ours}]
+    if agreed := published.agreement(ours, theirs):
+        told.append(
             f"Rank agreement with the published scores on these tasks, {agreed.count} architectures: "
             f"Spearman {agreed.spearman:+.2f}, Kendall {agreed.kendall:+.2f}."
         )
-    linked = published.score_against_perplexity()
-    assert linked
-    known = (
-        f"Published scores against perplexity, {linked.count} architectures of one family: Pearson {linked.pearson:+.2f}, "
-        f"Spearman {linked.spearman:+.2f}."
-    )
-    notes = [told, known, *(f"{name}: {text}" for name, text in published.sources().items())]
-    return pages.table(head, lines) + "".join(f'<p class="note">{pages.text(note)}</p>' for note in notes)
+    if linked := published.score_against_perplexity():
+        told.append(
+            f"Published scores against published perplexity, {linked.count} architectures of one family: "
+            f"Pearson {linked.pearson:+.2f}, Spearman {linked.spearman:+.2f}."
+        )
+    return Section("Compared with published scores", [pages.table(head, lines), *map(pages.note, told)])

@@ -54,15 +54,18 @@ def label(arch: str) -> str:
     return arch
 
 
-def unfair(costs: dict[str, Cost | None]) -> list[str]:
-    """What is not equal between architectures that should be compared at equal state and parameters."""
-    lines = []
-    for name in ("state", "parameters"):
+def unequal(costs: dict[str, Cost | None]) -> str:
+    """A sentence on what is not equal between architectures that should be compared at equal state and parameters."""
+    parts = []
+    for name, verb in (("state", "keeps"), ("parameters", "has")):
         known = {arch: getattr(cost, name) for arch, cost in costs.items() if cost}
         if known and max(known.values()) > (1 + FAIR) * min(known.values()):
             least, most = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
-            lines.append(f"unequal {name}: {known[least]:,} in {label(least)}, {known[most]:,} in {label(most)}")
-    return lines
+            if known[least]:
+                parts.append(f"{label(most)} {verb} {known[most] / known[least]:.2g} times the {name} of {label(least)}")
+            else:
+                parts.append(f"{label(least)} {verb} no {name}, {label(most)} {known[most]:,}")
+    return f"The sizes are not equal: {', and '.join(parts)}." if parts else ""
 
 
 def table(results: Results, measure: str = "accuracy") -> Table:
@@ -100,9 +103,7 @@ def _caption(results: Results) -> str:
         text += " A task's score is the mean over its settings."
     if any(score.done < score.settings for tasks in by_arch.values() for score in tasks.values()):
         text += " * Some settings have no result yet."
-    for line in unfair(costs_of(results)):
-        text += f" Not a fair comparison: {line}."
-    return text
+    return f"{text} {unequal(costs_of(results))}".strip()
 
 
 def compare(results: Results, measure: str = "accuracy") -> Table:
@@ -138,8 +139,7 @@ def _difference(base: Score | None, other: Score | None) -> str:
 
 def _comparison_caption(results: Results) -> str:
     seeds = {run.training.seed for run, _ in results}
-    known = "95 % intervals over seeds; ! zero is outside." if len(seeds) > 1 else "One seed: no interval can be given."
-    return " ".join([known, *(f"Not a fair comparison: {line}." for line in unfair(costs_of(results)))])
+    return "95 % intervals over seeds; ! zero is outside." if len(seeds) > 1 else "One seed: no interval can be given."
 
 
 def write_csv(rows: Sequence[dict[str, Any]], folder: Path) -> tuple[Path, Path]:

@@ -17,8 +17,6 @@ from typing import Any
 import native
 import torch
 
-import madkernels.ops  # noqa: F401  (registers them)
-
 NAMES = ("cpu", "ptx", "cuda")
 ROOT = native.ROOT
 SCHEDULES = ("order", "reverse", "warps", "lanes")
@@ -61,6 +59,8 @@ def core() -> ctypes.CDLL:
 @cache
 def simulator() -> ctypes.CDLL:
     """The simulator with the ops' kernels."""
+    import madkernels.ops  # noqa: F401  (registers them; not before TRITON_INTERPRET is set, since it loads Triton)
+
     [library] = native.build("simulated_ops").rglob("simulated_ops.so")
     torch.ops.load_library(str(library))
     assert registered_names("madkernels_simulated") == registered_names("madkernels")  # others would pass, on the CPU

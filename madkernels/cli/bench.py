@@ -75,10 +75,11 @@ def bench(
             report.show(op, measured[-1], console)
     finally:
         torch.set_num_threads(before)
+    record = report.record(op, facts, measured)
     if json_file:
-        report.write_json(json_file, op, facts, measured)
+        report.write_json(json_file, record)
     if plot_file:
-        report.plot(plot_file, op, facts, measured)
+        report.plot(plot_file, record)
 
 
 def _benchmark(op: str) -> Benchmark:

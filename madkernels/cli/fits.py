@@ -235,13 +235,13 @@ def report(
     """Write the runs, their laws and what is missing as one HTML page with its pictures inside."""
     from rich.console import Console
 
-    from madkernels import pages
     from madkernels.files import refuse_existing, write_whole
+    from madkernels.reporting.pages import is_page
     from madkernels.scaling.compare import BootstrapOptions
     from madkernels.scaling.report import page
     from madkernels.scaling.table import Cut, read_table
 
-    refuse_existing(out, force or (out.is_file() and pages.STYLE.encode() in out.read_bytes()))
+    refuse_existing(out, force or is_page(out))
     load_plugins(plugin)
     table, how = read_table(*files), BootstrapOptions(shape, bootstrap, seed)
     cut = Cut(drop_highest, math.inf if max_loss is None else max_loss)

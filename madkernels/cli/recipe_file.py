@@ -26,14 +26,19 @@ def _take(context: typer.Context, file: Path | None) -> Path | None:
         raise ValueError(f"--recipe: {file} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--recipe: {file} is no TOML: {error}") from None
-    known = [str(option.name) for option in context.command.params if option.name != "recipe_file"]
+    known = [str(option.name).replace("_", "-") for option in context.command.params if option.name != "recipe_file"]
     for key in given:
-        if key.replace("-", "_") not in known:
-            near = difflib.get_close_matches(key.replace("-", "_"), known, 1)
-            meant = f"; did you mean {near[0].replace('_', '-')}?" if near else f"; it takes {', '.join(known)}"
+        if key.replace("_", "-") not in known:
+            near = difflib.get_close_matches(key.replace("_", "-"), known, 1)
+            meant = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(known)}"
             raise ValueError(f"--recipe: {file} has {key!r}, which is no option of this command{meant}")
-    context.default_map = {key.replace("-", "_"): value for key, value in given.items()}
+    context.default_map = {key.replace("-", "_"): _typed(value) for key, value in given.items()}
     return file
+
+
+def _typed(value: Any) -> Any:
+    """As on the command line, where true is no number."""
+    return [str(item) for item in value] if isinstance(value, list) else str(value)
 
 
 RecipeFile = Annotated[
@@ -45,13 +50,18 @@ RecipeFile = Annotated[
 
 
 def write(context: typer.Context, folder: Path) -> None:
-    """Leaves in a folder, as `recipe.toml`, the options that a command ran with, so that `--recipe` does it again."""
-    names = [
-        str(option.name) for option in context.command.params if option.name not in ("recipe_file", "out", "dry_run", "help")
-    ]
+    """Leaves in a folder, as `recipe.toml`, the options that a command ran with, so that `--recipe` does it again.
+
+    Raises:
+        OSError: it could not be written; one that was there still is.
+    """
+    apart = ("recipe_file", "out", "dry_run", "help")
+    names = [str(option.name) for option in context.command.params if option.name not in apart]
     given = {name: context.params[name] for name in names if context.params.get(name) is not None}
     lines = [f"{name.replace('_', '-')} = {_toml(value)}" for name, value in given.items()]
-    (folder / "recipe.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    whole = folder / "recipe.unfinished"
+    whole.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    whole.rename(folder / "recipe.toml")
 
 
 def _toml(value: Any) -> str:

@@ -11,8 +11,6 @@ from madkernels.cli.sweeps import Plugins, load_plugins
 from madkernels.cli.train import train as train  # with these commands
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
-    from torch import Tensor
-
     from madkernels.models import HybridLM
     from madkernels.scaling.tokenizers import Tokenizer
 
@@ -29,6 +27,10 @@ def sample(
     model: Model,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", help="Text to continue; repeat for a batch. Default: an empty line.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Text file with a prompt on each line, after those of --prompt."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most; a text also ends with its document.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the likeliest token.")] = 0.8,
@@ -57,26 +59,21 @@ def sample(
     check_device(device)
     lm, text = _loaded(model, tokenizer, plugin)
     lm = lm.to(device, getattr(torch, dtype)).eval()
-    prompts = prompt or ["\n"]
-    streams = [TextStream(text) for _ in prompts]
-    alone = len(prompts) == 1
-
-    def show(new: list[int]) -> None:
-        for stream, token in zip(streams, new, strict=True):
-            told = stream.add(token) if token >= 0 else ""
-            if alone:
-                print(told, end="", flush=True)
-
-    if alone:
-        print(prompts[0], end="", flush=True)
+    begins = [*(prompt or ()), *(prompts.read_text(encoding="utf-8").splitlines() if prompts else ())] or ["\n"]
+    begun = [_tokens_of(text, each) for each in begins]
+    stream = TextStream(text, begun[0]) if len(begins) == 1 else None
+    if stream:
+        print(begins[0], end="", flush=True)
     found = continue_prompts(
-        lm, [_tokens_of(text, each, device) for each in prompts], tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        end=text.end, generator=torch.Generator(device).manual_seed(seed), on_tokens=show,
+        lm, [torch.tensor(each, device=device) for each in begun], tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        end=text.end, generator=torch.Generator(device).manual_seed(seed),
+        on_tokens=(lambda new: print(stream.add(new[0]), end="", flush=True)) if stream else None,
     )  # fmt: skip
-    if alone:
-        print(streams[0].end())
-    for number, (begin, new) in enumerate(zip(prompts, found, strict=True) if not alone else (), 1):
-        print(f"--- {number}\n{begin}{text.decode(new)}")
+    if stream:
+        print(stream.end())
+        return
+    for number, (begin_text, begin, new) in enumerate(zip(begins, begun, found, strict=True), 1):
+        print(f"--- {number}\n{begin_text}{text.decode(begin + new)[len(text.decode(begin)) :]}")
 
 
 DTYPES = ("float32", "bfloat16")
@@ -108,20 +105,13 @@ def export(
 
 
 def _loaded(path: Path, tokenizer: str | None, plugins: list[Path] | None) -> tuple[HybridLM, Tokenizer]:
-    from madkernels.scaling.checkpoint import load_model, load_tokenizer
-    from madkernels.scaling.tokenizers import tokenizer_of
+    from madkernels.scaling.checkpoint import load_with_tokenizer
 
     load_plugins(plugins)
-    model = load_model(path)
-    found = load_tokenizer(path) if tokenizer is None else tokenizer_of(tokenizer)
-    if found.vocab_size != model.vocab_size:
-        raise ValueError(f"the tokenizer {found.name} has {found.vocab_size} tokens, the model {model.vocab_size}")
-    return model, found
+    return load_with_tokenizer(path, tokenizer)
 
 
-def _tokens_of(tokenizer: Tokenizer, prompt: str, device: str) -> Tensor:
-    import torch
-
+def _tokens_of(tokenizer: Tokenizer, prompt: str) -> list[int]:
     if not prompt:
-        raise ValueError("--prompt is empty; give a character at least")
-    return torch.tensor([int(t) for t in tokenizer.encode(prompt.encode())], device=device)
+        raise ValueError("--prompt, or a line of --prompts, is empty; give a character at least")
+    return [int(t) for t in tokenizer.encode(prompt.encode())]

@@ -214,7 +214,14 @@ def run(
     context: typer.Context,
     data: Annotated[Path, typer.Option(help="Folder that madkernels train prepare wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for the log and checkpoints; a run found there is resumed.")],
-    steps: Annotated[int, typer.Option(min=1, help="Number of optimiser steps. More than a run in --out has extend it.")],
+    steps: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Number of optimiser steps. More than a run in --out has extend it: the learning rate goes on as that of "
+            "the longer run, which is higher where it had decayed; constant leaves it as it is.",
+        ),
+    ],
     batch: Annotated[int, typer.Option(min=1, help="Rows (sequences) per step, over all processes.")],
     preset: Annotated[str | None, typer.Option(help="Preset, such as striped-hyena-70m; train presets lists them.")] = None,
     arch: Annotated[str | None, typer.Option(help='Architecture in place of a preset, such as "8*(hyena swiglu)".')] = None,
@@ -226,7 +233,7 @@ def run(
         float | None, typer.Option(help="Peak learning rate; required with --arch. Default: the preset's.")
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="Learning-rate schedule: cosine, or wsd (warm-up, stable, decay).")
+        str, typer.Option(help="Learning-rate schedule: cosine, wsd (warm-up, stable, decay) or constant after the warm-up.")
     ] = "cosine",
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises to its peak.")] = 0.01,
     weight_decay: Annotated[
@@ -254,7 +261,10 @@ def run(
         int | None, typer.Option(min=1, help="Steps between lines of the log. Default: a hundredth of the run.")
     ] = None,
     eval_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between measurements of the held-out loss. Default: at the end alone.")
+        int | None,
+        typer.Option(
+            min=1, help="Steps between measurements of the held-out loss, besides the end. Default: at the end only."
+        ),
     ] = None,
     recipe_file: RecipeFile = None,
     dry_run: Annotated[
@@ -311,7 +321,10 @@ def run(
             bar = bars.add_task("", total=steps, note="", visible=first)
 
             def start(step: int) -> None:
-                write(context, out)
+                try:
+                    write(context, out)
+                except OSError as error:  # such as a full disk, which costs no run
+                    say(f"warning: cannot write {out / 'recipe.toml'}: {error.strerror}")
                 if step:
                     say(f"going on from step {step}")
                     bars.update(bar, completed=step)

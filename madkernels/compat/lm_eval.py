@@ -3,16 +3,18 @@
     python -m madkernels.compat.lm_eval --model madkernels --model_args path=run --tasks hellaswag
 
 is `lm_eval` that knows the model `madkernels`; in Python `register()` makes it known. Arguments of the model: path,
-tokenizer (default: that of the data), dtype, device, batch_size (rows that are scored at a time).
+tokenizer (default: that of the data), dtype, plugin (a Python file that adds layers). The harness's own --batch_size is how
+many rows are scored at a time.
 
 Texts are never cut: a layer's state carries the context from one stretch of a long text to the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +23,12 @@ from torch import Tensor
 
 from madkernels.models import HybridLM
 from madkernels.models.generation import continue_prompts
-from madkernels.scaling.checkpoint import load_model, load_tokenizer
-from madkernels.scaling.tokenizers import Tokenizer, tokenizer_of
+from madkernels.runs.engines import load_plugin
+from madkernels.scaling.checkpoint import load_with_tokenizer
+from madkernels.scaling.tokenizers import Tokenizer
 
 NAME = "madkernels"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 STRETCH = 2048  # tokens that are scored at a time
 
 Pair = tuple[list[int], list[int]]  # tokens of a context and of its continuation
@@ -71,10 +75,11 @@ def _of_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Scorer:
-    """What the harness asks of a model, in its own words."""
+    """What the harness asks of a model, in its own words. `progress` iterates over a list, as tqdm does."""
 
     def __init__(self, model: HybridLM, tokenizer: Tokenizer, batch_size: int) -> None:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        self.progress: Callable[[Sequence[Any]], Iterable[Any]] = iter
 
     def loglikelihood(self, texts: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Of (context, continuation)."""
@@ -87,13 +92,14 @@ class Scorer:
 
     def generate_until(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
         """Of (context, options), text up to the first of `until`."""
-        return [self._generated(context, options) for context, options in asked]
+        return [self._generated(context, options) for context, options in self.progress(asked)]
 
     def _scored(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         """Long ones together with long ones."""
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
         found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        for some in _batches(order, self.batch_size):
+        batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
+        for some in self.progress(batches):
             for i, score in zip(some, scores(self.model, [pairs[i] for i in some]), strict=True):
                 found[i] = score
         return found
@@ -118,45 +124,47 @@ class Scorer:
         return told[: min((told.index(each) for each in stops if each in told), default=len(told))]
 
 
-def _batches(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for first in range(0, len(values), size):
-        yield values[first : first + size]
-
-
 def register() -> None:
     """Makes the model `madkernels` known to lm-eval, which must be installed."""
-    base = import_module("lm_eval.api.model").LM
+    base, tqdm = import_module("lm_eval.api.model").LM, import_module("tqdm").tqdm
 
     class Model(base):  # type: ignore[misc, valid-type]
         def __init__(
             self, path: str, tokenizer: str | None = None, dtype: str = "float32", device: str | None = None,
-            batch_size: int | str | None = None, max_batch_size: int | None = None,
+            batch_size: int | str | None = None, max_batch_size: int | None = None, plugin: str | None = None,
         ) -> None:  # fmt: skip
             super().__init__()
-            made = load_tokenizer(path) if tokenizer is None else tokenizer_of(tokenizer)
+            if dtype not in DTYPES:
+                raise ValueError(f"dtype is {dtype!r}; it takes {', '.join(DTYPES)}")
+            if plugin is not None:
+                load_plugin(plugin)
+            model, made = load_with_tokenizer(path, tokenizer)
             device = device if device and (torch.cuda.is_available() or "cuda" not in device) else "cpu"  # lm-eval's default
-            model = load_model(Path(path)).to(device, getattr(torch, dtype))
-            rows = 8 if batch_size in (None, "auto") else int(batch_size)
-            self.scorer = Scorer(model, made, rows)
+            rows = 8 if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
+            self.scorer = Scorer(model.to(device, getattr(torch, dtype)), made, rows)
 
-        def _asked(self, name: str) -> Callable[[Sequence[tuple[Any, ...]]], list[Any]]:
-            found: Callable[[Sequence[tuple[Any, ...]]], list[Any]] = getattr(self.scorer, name)
-            return found
+        def _shown(self, disable_tqdm: bool) -> Scorer:
+            self.scorer.progress = partial(tqdm, disable=disable_tqdm)
+            return self.scorer
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Any]:
-            return self._asked("loglikelihood")([request.args for request in requests])
+            return self._shown(disable_tqdm).loglikelihood([request.args for request in requests])
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[Any]:
-            return self.scorer.loglikelihood_rolling([request.args[0] for request in requests])
+            return self._shown(disable_tqdm).loglikelihood_rolling([request.args[0] for request in requests])
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[Any]:
-            return self._asked("generate_until")([request.args for request in requests])
+            return self._shown(disable_tqdm).generate_until([request.args for request in requests])
 
     import_module("lm_eval.api.registry").register_model(NAME)(Model)
 
 
 def main() -> None:
-    register()
+    try:
+        register()
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; the harness is installed by pip install lm-eval", file=sys.stderr)
+        sys.exit(2)
     import_module("lm_eval.__main__").cli_evaluate()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ def test_text_ends_before_the_first_stop(model: HybridLM) -> None:
 def test_spaces_go_to_the_continuation() -> None:
     assert pair_of(Bytes(), "a ", "b") == ([256, *b"a"], list(b" b"))
     assert pair_of(Bytes(), "", "b") == ([256], list(b"b"))
+
+
+def test_the_harness_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SystemExit, match="2"):
+        lm_eval.main()
+    assert capsys.readouterr().err.endswith("the harness is installed by pip install lm-eval\n")
 
 
 def test_through_the_harness(model: HybridLM, tmp_path: Path) -> None:

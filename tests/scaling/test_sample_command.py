@@ -94,6 +94,13 @@ def test_several_prompts_of_unequal_lengths(run: Path, call: Call) -> None:
     assert told.endswith(again)
 
 
+def test_prompts_of_a_file(run: Path, call: Call, tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("w1 w2\nw3\n")
+    of_file = call("sample", run, "--prompt", "w", "--prompts", tmp_path / "prompts", "--tokens", 4)
+    assert of_file == call("sample", run, "--prompt", "w", "--prompt", "w1 w2", "--prompt", "w3", "--tokens", 4)
+    assert of_file[0] == 0
+
+
 def test_draws_follow_the_seed(run: Path, call: Call) -> None:
     texts = [call("sample", run, "--prompt", "w", "--seed", seed)[1] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
@@ -117,7 +124,9 @@ def test_a_tokenizer_file_stays_with_data_run_and_export(words: Path, call: Call
     shutil.rmtree(words.parent / "data")
     code, told, errors = call("sample", words, "--prompt", "w1 w2", "--tokens", 3, "--temperature", 0)
     assert (code, errors) == (0, "")
-    assert set(told.split()) <= {*WORDS, "?"}
+    assert set(told.split()) <= {*WORDS, "?"}  # the decoder's space after the prompt included
+    pair = call("sample", words, "--prompt", "w1 w2", "--prompt", "w3", "--tokens", 3, "--temperature", 0)[1]
+    assert pair.startswith(f"--- 1\n{told}--- 2\nw3 w")
     assert call("export", words, "--out", tmp_path / "out")[0] == 0
     assert call("sample", tmp_path / "out", "--prompt", "w1 w2", "--tokens", 3, "--temperature", 0)[1] == told
     (tmp_path / "out" / "tokenizer.json").unlink()
@@ -135,7 +144,7 @@ def test_a_step_of_a_run(run: Path, call: Call) -> None:
     ("arguments", "message"),
     [
         (("--dtype", "float8"), "--dtype: 'float8' is not known; expected float32 or bfloat16"),
-        (("--prompt", ""), "--prompt is empty; give a character at least"),
+        (("--prompt", ""), "--prompt, or a line of --prompts, is empty; give a character at least"),
         (("--top-p", "2"), "top_p is 2.0; expected a share above 0 and up to 1"),
     ],
 )
@@ -144,11 +153,34 @@ def test_refusals(run: Path, call: Call, arguments: tuple[str, ...], message: st
 
 
 def test_what_is_no_model(call: Call, tmp_path: Path) -> None:
-    assert "is neither the folder of a run nor of a checkpoint, nor an exported model" in call("sample", tmp_path)[2]
+    expected = "expected a folder that madkernels train run or train export wrote\n"
+    for path, told in (
+        (tmp_path, "is neither a run, a checkpoint nor an exported model"),
+        (tmp_path / "none", "does not exist"),
+    ):
+        assert call("sample", path) == (2, "", f"error: {path} {told}; {expected}")
+
+
+def test_a_damaged_checkpoint_is_passed_over(run: Path, call: Call, tmp_path: Path) -> None:
+    """Its tokenizer is known from the one before it, too."""
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    (newest,) = (again / "checkpoints").iterdir()
+    shutil.copytree(newest, newest.with_name("step-00000007"))
+    (newest.with_name("step-00000007") / "run.json").write_text("{")
+    with pytest.warns(UserWarning, match="trying the checkpoint before it"):
+        found = call("sample", again, "--prompt", "w1")
+    assert found == call("sample", run, "--prompt", "w1")
+
+
+def test_another_tokenizer_than_the_models(run: Path, words: Path, call: Call) -> None:
+    errors = call("sample", run, "--tokenizer", words.parent / "mine.json")[2]
+    assert errors.startswith("error: the tokenizer mine.json sha256:")
+    assert errors.endswith("has 7 tokens, the model 257\n")
 
 
 def test_text_waits_for_whole_characters() -> None:
-    stream = TextStream(Bytes())
+    stream = TextStream(Bytes(), list(b"b"))
     told = [stream.add(token) for token in "aé".encode() + b"\xff"]
     assert told == ["a", "", "é", ""]
     assert stream.end() == "�"

@@ -81,6 +81,17 @@ def test_how_it_is_done_changes_nothing(data: Path, how: dict[str, Any]) -> None
     torch.testing.assert_close(parts["loss"], whole["loss"], atol=2e-5, rtol=0)
 
 
+def test_measuring_on_the_way_changes_nothing(data: Path) -> None:
+    changes: dict[str, Any] = {"arch": ARCH.replace("hidden=8", "hidden=8,balance=0.01"), "schedule": "constant"}
+    result, wanted = train(run_of(data, **changes), Execution(eval_every=3)), train(run_of(data, **changes))
+    assert losses(result) == losses(wanted)
+    assert result["loss"] == wanted["loss"]
+    measured = {point["step"]: point["held_out_loss"] for point in result["curve"] if "held_out_loss" in point}
+    assert list(measured) == [3, 6, 8]
+    assert measured[3] == train(run_of(data, **changes, steps=3))["loss"]
+    assert measured[8] == result["loss"]
+
+
 def test_compiled_layers_do_the_same(data: Path) -> None:
     run = run_of(data, arch="swiglu", steps=3)
     torch.testing.assert_close(losses(train(run, Execution(compile=True))), losses(train(run)), atol=1e-5, rtol=0)
@@ -148,6 +159,8 @@ def test_the_rate_rises_and_falls() -> None:
     wsd = dataclasses.replace(cosine, schedule="wsd")
     assert [wsd.rate(step) for step in (9, 40, 80, 99)] == pytest.approx([1, 1, 1, 0.1])
     assert 0.1 < wsd.rate(90) < 1
+    constant = dataclasses.replace(cosine, schedule="constant")
+    assert [constant.rate(step) for step in (4, 9, 10, 99)] == pytest.approx([0.5, 1, 1, 1])
 
 
 # ---- over processes
@@ -355,8 +368,8 @@ def test_a_signal_to_one_process_stops_all_at_one_step(data: Path, tmp_path: Pat
 
 
 def test_a_run_that_is_stopped_at_every_step_ends_as_one_that_is_not(data: Path, tmp_path: Path) -> None:
-    """Means of the log that a stop cuts through included."""
-    how = Execution(log_every=3)
+    """Means of the log that a stop cuts through, and held-out losses on the way, included."""
+    how = Execution(log_every=3, eval_every=4)
     wanted = train(run_of(data), how)
     for step in range(1, 9):
         stop, begun = Stop(), list[int]()
@@ -366,7 +379,8 @@ def test_a_run_that_is_stopped_at_every_step_ends_as_one_that_is_not(data: Path,
         assert begun == [step - 1]
     result = train(run_of(data, tmp_path), how)
     assert [result[name] for name in ("loss", "train_loss")] == [wanted[name] for name in ("loss", "train_loss")]
-    assert losses(result) == losses(wanted)
+    for name in ("step", "loss", "held_out_loss"):
+        assert [p.get(name) for p in result["curve"]] == [p.get(name) for p in wanted["curve"]]
 
 
 def test_a_stop_while_it_measures(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -213,7 +215,8 @@ def test_a_recipe_file_gives_options_and_what_is_typed_counts_more(
     assert [line.split(":")[0] for line in told.splitlines() if line.startswith("step")] == [
         f"step {i}/4 ({25 * i}%)" for i in (1, 2, 3, 4)
     ]
-    assert [i for i, line in enumerate(told.splitlines(), 1) if "held out loss" in line] == [4]
+    steps = [line for line in told.splitlines() if line.startswith("step")]
+    assert [i for i, line in enumerate(steps, 1) if "held out loss" in line] == [3, 4]
     again = tmp_path / "again"
     code, repeated, _ = called(monkeypatch, capsys, "train", "run", "--recipe", out / "recipe.toml", "--out", again)
     assert code == 0
@@ -231,6 +234,7 @@ def losses(told: str) -> list[str]:
         ("stepz = 3", "has 'stepz', which is no option of this command; did you mean steps?"),
         ("eval_evry = 3", "has 'eval_evry', which is no option of this command; did you mean eval-every?"),
         ("recipe = 'x'", "has 'recipe', which is no option of this command; it takes data, "),
+        ("[model]\ndim = 8", "has 'model', which is no option of this command; it takes data, "),
         ("steps =", "is no TOML: "),
         (None, "cannot be read: No such file or directory"),
     ],
@@ -246,6 +250,11 @@ def test_recipe_files_that_are_none(
     assert errors.startswith(f"error: --recipe: {recipe} {message}")
 
 
+def rates_of(told: str) -> list[str]:
+    lines = [line for line in told.splitlines() if line.startswith("step")]
+    return [part for line in lines for part in line.split(", ") if part.startswith("lr")]
+
+
 def test_a_finished_run_is_extended(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,9 +263,53 @@ def test_a_finished_run_is_extended(
     called(monkeypatch, capsys, *run)
     code, told, _ = called(monkeypatch, capsys, *run, "--steps", 9)
     assert code == 0
-    assert "\ngoing on from step 6\nstep 7/9 (78%): " in told
+    extended = "extended from 6 to 9 steps; learning rate 0.0003 so far, 0.000808 from here on"
+    assert f"{extended}\ngoing on from step 6\nstep 7/9 (78%): " in told
     whole = called(monkeypatch, capsys, *options(data, tmp_path / "whole"), "--log-every", 1, "--steps", 9)[1]
-    rates = [[part for part in line.split(", ") if part.startswith("lr")] for line in told.splitlines()[2:5]]
-    assert rates == [[part for part in line.split(", ") if part.startswith("lr")] for line in whole.splitlines()[7:10]]
+    assert rates_of(told) == rates_of(whole)[6:]
     assert "is of another run (steps)" in called(monkeypatch, capsys, *run)[2]
     assert "is of another run (seed, steps)" in called(monkeypatch, capsys, *run, "--steps", 12, "--seed", 1)[2]
+
+
+def test_a_run_of_a_constant_learning_rate_is_extended_to_the_longer_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose every step it has."""
+    part, whole = (
+        [*options(data, tmp_path / name), "--log-every", 1, "--schedule", "constant", "--lr", 0.1]
+        for name in ("part", "whole")
+    )
+    called(monkeypatch, capsys, *part)
+    told = called(monkeypatch, capsys, *part, "--steps", 9)[1]
+    assert "\nextended from 6 to 9 steps; learning rate 0.1 so far, 0.1 from here on\n" in told
+    assert losses(told) == losses(called(monkeypatch, capsys, *whole, "--steps", 9)[1])[6:]
+
+
+def test_a_recipe_that_cannot_be_kept_costs_a_warning(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, *args: Any, **options: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    called(monkeypatch, capsys, *options(data, tmp_path))
+    kept = (tmp_path / "recipe.toml").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        code, told, _ = called(patch, capsys, *options(data, tmp_path), "--save-every", 9)
+    assert code == 0
+    assert f"warning: cannot write {tmp_path / 'recipe.toml'}: No space left on device\ngoing on from step 6\n" in told
+    assert (tmp_path / "recipe.toml").read_text() == kept
+
+
+@pytest.mark.parametrize("steps", ["true", "4.5"])
+def test_values_of_a_recipe_are_read_as_if_they_were_typed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], steps: str
+) -> None:
+    """Where neither is a whole number."""
+    (tmp_path / "my.toml").write_text(f"steps = {steps}\n")
+    code, _, errors = called(
+        monkeypatch, capsys, "train", "run", "--recipe", tmp_path / "my.toml", "--data", data, "--out", tmp_path / "run",
+        "--arch", "mlp", "--dim", 8, "--lr", 1, "--batch", 2,
+    )  # fmt: skip
+    assert code == 2
+    assert "Invalid value for '--steps'" in errors

@@ -169,12 +169,14 @@ def test_nine_the_examples_of_the_front_page_run() -> None:
 
 def test_ten_costs_intervals_and_comparisons_stand_beside_scores() -> None:
     """Shown by test_report; here that the three counts are the layers' own."""
-    from madkernels.synthetics.report import cost_of, unfair
+    from madkernels.synthetics.report import cost_of, unequal
 
     costs = {arch: cost_of(dataclasses.replace(RUN, arch=arch)) for arch in ("mamba", "mlp")}
     assert costs["mamba"] is not None
     assert costs["mamba"].state == 2 * 16 * 16
-    assert [line.split(":")[0] for line in unfair(costs)] == ["unequal state", "unequal parameters"]
+    told = "The sizes are not equal: mlp keeps no state, mamba 512, and mamba has 1.6 times the parameters of mlp."
+    assert unequal(costs) == told
+    assert unequal({"mamba": costs["mamba"]}) == ""
 
 
 @pytest.mark.parametrize("name", ["hyena", "mh-hyena", "hyena-experts"])

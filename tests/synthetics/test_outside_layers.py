@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from madkernels.cli.main import app
 from madkernels.models import layers
 from madkernels.models.layers import LAYERS
-from madkernels.pages import COLOURS
+from madkernels.reporting.figures import COLOURS, GREY, css
 from madkernels.runs.engines import load_plugin
 from madkernels.scaling import report
 from madkernels.scaling.prepare import prepare
@@ -87,7 +87,7 @@ def call(*arguments: object) -> str:
 
 
 def colours(page: str) -> list[tuple[str, str]]:
-    return re.findall(r'border-color:([^"]+)">([^<]+)<', page)
+    return re.findall(r'border-color: ([^"]+)">([^<]+)<', page)
 
 
 def test_runs_and_stands_in_the_page(tmp_path: Path, plugin: Path) -> None:
@@ -97,7 +97,7 @@ def test_runs_and_stands_in_the_page(tmp_path: Path, plugin: Path) -> None:
     call("mad", "run", "--protocol", protocol, "--engine", "process", "--arch", ARCH, "--arch", "mlp", *given)
     assert "224" in call("mad", "compare", *given)  # of 5 tokens: 4 slots of 16, and 5 keys and values
     call("mad", "report", *given)
-    blue, orange, grey = COLOURS[0], COLOURS[1], "#999"
+    blue, orange, grey = css(COLOURS[0]), css(COLOURS[1]), GREY
     shown = colours((out / "report.html").read_text())
     assert shown[:4] == [(blue, "slots"), (grey, "gate"), (orange, "lookup:heads=2"), (grey, "gate")]
 
@@ -141,8 +141,8 @@ def test_a_plan_sets_its_state(tmp_path: Path, plugin: Path) -> None:
 def test_every_kind_has_its_colour_and_its_share(plugin: Path) -> None:
     load_plugin(str(plugin))
     kinds = "attention sliding-attention linear-attention mamba swiglu rwkv-channel-mixer"
-    blue, orange, grey = COLOURS[0], COLOURS[1], "#999"
-    assert [colour for colour, _ in colours(_diagrams({kinds: ""}))] == [orange, orange, blue, blue, grey, grey]
+    blue, orange, grey = css(COLOURS[0]), css(COLOURS[1]), GREY
+    assert [colour for colour, _ in colours("".join(_diagrams({kinds: ""})))] == [orange, orange, blue, blue, grey, grey]
     assert attention_share(kinds) == 0.5
     assert attention_share("rwkv5-time-mixer rwkv-channel-mixer attention mlp moe swiglu") == 0.5
     assert attention_share(f"{ARCH} gate") == 0.5

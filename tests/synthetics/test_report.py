@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import assert_fits
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -95,28 +96,34 @@ def test_page_stands_by_itself(rows: list[dict[str, Any]]) -> None:
     tags = Tags()
     tags.feed(text)
     assert not tags.open
-    assert not {"script", "link", "img", "iframe"} & set(tags.seen)
-    assert tags.seen.count("svg") == 3  # scores, recall by vocabulary, training
+    assert not {"link", "img", "iframe"} & set(tags.seen)
+    assert tags.seen.count("script") == 1
+    assert tags.seen.count("svg") == 8  # the MAD score and two tasks; recall by vocabulary; two curves of each task
     assert "A &lt;title&gt;" in text
     assert "the loss is nan in epoch 1 &lt;b&gt;" in text
     assert page(rows, "A <title>") == text, "the same results give the same page"
+
+
+def test_page_fits_every_window(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert_fits(page(rows, "MAD scores"), tmp_path)
 
 
 def test_page_tells_what_is_missing(rows: list[dict[str, Any]]) -> None:
     text = page(rows, "t")
     assert "2 of 18 runs have no result yet" in text
     assert "Failed: compression vocab_size=6" in text or "Failed: recall vocab_size=12" in text
-    assert "Not a fair comparison: unequal state" in text
+    assert text.count("The sizes are not equal: hyena swiglu attention:heads=2 swiglu keeps") == 1
     assert "One seed" not in text
-    assert re.search(r"<td>\d+\.\d ± \d+\.\d</td>", text)
+    assert re.search(r'<td data-label="recall">\d+\.\d ± \d+\.\d</td>', text)
     whole = page([r for r in rows if r["run"].arch == ARCHS[0]], "t")
     assert 'class="gap"' not in whole
 
 
 def test_page_ranks_and_compares_with_what_is_published(rows: list[dict[str, Any]]) -> None:
     text = page(rows, "t")
-    table = text[text.index("<h3>Accuracy") : text.index("<h3>Macro")]
-    order = [table.index(name) for name in ("2*mamba:dstate=4", "attention:heads=2 swiglu</td>", "hyena swiglu attention")]
+    table = text[text.index("<table") : text.index("</table>")]
+    assert re.findall(r'<th scope="col">([^<]+)', table)[:2] == ["architecture", "MAD score"]
+    order = [table.index(name) for name in ("2*mamba:dstate=4", ">attention:heads=2 swiglu", "hyena swiglu attention")]
     assert order == sorted(order), "the best first; the last lacks a task, so it has no score"
     assert "Rank agreement with the published scores on these tasks, 3 architectures" in text
 

@@ -1,0 +1,1 @@
+"""What makes the HTML reports and the pictures of results, for MAD, scaling laws and benchmarks alike."""
