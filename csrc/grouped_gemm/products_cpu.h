@@ -226,6 +226,9 @@ void multiply_few_rows(typename P::Acc* to, typename P::Acc* by_output, const Gr
   const int64_t most = outputs.template operator()<kFewOutputs>(0),
                 some = outputs.template operator()<kFewOutputs / 3>(most);
   outputs.template operator()<1>(some);
+  const int64_t whole =
+      rounded_up(count, kLanes<A>);  // vectors of features: what is behind the last is 0, as in other tiles
+  for (int64_t i = count * padded; i < whole * padded; i++) by_output[i] = A(0);
   transpose_products(to, p.epilogue.halves() * kTileLanes<A>, by_output, padded, count);
 }
 
