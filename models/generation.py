@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 States = list[State | list[State]]
 
 
-def prefill(model: HybridLM, prompts: Sequence[Tensor]) -> tuple[Tensor, States]:
-    """Prompts (seqlen,) of any lengths -> logits (prompts, vocab_size) after each, and the states of the layers."""
-    if len({len(prompt) for prompt in prompts}) == 1:
+def prefill(model: HybridLM, prompts: Tensor | Sequence[Tensor]) -> tuple[Tensor, States]:
+    """Prompts (prompts, seqlen), or (seqlen,) each of any lengths -> logits (prompts, vocab_size) after each, and the states
+    of the layers."""
+    if not isinstance(prompts, Tensor) and len({len(prompt) for prompt in prompts}) == 1:
+        prompts = torch.stack(list(prompts))
+    if isinstance(prompts, Tensor):
         states = model.init_state(len(prompts))
-        return model(torch.stack(list(prompts)), states=states)[:, -1], [*states]
+        return model(prompts, states=states)[:, -1], [*states]
     alone = [model.init_state(1) for _ in prompts]
     logits = [model(prompt.unsqueeze(0), states=states)[:, -1] for prompt, states in zip(prompts, alone, strict=True)]
     return torch.cat(logits), [joined(of_layer) for of_layer in zip(*alone, strict=True)]
@@ -52,7 +55,10 @@ def choose(
     distribution by `top_k`, then by `top_p` (Holtzman et al. 2020, arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(-1)
-    scores, tokens = (logits.float() / temperature).sort(dim=-1, descending=True)
+    scores = logits.float() / temperature
+    if top_k is None and top_p is None:
+        return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
+    scores, tokens = scores.sort(dim=-1, descending=True)
     if top_k is not None:
         scores, tokens = scores[:, :top_k], tokens[:, :top_k]
     shares = scores.softmax(-1)
@@ -64,49 +70,64 @@ def choose(
 
 
 @torch.no_grad()
+def new_tokens(
+    model: HybridLM,
+    prompts: Tensor | Sequence[Tensor],
+    most: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Token after token, (prompts,) each, that :meth:`HybridLM.generate` adds; prompts as of :func:`prefill`. The host does
+    not wait for a device."""
+    _check(prompts, most, temperature, top_k, top_p)
+    logits, states = prefill(model, prompts)
+    for left in reversed(range(most)):
+        chosen = choose(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        yield chosen
+        if left:
+            logits = model.step(chosen, states)
+
+
 def continue_prompts(
     model: HybridLM,
     prompts: Sequence[Tensor],
     max_new_tokens: int,
     *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     end: int | None = None,
-    generator: torch.Generator | None = None,
     on_tokens: Callable[[list[int]], object] | None = None,
+    **options: Any,
 ) -> list[list[int]]:
     """What :meth:`HybridLM.generate` says, of prompts (seqlen >= 1,) of any lengths; the new tokens of each.
 
     Args:
         end: a sequence ends before this token.
         on_tokens: called with the new token of each sequence, -1 behind its end; where it gives True, no more are made.
+        options: of drawing, as of :meth:`HybridLM.generate`.
     """
-    _check(prompts, max_new_tokens, temperature, top_k, top_p)
     found: list[list[int]] = [[] for _ in prompts]
     going = [True] * len(prompts)
-    logits, states = prefill(model, prompts)
-    for left in reversed(range(max_new_tokens)):
-        chosen = choose(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        tokens = chosen.tolist()
+    for chosen in new_tokens(model, prompts, max_new_tokens, **options):
+        tokens: list[int] = chosen.tolist()
         going = [goes and token != end for goes, token in zip(going, tokens, strict=True)]
         if not any(going):
             break
-        for new, token, goes in zip(found, tokens, going, strict=True):
-            if goes:
-                new.append(token)
         told = [token if goes else -1 for token, goes in zip(tokens, going, strict=True)]
+        for new, token in zip(found, told, strict=True):
+            if token >= 0:
+                new.append(token)
         if on_tokens and on_tokens(told) is True:
             break
-        if left:
-            logits = model.step(chosen, states)
     return found
 
 
 def _check(
-    prompts: Sequence[Tensor], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+    prompts: Tensor | Sequence[Tensor], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    if not prompts or any(len(prompt) == 0 for prompt in prompts):
+    lengths = [prompts.shape[1]] if isinstance(prompts, Tensor) else list(map(len, prompts))
+    if min(lengths, default=0) == 0:
         raise ValueError("generate needs a prompt of one token at least")
     if max_new_tokens < 0 or not temperature >= 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens} and temperature {temperature}; expected both from 0")

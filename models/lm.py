@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from madkernels.models.generation import continue_prompts, step
+from madkernels.models.generation import new_tokens, step
 from madkernels.models.init import init_embedding
 from madkernels.models.layers import Layer, State
 from madkernels.models.layers.base import check_positive
@@ -156,8 +156,8 @@ class HybridLM(nn.Module):
         """
         check_tokens(prompt)
         options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        new = continue_prompts(self, list(prompt), max_new_tokens, **options)
-        return torch.cat([prompt, prompt.new_tensor(new).view(len(prompt), -1)], dim=1)
+        new = [token.unsqueeze(1) for token in new_tokens(self, prompt, max_new_tokens, **options)]
+        return torch.cat([prompt, *new], dim=1)
 
     def save_pretrained(self, folder: str | Path, **more: Any) -> None:
         """Writes `config.json` and `model.safetensors` to a folder; `more` goes to the config."""

@@ -51,6 +51,12 @@ def test_states_of_a_fixed_size_are_those_of_a_batch() -> None:
     assert [state["k"].shape[1] for state in attention] == list(LENGTHS)
 
 
+def test_a_batch_may_have_no_rows() -> None:
+    assert model("mamba swiglu").generate(torch.zeros(0, 3, dtype=torch.int64), 4).shape == (0, 7)
+    with pytest.raises(ValueError, match="one token at least"):
+        continue_prompts(model("mamba swiglu"), [], 4)
+
+
 def test_a_sequence_ends_before_its_end_token() -> None:
     lm, given = model("mamba swiglu"), prompts(*LENGTHS)
     whole = continue_prompts(lm, given, 12)
