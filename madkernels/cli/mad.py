@@ -254,11 +254,12 @@ def search(
     console = Console()
     console.print(f"{len(costs)} of {len(found)} candidates")
     place = engine_of("pool", workers, "auto", device, plugins)
+    work = work_of(searching.foreseen(costs, chosen))
     if dry_run:
-        announce(work_of(searching.foreseen(costs, chosen)), done_in(out), place)
+        announce(work, done_in(out), place)
         return
     with closing(Store(out)) as store, stoppable(store):
-        announce(work_of(searching.foreseen(costs, chosen)), store.metrics(), place)
+        announce(work, store.metrics(), place)
 
         def progress_of(rung: int, runs: list[Run]) -> Bars:
             done = store.metrics()
