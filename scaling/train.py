@@ -206,7 +206,7 @@ class _Trainer:
             if last or evaluates or self.step % every == 0:
                 self.held_out_loss = self.measure(at_end=False) if evaluates else None
                 begun += time.perf_counter() - now  # which is no time of training
-                self.tell(self.total / (self.step - self.since), norm, self.held_out_loss)
+                self.tell(self.total / (self.step - self.since), norm)
                 self.total, self.since = torch.zeros_like(self.total), self.step
                 if self.checkpoint_due(now - saved):
                     self.save()
@@ -301,12 +301,12 @@ class _Trainer:
             value /= self.ranks
         return value
 
-    def tell(self, loss: Tensor, norm: float, held_out_loss: float | None) -> None:
+    def tell(self, loss: Tensor, norm: float) -> None:
         tokens = self.recipe.batch * self.recipe.seqlen
         pace = self.step * tokens / self.seconds
         point = {"loss": float(loss), "norm": norm, "lr": self.recipe.rate(self.step - 1), "tokens_per_second": pace}
-        if held_out_loss is not None:
-            point["held_out_loss"] = held_out_loss
+        if self.held_out_loss is not None:
+            point["held_out_loss"] = self.held_out_loss
         if self.how.peak_flops:
             point["mfu"] = pace * self.flops_per_token / (self.how.peak_flops * self.ranks)
         self.log.add(self.step, point)
