@@ -105,6 +105,12 @@ def build(run: LMRun, place: Place | None = None) -> HybridLM:
     return HybridLM(run.arch, vocab_size=run.vocab_size, dim=run.dim, tied=run.tied, place=place)
 
 
+def meta_model(run: LMRun) -> HybridLM:
+    """The model of a run, of which nothing is allocated, to count by."""
+    with torch.device("meta"):
+        return build(run)
+
+
 def train(
     run: LMRun,
     how: Execution | None = None,
@@ -166,8 +172,7 @@ class _Trainer:
         self.tokenizer = corpus.manifest["tokenizer"]
         self.end, self.batches = corpus.end, Batches(corpus.split("train"), corpus.end, **options)
         self.held_out = held_out(corpus.split("validation"), self.recipe.seqlen, self.recipe.held_out)
-        with torch.device("meta"):
-            model = build(run)
+        model = meta_model(run)
         _check_experts(model, how.expert_parallel, self.ranks)
         self.params = counting.params(model) - counting.embedding_params(model)
         self.flops_per_token = counting.training_flops(model, self.recipe.seqlen)
@@ -402,8 +407,7 @@ class _Trainer:
 
 def trial(run: LMRun, dearest: float) -> Callable[[], float] | None:
     """As :meth:`madkernels.runs.engines.Run.trial`: as many rows of a step as cost no more than that."""
-    with torch.device("meta"):
-        flops = counting.training_flops(build(run), run.recipe.seqlen) * run.recipe.seqlen
+    flops = counting.training_flops(meta_model(run), run.recipe.seqlen) * run.recipe.seqlen
     rows = min(run.recipe.batch, int(dearest // flops))
     if not rows:
         return None

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from madkernels.cli.recipe_file import RecipeFile, write
-from madkernels.cli.sweeps import Plugins, load_plugins
+from madkernels.cli.sweeps import DryRun, Plugins, load_plugins
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     from madkernels.models import HybridLM
+    from madkernels.models.spec import Architecture
     from madkernels.scaling.estimate import Gpu, Setup
 
 train = typer.Typer(help="Train language models, and say what that takes.", no_args_is_help=True)
@@ -101,8 +102,8 @@ def plan(
 def _meta_model(
     preset: str | None, arch: str | None, dim: int | None, vocab: int, seqlen: int | None
 ) -> tuple[HybridLM, int]:
-    """A model on the meta device, and its sequence length."""
-    _check_model(preset, arch, dim)
+    """A model on the meta device, with the preset's vocabulary if it is one, and its sequence length."""
+    architecture, width, length = _shape(preset, arch, dim, seqlen)
 
     import torch
 
@@ -110,13 +111,24 @@ def _meta_model(
     from madkernels.models.presets import preset as named
 
     with torch.device("meta"):
-        if preset is not None:
-            chosen = named(preset)
-            chosen = dataclasses.replace(chosen, seqlen=seqlen or chosen.seqlen)
-            return chosen.model(), chosen.seqlen
-        assert arch is not None
-        assert dim is not None
-        return HybridLM(arch, vocab_size=vocab, dim=dim, tied=True), seqlen or 2048
+        size = vocab if preset is None else named(preset).vocab_size
+        return HybridLM(architecture, vocab_size=size, dim=width, tied=True), length
+
+
+def _shape(preset: str | None, arch: str | None, dim: int | None, seqlen: int | None) -> tuple[Architecture, int, int]:
+    """Architecture, width and sequence length."""
+    _check_model(preset, arch, dim)
+
+    from madkernels.models import parse
+    from madkernels.models.presets import preset as named
+
+    if preset is not None:
+        chosen = named(preset)
+        chosen = dataclasses.replace(chosen, seqlen=seqlen or chosen.seqlen)
+        return chosen.arch, chosen.dim, chosen.seqlen
+    assert arch is not None
+    assert dim is not None
+    return parse(arch), dim, seqlen or 2048
 
 
 def _check_model(preset: str | None, arch: str | None, dim: int | None) -> None:
@@ -267,9 +279,7 @@ def run(
         ),
     ] = None,
     recipe_file: RecipeFile = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how much work this is and how long it takes; do none.")
-    ] = False,
+    dry_run: DryRun = False,
     plugin: Plugins = None,
 ) -> None:
     """Train one model, alone or, under torchrun, sharded over processes.
@@ -300,7 +310,7 @@ def run(
         _check_device(device)
         load_plugins(plugin)
         corpus = Corpus(data)
-        model, length = _meta_model(preset, arch, dim, corpus.vocab_size, seqlen)
+        architecture, width, length = _shape(preset, arch, dim, seqlen)
         recipe = Recipe(
             steps, batch, length, _preset_lr(preset) if lr is None else lr, warmup=warmup, schedule=schedule,
             weight_decay=weight_decay, dtype=dtype, documents=documents, seed=seed,
@@ -309,10 +319,10 @@ def run(
             device, micro_batch, checkpointing, compile, expert_parallel, save_every, log_every, eval_every,
             peak_flops(device),
         )  # fmt: skip
-        wanted = LMRun(str(model.arch), model.dim, corpus.vocab_size, recipe, corpus.sha256, corpus=str(data), out=str(out))
+        wanted = LMRun(str(architecture), width, corpus.vocab_size, recipe, corpus.sha256, corpus=str(data), out=str(out))
         here = device == "cpu" and not _several()
-        if int(os.environ.get("RANK", 0)) == 0:
-            work = {wanted: counting.training_flops(model, length) * recipe.tokens}
+        work = {wanted: counting.training_flops(training.meta_model(wanted), length) * recipe.tokens}
+        if _first():
             say(f"{steps:,} steps: {amount(work, 1 if here else None, threads=torch.get_num_threads())}")
         if dry_run:
             return
@@ -348,6 +358,11 @@ def _several() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
+def _first() -> bool:
+    """Whether this is the first process, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def _check_device(name: str) -> None:
     """Under torchrun a process takes the GPU of its place on the machine."""
     from madkernels.cli.device import check_device, check_gpu
@@ -377,7 +392,7 @@ def _ends() -> Iterator[None]:
         if not isinstance(error, Diverged):
             raise
         raise ValueError(f"the training diverged: {error}") from None
-    if int(os.environ.get("RANK", 0)) == 0:
+    if _first():
         say(told)
     raise typer.Exit(130)
 

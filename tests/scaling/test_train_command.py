@@ -15,7 +15,10 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from madkernels.cli.main import main
+from madkernels.models import HybridLM, counting
+from madkernels.models.presets import preset
 from madkernels.scaling import train as training
+from madkernels.scaling.data import Corpus
 from madkernels.scaling.prepare import prepare
 from madkernels.scaling.tokenizers import Bytes
 
@@ -107,6 +110,16 @@ def test_a_rate_of_zero_is_not_that_of_the_preset(
 ) -> None:
     given = ["--data", data, "--out", tmp_path, "--steps", "1", "--batch", "1", "--preset", "mamba-70m", "--lr", "0"]
     assert called(monkeypatch, capsys, "train", "run", *given) == (2, "", "error: lr is 0.0; expected a number above 0\n")
+
+
+def test_the_work_is_that_of_the_vocabulary_of_the_data(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", data, "--out", tmp_path / "run", "--steps", "2", "--batch", "3", "--seqlen", "64"]
+    code, told, _ = called(monkeypatch, capsys, "train", "run", *given, "--preset", "mamba-70m", "--dry-run")
+    chosen = preset("mamba-70m")
+    model = HybridLM(chosen.arch, vocab_size=Corpus(data).vocab_size, dim=chosen.dim, tied=True)
+    assert (code, f" {2 * 3 * 64 * counting.training_flops(model, 64):.3g} FLOPs" in told) == (0, True), told
 
 
 def test_a_run_that_diverges(
