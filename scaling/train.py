@@ -40,6 +40,7 @@ from madkernels.models.layers.moe import MoE, balance_experts
 from madkernels.models.lm import Place
 from madkernels.ops.registration import kept_under_recomputation
 from madkernels.runs.engines import Diverged
+from madkernels.runs.pace import Trial, trial_of
 from madkernels.scaling import checkpoint, tokenizers
 from madkernels.scaling.data import Batch, Batches, Corpus, held_out
 from madkernels.scaling.recipe import LMRun
@@ -405,7 +406,7 @@ class _Trainer:
         }
 
 
-def trial(run: LMRun, dearest: float) -> Callable[[], float] | None:
+def trial(run: LMRun, dearest: float) -> Trial | None:
     """As :meth:`madkernels.runs.engines.Run.trial`: as many rows of a step as cost no more than that."""
     flops = counting.training_flops(meta_model(run), run.recipe.seqlen) * run.recipe.seqlen
     rows = min(run.recipe.batch, int(dearest // flops))
@@ -415,15 +416,12 @@ def trial(run: LMRun, dearest: float) -> Callable[[], float] | None:
     optimizer = torch.optim.AdamW(parameter_groups(objective, run.recipe.weight_decay), betas=BETAS, fused=True)
     tokens = torch.randint(run.vocab_size, (rows, run.recipe.seqlen + 1))
 
-    def update() -> float:
+    def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=run.recipe.dtype == "bfloat16"):
-            loss: Tensor = objective(tokens[:, :-1], tokens[:, 1:], None)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return rows * flops
+            found: Tensor = objective(tokens[:, :-1], tokens[:, 1:], None)
+        return found
 
-    return update
+    return trial_of(loss, optimizer, rows * flops)
 
 
 def _corpus_of(run: LMRun, rank: int, ranks: int) -> Corpus:

@@ -15,6 +15,7 @@ from madkernels.models import AutoEncoder, HybridLM, counting
 from madkernels.models.init import parameter_groups
 from madkernels.models.layers.moe import balance_experts
 from madkernels.runs.engines import Diverged
+from madkernels.runs.pace import Trial, trial_of
 from madkernels.synthetics.honesty import check_scored
 from madkernels.synthetics.protocol import Run, Training
 from madkernels.synthetics.tasks import IGNORE, Task
@@ -113,7 +114,7 @@ def train(run: Run, on_epoch: Callable[[int, dict[str, float]], None] | None = N
     }
 
 
-def trial(run: Run, dearest: float) -> Callable[[], float] | None:
+def trial(run: Run, dearest: float) -> Trial | None:
     """As :meth:`madkernels.runs.engines.Run.trial`."""
     options, examples = run.training, min(run.training.batch, run.task.train_examples)
     model = build(run)
@@ -123,13 +124,7 @@ def trial(run: Run, dearest: float) -> Callable[[], float] | None:
     inputs, targets = run.task.generate(examples, seed=options.seed, split="train")
     optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=options.lr, betas=BETAS, fused=True)
 
-    def update() -> float:
-        step(model, inputs, targets, options).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return flops
-
-    return update
+    return trial_of(lambda: step(model, inputs, targets, options), optimizer, flops)
 
 
 def check_finite(loss: float, epoch: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SECONDS = 1.0  # for all measurements together
 DEAREST = 2e10  # FLOPs: no larger step is tried, since one alone would take longer than that
@@ -65,6 +66,18 @@ def pace_of(run: Any, seconds: float) -> float | None:
         return done / passed
     except Exception:
         return None
+
+
+def trial_of(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, flops: float) -> Trial:
+    """Steps on a loss () that is computed anew each time."""
+
+    def step() -> float:
+        loss().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return flops
+
+    return step
 
 
 def duration(seconds: float) -> str:
