@@ -105,6 +105,11 @@ def tokenizer_in(folder: Path, name: str) -> Tokenizer:
     return found
 
 
+def tokens_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of text; its end as a document is not among them."""
+    return [int(token) for token in tokenizer.encode(text.encode())]
+
+
 def copy(data: Path, folder: Path) -> None:
     """Leaves with a model the file of a tokenizer that its data were made with, where there is one."""
     if (data / FILE).exists() and not (folder / FILE).exists():

@@ -11,8 +11,12 @@ from madkernels.cli.sweeps import Plugins, load_plugins
 from madkernels.cli.train import train as train  # with these commands
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
+    import torch
+
     from madkernels.models import HybridLM
     from madkernels.scaling.tokenizers import Tokenizer
+
+DTYPES = ("float32", "bfloat16")  # of parameters
 
 Model = Annotated[
     Path, typer.Argument(help="Folder of a run (its newest checkpoint), of a checkpoint, or of an exported model.")
@@ -54,11 +58,10 @@ def sample(
     from madkernels.models.generation import continue_prompts
     from madkernels.scaling.tokenizers import TextStream
 
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype: {dtype!r} is not known; expected {' or '.join(DTYPES)}")
+    as_dtype = _dtype_of(dtype)
     check_device(device)
     lm, text = _loaded(model, tokenizer, plugin)
-    lm = lm.to(device, getattr(torch, dtype)).eval()
+    lm = lm.to(device, as_dtype).eval()
     begins = [*(prompt or ()), *(prompts.read_text(encoding="utf-8").splitlines() if prompts else ())] or ["\n"]
     begun = [_tokens_of(text, each) for each in begins]
     stream = TextStream(text, begun[0]) if len(begins) == 1 else None
@@ -76,9 +79,6 @@ def sample(
         print(f"--- {number}\n{begin_text}{text.decode(begin + new)[len(text.decode(begin)) :]}")
 
 
-DTYPES = ("float32", "bfloat16")
-
-
 @train.command()
 def export(
     model: Model,
@@ -91,17 +91,23 @@ def export(
 
     HybridLM.from_pretrained and every command that takes a run read it.
     """
-    import torch
-
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype: {dtype!r} is not known; expected {' or '.join(DTYPES)}")
+    as_dtype = _dtype_of(dtype)
     if out.exists():
         raise ValueError(f"{out} is there already; choose another --out")
     lm, text = _loaded(model, tokenizer, plugin)
-    lm.to(getattr(torch, dtype)).save_pretrained(out, tokenizer=text.name, end=text.end)
+    lm.to(as_dtype).save_pretrained(out, tokenizer=text.name, end=text.end)
     text.save(out)
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}, {size:,.1f} MB")
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    import torch
+
+    if name not in DTYPES:
+        raise ValueError(f"--dtype: {name!r} is not known; expected {' or '.join(DTYPES)}")
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def _loaded(path: Path, tokenizer: str | None, plugins: list[Path] | None) -> tuple[HybridLM, Tokenizer]:
@@ -112,6 +118,8 @@ def _loaded(path: Path, tokenizer: str | None, plugins: list[Path] | None) -> tu
 
 
 def _tokens_of(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    from madkernels.scaling.tokenizers import tokens_of
+
     if not prompt:
         raise ValueError("--prompt, or a line of --prompts, is empty; give a character at least")
-    return [int(t) for t in tokenizer.encode(prompt.encode())]
+    return tokens_of(tokenizer, prompt)

@@ -25,7 +25,7 @@ from madkernels.models import HybridLM
 from madkernels.models.generation import continue_prompts
 from madkernels.runs.engines import load_plugin
 from madkernels.scaling.checkpoint import load_with_tokenizer
-from madkernels.scaling.tokenizers import Tokenizer
+from madkernels.scaling.tokenizers import Tokenizer, tokens_of
 
 NAME = "madkernels"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -39,8 +39,8 @@ def pair_of(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     tokens of words begin with theirs. A context is a document's end at least."""
     bare = context.rstrip()
     continuation, context = context[len(bare) :] + continuation, bare
-    whole = [int(t) for t in tokenizer.encode((context + continuation).encode())]
-    length = len(list(tokenizer.encode(context.encode())))
+    whole = tokens_of(tokenizer, context + continuation)
+    length = len(tokens_of(tokenizer, context))
     return ([tokenizer.end, *whole[:length]], whole[length:])
 
 
@@ -87,7 +87,7 @@ class Scorer:
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
         """Of whole texts."""
-        pairs = [([self.tokenizer.end], [int(t) for t in self.tokenizer.encode(text.encode())]) for text in texts]
+        pairs = [([self.tokenizer.end], tokens_of(self.tokenizer, text)) for text in texts]
         return [score for score, _ in self._scored(pairs)]
 
     def generate_until(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -108,7 +108,7 @@ class Scorer:
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
         device = self.model.embedding.weight.device
-        prompt = torch.tensor([self.tokenizer.end, *map(int, self.tokenizer.encode(context.encode()))], device=device)
+        prompt = torch.tensor([self.tokenizer.end, *tokens_of(self.tokenizer, context)], device=device)
         text: list[int] = []
 
         def stop(new: list[int]) -> bool:
