@@ -282,10 +282,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if is_exported(path):
-        return _tokenizer(path, pretrained.config_of(path))
+        config = pretrained.config_of(path)
+        return _tokenizer(path, config.get("tokenizer"), config.get("vocab_size"))
     run = path if (path / FOLDER).exists() else path.parent.parent
     meta = _newest(steps_in(path / FOLDER) or [path], meta_of, lambda text: None, "there is no earlier one")
-    return _tokenizer(run, meta, meta["config"])
+    return _tokenizer(run, meta.get("tokenizer"), meta["config"].get("vocab_size"))
 
 
 def load_with_tokenizer(path: str | Path, tokenizer: str | None = None) -> tuple[HybridLM, Tokenizer]:
@@ -301,12 +302,9 @@ def load_with_tokenizer(path: str | Path, tokenizer: str | None = None) -> tuple
     return model, found
 
 
-def _tokenizer(folder: Path, *said: dict[str, Any]) -> Tokenizer:
+def _tokenizer(folder: Path, name: str | None, vocab_size: int | None) -> Tokenizer:
     """Of a model that was saved without the name of one, bytes where its vocabulary is of their size."""
-    known: dict[str, Any] = {}
-    for part in reversed(said):
-        known |= part
-    name = known.get("tokenizer") or (Bytes.name if known.get("vocab_size") == Bytes.vocab_size else None)
+    name = name or (Bytes.name if vocab_size == Bytes.vocab_size else None)
     if name is None:
         raise ValueError(f"{folder} does not say which tokenizer made its tokens; give --tokenizer")
     return tokenizer_in(folder, name)
