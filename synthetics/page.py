@@ -51,6 +51,11 @@ def colours_of(results: Results) -> dict[str, str]:
     return dict(zip(scores(results), cycle(COLOURS), strict=False))
 
 
+def legend_of(colours: dict[str, str]) -> dict[str, str]:
+    """The colours by the labels of the architectures."""
+    return {label(arch): colour for arch, colour in colours.items()}
+
+
 # ---- sections
 
 
@@ -79,10 +84,6 @@ def _named(arch: str, colours: dict[str, str]) -> Markup:
     return pages.swatch(label(arch), colours[arch])
 
 
-def _legend(colours: dict[str, str]) -> dict[str, str]:
-    return {label(arch): colour for arch, colour in colours.items()}
-
-
 def _scores(results: Results, colours: dict[str, str]) -> Section:
     seeds = len({run.training.seed for run, _ in results})
     within = f"± half of a 95 % interval over {seeds} seeds (Student)." if seeds > 1 else "One seed, so no intervals."
@@ -92,7 +93,7 @@ def _scores(results: Results, colours: dict[str, str]) -> Section:
         [
             _score_table(results, colours, "accuracy"),
             pages.note(f"{about} {within} {unequal(costs_of(results))}"),
-            pages.figure(score_panels(results, colours), "Test accuracy, percent.", _legend(colours)),
+            pages.figure(score_panels(results, colours), "Test accuracy, percent.", legend_of(colours)),
             pages.heading("Mean over token classes"),
             _score_table(results, colours, "macro_accuracy"),
             pages.note("Each token that can be an answer counts alike here, however often it is one."),
@@ -151,7 +152,7 @@ def _difficulty(results: Results, colours: dict[str, str]) -> Section | None:
     if not panels:
         return None
     caption = "Test accuracy, percent, as one option of a task changes and the others stay."
-    return Section("Accuracy as tasks get harder", [pages.figure(panels, caption, _legend(colours))])
+    return Section("Accuracy as tasks get harder", [pages.figure(panels, caption, legend_of(colours))])
 
 
 def _along(settings: Sequence[Task], variable: str) -> list[Task]:
@@ -196,8 +197,8 @@ def _training(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> Sectio
         "Training",
         [
             pages.note(told),
-            pages.figure(accuracies, "Held-out accuracy, percent, by epoch.", _legend(colours)),
-            pages.figure(losses, "Training loss, nats, by epoch.", _legend(colours)),
+            pages.figure(accuracies, "Held-out accuracy, percent, by epoch.", legend_of(colours)),
+            pages.figure(losses, "Training loss, nats, by epoch.", legend_of(colours)),
         ],
     )
 

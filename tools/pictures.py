@@ -20,9 +20,8 @@ from madkernels.scaling.compare import BootstrapOptions, frontiers
 from madkernels.scaling.report import budget_colours, isoflop_panels, page as scaling_page
 from madkernels.scaling.table import Columns, read_table
 from madkernels.synthetics.fields import fields_of
-from madkernels.synthetics.page import colours_of, page as mad_page, score_panels
+from madkernels.synthetics.page import colours_of, legend_of, page as mad_page, score_panels
 from madkernels.synthetics.protocol import Run, Training, results_of
-from madkernels.synthetics.report import label
 from madkernels.synthetics.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +57,7 @@ def draw_mad(name: str) -> None:
     rows = read_runs(STUDIES / name / "runs.csv")
     results = results_of(rows)
     colours = colours_of(results)
-    legend = {label(arch): colour for arch, colour in colours.items()}
+    legend = legend_of(colours)
     panels = score_panels(results, colours)
     picture(PICTURES / f"mad-{name}.svg", panels, legend, columns=len(panels), title="test accuracy, percent")
     (STUDIES / name / "report.html").write_text(mad_page(rows, TITLES[name]), encoding="utf-8")
