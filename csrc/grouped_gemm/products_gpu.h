@@ -45,10 +45,7 @@ struct Activated {
 
 __device__ __forceinline__ Activated activate(Activation activation, float x) {
   switch (activation) {
-    case Activation::kSilu: {
-      const float gate = sigmoid(x);
-      return {x * gate, gate * (1.f + x * (1.f - gate))};
-    }
+    case Activation::kSilu: return {silu(x), silu_gradient(x)};
     case Activation::kGelu: {
       const float below = normcdff(x);
       return {x * below, below + x * 0.39894228f * expf(-0.5f * x * x)};
