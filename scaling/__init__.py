@@ -1,1 +1,1 @@
-"""Scaling laws of architectures. Nothing here yet."""
+"""Trainings of language models (`training`), laws of their results (`fits`), and the sweeps that join the two."""

@@ -23,8 +23,8 @@ from madkernels.files import write_whole
 from madkernels.models import HybridLM, counting, normalise
 from madkernels.models.presets import architecture
 from madkernels.models.spec import Architecture, parse
-from madkernels.scaling.recipe import LMRun, Recipe
-from madkernels.scaling.table import csv_text, read_table
+from madkernels.scaling.fits.runs_table import csv_text, read_table
+from madkernels.scaling.training.recipe import LMRun, Recipe
 
 
 @dataclass(frozen=True)

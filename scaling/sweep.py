@@ -11,10 +11,10 @@ from madkernels.files import write_whole
 from madkernels.runs.engines import Engine
 from madkernels.runs.execute import Outcome, Progress, execute, left
 from madkernels.runs.store import Results, Store
-from madkernels.scaling.data import Corpus
+from madkernels.scaling.fits.runs_table import csv_text
 from madkernels.scaling.plan import Planned
-from madkernels.scaling.recipe import LMRun
-from madkernels.scaling.table import csv_text
+from madkernels.scaling.training.data import Corpus
+from madkernels.scaling.training.recipe import LMRun
 
 CSV = "runs.csv"
 MEASURED = ("loss", "train_loss", "seconds", "left_out")

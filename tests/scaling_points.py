@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from madkernels.scaling.laws import Points, Surface
-from madkernels.scaling.screening import highest
+from madkernels.scaling.fits.form import Points, Surface
+from madkernels.scaling.fits.screening import highest
 
 CHINCHILLA = Path(__file__).parents[2] / "shared" / "data" / "chinchilla_points.csv"
 SURFACE = Surface(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # Hoffmann et al. 2022, as rounded there

@@ -21,7 +21,7 @@ from madkernels import RoutingPlan, moe_mlp, moe_route
 from madkernels.models import HybridLM
 from madkernels.models.layers import moe
 from madkernels.models.layers.expert_parallel import expert_parallel_mlp, shard_experts
-from madkernels.scaling.train import processes
+from madkernels.scaling.training.trainer import processes
 
 DIM, HIDDEN, EXPERTS = 6, 5, 8
 

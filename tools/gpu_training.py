@@ -25,8 +25,8 @@ from madkernels.models.counting import training_flops
 from madkernels.models.init import parameter_groups
 from madkernels.models.layers import hyena, short_conv
 from madkernels.models.presets import Preset, preset
-from madkernels.scaling.estimate import peak_flops
-from madkernels.scaling.train import BETAS, Objective
+from madkernels.scaling.training.estimate import peak_flops
+from madkernels.scaling.training.trainer import BETAS, Objective
 
 TOLERANCE = 0.02  # of the first losses, in nats: bfloat16
 STEPS, WARM = 6, 3

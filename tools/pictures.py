@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 
 from madkernels.benchmarks.harness import OURS
 from madkernels.reporting.figures import COLOURS, Panel, picture
-from madkernels.scaling.compare import BootstrapOptions, frontiers
-from madkernels.scaling.report import budget_colours, isoflop_panels, page as scaling_page
-from madkernels.scaling.table import Columns, read_table
+from madkernels.scaling.fits.compare import BootstrapOptions, frontiers
+from madkernels.scaling.fits.report import budget_colours, isoflop_panels, page as scaling_page
+from madkernels.scaling.fits.runs_table import Columns, read_table
 from madkernels.synthetics.fields import fields_of
 from madkernels.synthetics.page import colours_of, legend_of, page as mad_page, score_panels
 from madkernels.synthetics.protocol import Run, Training, results_of

@@ -15,8 +15,8 @@ from madkernels.cli.sweeps import Plugins, load_plugins
 if TYPE_CHECKING:  # numpy and scipy are loaded when a command runs, not to print its help
     from rich.console import Console
 
-    from madkernels.scaling.compare import BootstrapOptions, Frontier
-    from madkernels.scaling.table import Columns, Dropped, Table
+    from madkernels.scaling.fits.compare import BootstrapOptions, Frontier
+    from madkernels.scaling.fits.runs_table import Columns, Dropped, Table
 
 File = Annotated[Path, typer.Argument(help="A CSV file with one run per row.")]
 Params = Annotated[str, typer.Option(help="Column of the number of parameters.")]
@@ -78,10 +78,10 @@ def fit(
     Without --tokens and --flops, the columns tokens, flops and budget that scale run writes are used. With --group, a group
     that cannot be fitted is reported, and the others are fitted.
     """
-    from madkernels.scaling import summary
-    from madkernels.scaling.laws import LAD
-    from madkernels.scaling.outlying import outlying, spikes, tell
-    from madkernels.scaling.table import Columns, Cut, by_group, of_kind, read_table, select
+    from madkernels.scaling.fits.outlying import outlying, spikes, tell
+    from madkernels.scaling.fits.runs_table import Columns, Cut, by_group, of_kind, read_table, select
+    from madkernels.scaling.fits.surface import LAD
+    from madkernels.scaling.fits.tables import as_json, best_as_json, best_sizes, best_table, summarise, tables
 
     if approach == 3 and tokens and flops:
         raise ValueError("approach 3 takes the data of a run from --tokens or from --flops: both are given")
@@ -110,15 +110,15 @@ def fit(
         selection = tell(selection, spikes(selection.points) if approach == 1 else outlying(selection.points))
         _tell(selection.dropped, selection.warnings, name)
         if approach == 3:
-            told = summary.summarise(selection, LAD if lad else delta, tied, bootstrap, seed)
-            found, tables = summary.as_json(told, at or []), summary.tables(told, name, at or [])
+            told = summarise(selection, LAD if lad else delta, tied, bootstrap, seed)
+            found, shown = as_json(told, at or []), tables(told, name, at or [])
         else:
-            best = summary.best_sizes(selection, approach, budget, shape, bootstrap, seed)
+            best = best_sizes(selection, approach, budget, shape, bootstrap, seed)
             _tell([], best.warnings, name)
-            found = summary.best_as_json(best, selection, approach, shape)
-            tables = [summary.best_table(best, approach, name)]
-        for shown in tables:
-            console.print(shown)
+            found = best_as_json(best, selection, approach, shape)
+            shown = [best_table(best, approach, name)]
+        for each in shown:
+            console.print(each)
         return found
 
     if group is None:
@@ -159,8 +159,8 @@ def compare(
     force: Force = False,
 ) -> None:
     """Compare architectures with the first: exponent of the best size, least loss at each budget, where they cross."""
-    from madkernels.scaling.compare import BootstrapOptions, compare as differences, difference_table, frontier_table
-    from madkernels.scaling.table import read_table
+    from madkernels.scaling.fits.compare import BootstrapOptions, compare as differences, difference_table, frontier_table
+    from madkernels.scaling.fits.runs_table import read_table
 
     _may_write(to_json, force)
     table, how = read_table(*files), BootstrapOptions(shape, bootstrap, seed)
@@ -197,9 +197,9 @@ def correlate(
     force: Force = False,
 ) -> None:
     """Relate MAD scores to the least loss at a budget, for each task and their mean."""
-    from madkernels.scaling.compare import BootstrapOptions
-    from madkernels.scaling.correlate import correlate as relate, correlation_table, labels_of, losses_at, read_scores
-    from madkernels.scaling.table import read_table
+    from madkernels.scaling.fits.compare import BootstrapOptions
+    from madkernels.scaling.fits.correlate import correlate as relate, correlation_table, labels_of, losses_at, read_scores
+    from madkernels.scaling.fits.runs_table import read_table
 
     _may_write(to_json, force)
     table, how = read_table(*runs), BootstrapOptions(shape, 0, seed)
@@ -237,9 +237,9 @@ def report(
 
     from madkernels.files import refuse_existing, write_whole
     from madkernels.reporting.pages import is_page
-    from madkernels.scaling.compare import BootstrapOptions
-    from madkernels.scaling.report import page
-    from madkernels.scaling.table import Cut, read_table
+    from madkernels.scaling.fits.compare import BootstrapOptions
+    from madkernels.scaling.fits.report import page
+    from madkernels.scaling.fits.runs_table import Cut, read_table
 
     refuse_existing(out, force or is_page(out))
     load_plugins(plugin)
@@ -252,7 +252,7 @@ def report(
 
 def _columns(table: Table, params: str, loss: str, tokens: str | None, flops: str | None) -> Columns:
     """The columns to read; tokens or FLOPs may be missing under their usual names, since C = 6 N D."""
-    from madkernels.scaling.table import Columns
+    from madkernels.scaling.fits.runs_table import Columns
 
     if flops == "flops" and flops not in table.columns and tokens in table.columns:
         flops = None
@@ -274,8 +274,8 @@ def _frontiers(
     max_loss: float | None,
 ) -> tuple[dict[str, Frontier], list[Dropped]]:
     """The frontiers of all architectures and the rows dropped, after warnings about all that is odd."""
-    from madkernels.scaling.compare import frontiers
-    from madkernels.scaling.table import Cut, kinds_of
+    from madkernels.scaling.fits.compare import frontiers
+    from madkernels.scaling.fits.runs_table import Cut, kinds_of
 
     cut = Cut(drop_highest, math.inf if max_loss is None else max_loss)
     by_name, dropped = frontiers(table, _columns(table, params, loss, tokens, flops), group, budget, how, cut)
@@ -292,7 +292,7 @@ def _console(to_json: str | None) -> Console:
 
 
 def _tell(dropped: list[Dropped], warnings: list[str], group: str = "") -> None:
-    from madkernels.scaling.table import shortened
+    from madkernels.scaling.fits.runs_table import shortened
 
     rows = shortened([f"{row.place}: dropped: {row.why}" for row in dropped], TOLD)
     for line in rows + shortened(warnings, TOLD):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     import torch
 
     from madkernels.models import HybridLM
-    from madkernels.scaling.tokenizers import Tokenizer
+    from madkernels.scaling.training.tokenizers import Tokenizer
 
 DTYPES = ("float32", "bfloat16")  # of parameters
 
@@ -56,7 +56,7 @@ def sample(
 
     from madkernels.cli.device import check_device
     from madkernels.models.generation import continue_prompts
-    from madkernels.scaling.tokenizers import TextStream
+    from madkernels.scaling.training.tokenizers import TextStream
 
     as_dtype = _dtype_of(dtype)
     check_device(device)
@@ -111,14 +111,14 @@ def _dtype_of(name: str) -> torch.dtype:
 
 
 def _loaded(path: Path, tokenizer: str | None, plugins: list[Path] | None) -> tuple[HybridLM, Tokenizer]:
-    from madkernels.scaling.checkpoint import load_with_tokenizer
+    from madkernels.scaling.training.checkpoint import load_with_tokenizer
 
     load_plugins(plugins)
     return load_with_tokenizer(path, tokenizer)
 
 
 def _tokens_of(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    from madkernels.scaling.tokenizers import tokens_of
+    from madkernels.scaling.training.tokenizers import tokens_of
 
     if not prompt:
         raise ValueError("--prompt, or a line of --prompts, is empty; give a character at least")

@@ -155,8 +155,8 @@ def _numbers(text: str) -> list[int]:
 
 
 def _setting(data: Path, seqlen: int, batch: int, lr: float, seeds: list[int] | None) -> Setting:
-    from madkernels.scaling.data import Corpus
     from madkernels.scaling.plan import Setting
+    from madkernels.scaling.training.data import Corpus
 
     return Setting(Corpus(data).vocab_size, seqlen, batch, lr, seeds=tuple(seeds or Setting.seeds))
 

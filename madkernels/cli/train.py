@@ -18,7 +18,7 @@ from madkernels.cli.sweeps import DryRun, Plugins, load_plugins
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     from madkernels.models import HybridLM
     from madkernels.models.spec import Architecture
-    from madkernels.scaling.estimate import Gpu, Setup
+    from madkernels.scaling.training.estimate import Gpu, Setup
 
 train = typer.Typer(help="Train language models, and say what that takes.", no_args_is_help=True)
 
@@ -80,7 +80,7 @@ def plan(
     plugin: Plugins = None,
 ) -> None:
     """Estimate what a training takes, without allocating it: parameters, state, FLOPs, memory on each GPU, time."""
-    from madkernels.scaling.estimate import GPUS, Gpu, Setup
+    from madkernels.scaling.training.estimate import GPUS, Gpu, Setup
 
     load_plugins(plugin)
     model, length = _meta_model(preset, arch, dim, vocab, seqlen)
@@ -174,7 +174,7 @@ def _work_rows(
 
 
 def _memory_rows(model: HybridLM, setup: Setup, machine: Gpu) -> dict[str, str]:
-    from madkernels.scaling.estimate import memory
+    from madkernels.scaling.training.estimate import memory
 
     parts = memory(model, setup)
     total = sum(parts.values()) / 2**30
@@ -204,9 +204,9 @@ def prepare(
     """
     from rich.console import Console
 
-    from madkernels.scaling import prepare as text
-    from madkernels.scaling.stop import Stop
-    from madkernels.scaling.tokenizers import tokenizer_of
+    from madkernels.scaling.training import prepare as text
+    from madkernels.scaling.training.stop import Stop
+    from madkernels.scaling.training.tokenizers import tokenizer_of
 
     if files and dataset:
         raise ValueError("give files or --dataset, not both")
@@ -287,7 +287,7 @@ def run(
     For example: torchrun --nproc-per-node 8 -m madkernels.cli train run --preset striped-hyena-70m --data D --out O
     --steps 5000 --batch 64 --device cuda --dtype bfloat16
     """
-    from madkernels.scaling.stop import Stop
+    from madkernels.scaling.training.stop import Stop
 
     _check_model(preset, arch, dim)
     if preset is None and lr is None:
@@ -300,11 +300,11 @@ def run(
             from madkernels.cli.sweeps import note, progress_bars
             from madkernels.models import counting
             from madkernels.runs.pace import amount
-            from madkernels.scaling import train as training
-            from madkernels.scaling.data import Corpus
-            from madkernels.scaling.estimate import peak_flops
-            from madkernels.scaling.recipe import LMRun, Recipe
-            from madkernels.scaling.watch import say
+            from madkernels.scaling.training import trainer as training
+            from madkernels.scaling.training.data import Corpus
+            from madkernels.scaling.training.estimate import peak_flops
+            from madkernels.scaling.training.log import say
+            from madkernels.scaling.training.recipe import LMRun, Recipe
 
         stop.check()
         _check_device(device)
@@ -375,8 +375,8 @@ def _check_device(name: str) -> None:
 @contextmanager
 def _ends() -> Iterator[None]:
     """How a training ends that does not come to its end: a line, and an exit code."""
-    from madkernels.scaling.stop import Stopped
-    from madkernels.scaling.watch import say
+    from madkernels.scaling.training.log import say
+    from madkernels.scaling.training.stop import Stopped
 
     told = "stopped at once; the same command goes on from the last checkpoint"
     try:

@@ -24,8 +24,8 @@ from torch import Tensor
 from madkernels.models import HybridLM
 from madkernels.models.generation import continue_prompts
 from madkernels.runs.engines import load_plugin
-from madkernels.scaling.checkpoint import load_with_tokenizer
-from madkernels.scaling.tokenizers import Tokenizer, tokens_of
+from madkernels.scaling.training.checkpoint import load_with_tokenizer
+from madkernels.scaling.training.tokenizers import Tokenizer, tokens_of
 
 NAME = "madkernels"
 DTYPES = ("float32", "bfloat16", "float16", "float64")

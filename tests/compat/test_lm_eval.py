@@ -13,7 +13,7 @@ import torch
 from madkernels.compat import lm_eval
 from madkernels.compat.lm_eval import Scorer, pair_of
 from madkernels.models import HybridLM
-from madkernels.scaling.tokenizers import Bytes
+from madkernels.scaling.training.tokenizers import Bytes
 
 TEXTS = [("a context, ", "and more"), ("", "alone"), ("x", "y"), ("ends in a space ", "z" * 30)]
 

@@ -21,13 +21,13 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from madkernels.scaling import checkpoint
-from madkernels.scaling.data import Corpus
-from madkernels.scaling.prepare import prepare
-from madkernels.scaling.recipe import LMRun, Recipe
-from madkernels.scaling.tokenizers import Bytes
-from madkernels.scaling.train import Execution, train
-from madkernels.scaling.watch import Log
+from madkernels.scaling.training import checkpoint
+from madkernels.scaling.training.data import Corpus
+from madkernels.scaling.training.log import Log
+from madkernels.scaling.training.prepare import prepare
+from madkernels.scaling.training.recipe import LMRun, Recipe
+from madkernels.scaling.training.tokenizers import Bytes
+from madkernels.scaling.training.trainer import Execution, train
 
 HOW = Execution(save_every=0, log_every=2)
 WEIGHT = "model.model.embedding.weight"

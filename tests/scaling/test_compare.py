@@ -12,11 +12,11 @@ from scaling_points import ARCHS, SURFACE, write_runs, write_scores
 from typer.testing import CliRunner
 
 from madkernels.cli.main import app
-from madkernels.scaling import correlate as related, state
-from madkernels.scaling.compare import BootstrapOptions, compare, frontiers
-from madkernels.scaling.isoflop import Best
-from madkernels.scaling.laws import Surface
-from madkernels.scaling.table import Columns, read_table
+from madkernels.scaling.fits import beyond_size, correlate as related
+from madkernels.scaling.fits.compare import BootstrapOptions, compare, frontiers
+from madkernels.scaling.fits.form import Surface
+from madkernels.scaling.fits.isoflop import Best
+from madkernels.scaling.fits.runs_table import Columns, read_table
 
 COLUMNS = Columns("params", "loss", "tokens", "flops")
 
@@ -165,14 +165,14 @@ def test_runs_without_a_column_of_flops(tmp_path: Path) -> None:
 def test_state_law_is_recovered() -> None:
     sizes = np.geomspace(1e3, 1e5, 12)
     noise = 0.01 * np.random.default_rng(0).standard_normal(12)
-    found = state.state_law(sizes, np.log(50 * sizes**-0.28) + noise)
+    found = beyond_size.state_law(sizes, np.log(50 * sizes**-0.28) + noise)
     assert found.law.exponent == pytest.approx(-0.28, abs=0.01)
     assert found.law.at(1e4) == pytest.approx(50 * 1e4**-0.28, rel=0.02)
     assert found.interval is not None
     assert found.interval.low < -0.28 < found.interval.high
     with pytest.raises(ValueError, match="one size of state"):
-        state.state_law(np.full(3, 4096.0), np.ones(3))
-    assert state.state_law(np.array([1.0, 2.0]), np.array([2.0, 1.0])).interval is None
+        beyond_size.state_law(np.full(3, 4096.0), np.ones(3))
+    assert beyond_size.state_law(np.array([1.0, 2.0]), np.array([2.0, 1.0])).interval is None
 
 
 def test_overtrained_gap() -> None:
@@ -180,29 +180,29 @@ def test_overtrained_gap() -> None:
     optimum = SURFACE.optimum(1e20)
     tokens = optimum.tokens * np.array([1.0, 4.0, 16.0])
     params = np.full(3, optimum.params)
-    rows = state.overtrained(params, tokens, 6 * params * tokens, SURFACE.loss(params, tokens), best)
+    rows = beyond_size.overtrained(params, tokens, 6 * params * tokens, SURFACE.loss(params, tokens), best)
     assert rows[0].ratio == pytest.approx(1, rel=1e-3)
     assert rows[0].gap == pytest.approx(0, abs=0.02)
     assert rows[0].gap < rows[1].gap < rows[2].gap
     assert [row.beyond for row in rows] == [False, False, False]
-    beyond = state.overtrained(params[:1], 1e4 * tokens[:1], 6e4 * params[:1] * tokens[:1], np.ones(1), best)
+    beyond = beyond_size.overtrained(params[:1], 1e4 * tokens[:1], 6e4 * params[:1] * tokens[:1], np.ones(1), best)
     assert beyond[0].beyond
     with pytest.raises(ValueError, match="fewer than two budgets"):
-        state.overtrained(params, tokens, 6 * params * tokens, np.ones(3), best[:1])
+        beyond_size.overtrained(params, tokens, 6 * params * tokens, np.ones(3), best[:1])
 
 
 def test_hybrid_ratio() -> None:
-    assert state.attention_share("hyena swiglu attention:heads=4 swiglu mamba mamba") == 0.25
+    assert beyond_size.attention_share("hyena swiglu attention:heads=4 swiglu mamba mamba") == 0.25
     shares = np.repeat([0, 0.125, 0.25, 0.5, 1], 3)
     loss = 2 + (shares - 0.3) ** 2 + 0.01 * np.random.default_rng(0).standard_normal(15)
-    found = state.hybrid_ratio(shares, loss)
+    found = beyond_size.hybrid_ratio(shares, loss)
     assert found.share == pytest.approx(0.3, abs=0.03)
     assert found.interval is not None
     assert found.interval.low < 0.3 < found.interval.high
     with pytest.raises(ValueError, match="at an edge"):
-        state.hybrid_ratio(shares, 2 - shares)
+        beyond_size.hybrid_ratio(shares, 2 - shares)
     with pytest.raises(ValueError, match="2 shares"):
-        state.hybrid_ratio(shares[:6], loss[:6])
+        beyond_size.hybrid_ratio(shares[:6], loss[:6])
 
 
 # ---- correlate

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from madkernels.scaling import data
-from madkernels.scaling.data import Batches, Corpus, held_out, permuted
-from madkernels.scaling.digest import file_sha256
-from madkernels.scaling.prepare import dataset_documents, documents_of, files_of, prepare, standard_library
-from madkernels.scaling.tokenizers import Bytes, tokenizer_of
+from madkernels.scaling.training import data
+from madkernels.scaling.training.data import Batches, Corpus, held_out, permuted
+from madkernels.scaling.training.digest import file_sha256
+from madkernels.scaling.training.prepare import dataset_documents, documents_of, files_of, prepare, standard_library
+from madkernels.scaling.training.tokenizers import Bytes, tokenizer_of
 
 TEXTS = [f"document {i}: ".encode() + bytes([97 + i % 26]) * (20 + 7 * i % 50) for i in range(60)]
 

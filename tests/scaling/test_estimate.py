@@ -18,7 +18,7 @@ from madkernels.cli.main import app
 from madkernels.models import HybridLM
 from madkernels.models.counting import embedding_params, training_flops
 from madkernels.models.presets import PRESETS, preset
-from madkernels.scaling.estimate import Setup, activations, memory
+from madkernels.scaling.training.estimate import Setup, activations, memory
 
 SMALL = "hyena:expand=1,groups=1,horizon=64 swiglu mamba attention:heads=4 moe:hidden=64 mh-hyena:heads=8 mlp"
 

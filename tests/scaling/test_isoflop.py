@@ -11,8 +11,8 @@ from scaling_points import CHINCHILLA, SURFACE, chinchilla
 from typer.testing import CliRunner
 
 from madkernels.cli.main import app
-from madkernels.scaling import isoflop
-from madkernels.scaling.laws import Points
+from madkernels.scaling.fits import isoflop
+from madkernels.scaling.fits.form import Points
 
 NOMINAL = np.array([6, 10, 30, 60, 100, 300, 600, 1000, 3000]) * 1e18
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scaling_points import SURFACE, chinchilla
 
-from madkernels.scaling.laws import Points
-from madkernels.scaling.outlying import outlying, spikes
-from madkernels.scaling.table import Columns, by_group, of_kind, read_table, select
+from madkernels.scaling.fits.form import Points
+from madkernels.scaling.fits.outlying import outlying, spikes
+from madkernels.scaling.fits.runs_table import Columns, by_group, of_kind, read_table, select
 
 STUDY = Path(__file__).parents[2] / "docs" / "studies" / "scaling-small" / "runs.csv"
 

@@ -23,10 +23,10 @@ from madkernels.runs.engines import InProcess
 from madkernels.runs.execute import Outcome
 from madkernels.runs.store import Results, Store
 from madkernels.scaling.plan import Planned, Setting, counts, isoflop, overtrained, read_plan, states, write_plan
-from madkernels.scaling.prepare import prepare
-from madkernels.scaling.recipe import LMRun
 from madkernels.scaling.sweep import runs_of, sweep, write_csv
-from madkernels.scaling.tokenizers import Bytes
+from madkernels.scaling.training.prepare import prepare
+from madkernels.scaling.training.recipe import LMRun
+from madkernels.scaling.training.tokenizers import Bytes
 
 ARCHS = {"hybrid": "hyena swiglu attention:heads={dim/8} swiglu", "mamba": "mamba"}
 SETTING = Setting(vocab_size=257, seqlen=32, batch=2)

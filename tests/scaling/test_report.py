@@ -10,10 +10,10 @@ from scaling_points import write_runs, write_scores
 from typer.testing import CliRunner
 
 from madkernels.cli.main import app
-from madkernels.scaling import report
-from madkernels.scaling.compare import BootstrapOptions
-from madkernels.scaling.report import page
-from madkernels.scaling.table import Columns, Table, read_table
+from madkernels.scaling.fits import report
+from madkernels.scaling.fits.compare import BootstrapOptions
+from madkernels.scaling.fits.report import page
+from madkernels.scaling.fits.runs_table import Columns, Table, read_table
 
 HEADS = (
     "Loss against size",

@@ -12,12 +12,12 @@ import torch
 
 from madkernels.cli.main import main
 from madkernels.models import HybridLM
-from madkernels.scaling.checkpoint import load_model, load_tokenizer
-from madkernels.scaling.data import Corpus
-from madkernels.scaling.prepare import prepare
-from madkernels.scaling.recipe import LMRun, Recipe
-from madkernels.scaling.tokenizers import Bytes, TextStream, Tokenizer, tokenizer_of
-from madkernels.scaling.train import Execution, train
+from madkernels.scaling.training.checkpoint import load_model, load_tokenizer
+from madkernels.scaling.training.data import Corpus
+from madkernels.scaling.training.prepare import prepare
+from madkernels.scaling.training.recipe import LMRun, Recipe
+from madkernels.scaling.training.tokenizers import Bytes, TextStream, Tokenizer, tokenizer_of
+from madkernels.scaling.training.trainer import Execution, train
 
 WORDS = [f"w{i}" for i in range(5)]
 Call = Callable[..., tuple[int, str, str]]

@@ -25,14 +25,14 @@ from torch.distributed.fsdp._fully_shard import _fsdp_common
 from madkernels.models import HybridLM
 from madkernels.models.layers import LAYERS, add_layer
 from madkernels.runs.engines import Diverged
-from madkernels.scaling import checkpoint, train as training
-from madkernels.scaling.data import Batch, Corpus, held_out
-from madkernels.scaling.prepare import prepare
-from madkernels.scaling.recipe import LMRun, Recipe
-from madkernels.scaling.stop import Stop, Stopped
-from madkernels.scaling.tokenizers import Bytes
-from madkernels.scaling.train import Execution, train
-from madkernels.scaling.watch import Guard
+from madkernels.scaling.training import checkpoint, trainer as training
+from madkernels.scaling.training.data import Batch, Corpus, held_out
+from madkernels.scaling.training.guard import Guard
+from madkernels.scaling.training.prepare import prepare
+from madkernels.scaling.training.recipe import LMRun, Recipe
+from madkernels.scaling.training.stop import Stop, Stopped
+from madkernels.scaling.training.tokenizers import Bytes
+from madkernels.scaling.training.trainer import Execution, train
 
 RECIPE = Recipe(steps=8, batch=4, seqlen=32, lr=3e-3, held_out=6, seed=3)
 ARCH = "mamba:dstate=4 hyena swiglu attention:heads=2 moe:experts=4,hidden=8"
@@ -216,16 +216,16 @@ def test_two_processes_equal_one(data: Path, whole: Path, tmp_path: Path) -> Non
 BUILD = """
 import resource
 import torch
-from madkernels.scaling import train
-from madkernels.scaling.recipe import LMRun, Recipe
+from madkernels.scaling.training import trainer
+from madkernels.scaling.training.recipe import LMRun, Recipe
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-with train.processes("cpu"):
+with trainer.processes("cpu"):
     def prepared(arch):
         run = LMRun(arch, 512, 257, Recipe(steps=1, batch=4, seqlen=32, lr=1e-3), "", corpus="")
-        return train._objective(run, train.Execution(), torch.device("cpu"), 2)
+        return trainer._objective(run, trainer.Execution(), torch.device("cpu"), 2)
 
     prepared("swiglu")  # what the libraries take
     before = peak()

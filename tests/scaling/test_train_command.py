@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from madkernels.cli.main import main
 from madkernels.models import HybridLM, counting
 from madkernels.models.presets import preset
-from madkernels.scaling import train as training
-from madkernels.scaling.data import Corpus
-from madkernels.scaling.prepare import prepare
-from madkernels.scaling.tokenizers import Bytes
+from madkernels.scaling.training import trainer as training
+from madkernels.scaling.training.data import Corpus
+from madkernels.scaling.training.prepare import prepare
+from madkernels.scaling.training.tokenizers import Bytes
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from madkernels.models import layers
 from madkernels.models.layers import LAYERS
 from madkernels.reporting.figures import COLOURS, GREY, css
 from madkernels.runs.engines import load_plugin
-from madkernels.scaling import report
-from madkernels.scaling.prepare import prepare
-from madkernels.scaling.state import attention_share
-from madkernels.scaling.tokenizers import Bytes
+from madkernels.scaling.fits import report
+from madkernels.scaling.fits.beyond_size import attention_share
+from madkernels.scaling.training.prepare import prepare
+from madkernels.scaling.training.tokenizers import Bytes
 from madkernels.synthetics.page import _diagrams
 
 # One whose state is set by `slots`, one that is attention, one that mixes channels.

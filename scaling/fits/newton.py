@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from madkernels.scaling.fits.form import PARAMETERS, Problem, shares
+from madkernels.scaling.fits.statistics import Array
 
-PARAMETERS = 5  # a, b, e, alpha, beta
 CHUNK = 128  # rows of theta that are minimised at a time
 BLOCK = 2**18  # elements of the (rows, points) arrays that are held at a time
 STEPS = 200  # Newton steps at each delta, at most
@@ -30,21 +30,6 @@ MILD = 3e-2  # descent begins at a delta below this, where most residuals of a l
 UNSEEN = 1e-17  # share of the value: a change that is lost in rounding
 TINY = 1e-200  # instead of a curvature of zero
 ROUNDING = 1e-10  # residuals below this are those of an exact surface
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Points (n,) to fit: centred logarithms of size and data, logarithm of loss."""
-
-    x: Array
-    z: Array
-    y: Array
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def where(self, chosen: NDArray[np.intp] | slice) -> Problem:
-        return Problem(self.x[chosen], self.z[chosen], self.y[chosen])
 
 
 @dataclass(frozen=True)
@@ -79,16 +64,6 @@ class Point:
         """The sums over other points at the same theta."""
         for name in ("value", "gradient", "hessian", "size"):
             getattr(self, name).__iadd__(getattr(other, name))
-
-
-def shares(problem: Problem, theta: Array) -> tuple[Array, Array, Array, Array]:
-    """Residuals (rows, n), and what part of the loss is due to size, to data, and irreducible."""
-    a, b, e, alpha, beta = (column[:, None] for column in theta.T)
-    size, data = a - alpha * problem.x, b - beta * problem.z
-    top = np.maximum(np.maximum(size, data), e)
-    size, data, rest = np.exp(size - top), np.exp(data - top), np.exp(e - top)
-    total = size + data + rest
-    return top + np.log(total) - problem.y, size / total, data / total, rest / total
 
 
 def evaluate(problem: Problem, theta: Array, weights: Array, delta: float) -> Point:

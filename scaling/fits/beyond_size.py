@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from madkernels.models.spec import parse
-from madkernels.scaling.isoflop import Best, PowerLaw, about_parabola, line, minima
-from madkernels.scaling.laws import Interval, interval
-from madkernels.scaling.newton import Array
+from madkernels.scaling.fits.isoflop import Best, PowerLaw, about_parabola, line, minima
+from madkernels.scaling.fits.statistics import Array, Interval, interval
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from madkernels.scaling.digest import file_sha256
+from madkernels.scaling.training.digest import file_sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import Akima1DInterpolator
 
-from madkernels.scaling.laws import Interval, Points, interval
-from madkernels.scaling.newton import Array
+from madkernels.scaling.fits.form import Points
+from madkernels.scaling.fits.statistics import Array, Interval, interval
 
 NEEDED = {"parabola": 3, "cubic": 4, "akima": 5}  # sizes at a budget
 NOWHERE = 2.0  # outside of the sizes, which are scaled to -1 .. 1

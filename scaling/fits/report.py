@@ -18,13 +18,23 @@ from madkernels.models.spec import SpecError
 from madkernels.reporting import pages
 from madkernels.reporting.figures import COLOURS, INK, Panel
 from madkernels.reporting.pages import Section
-from madkernels.scaling import laws
-from madkernels.scaling.compare import BootstrapOptions, Frontier, compare, crossing_text, estimate_text, frontiers
-from madkernels.scaling.correlate import COEFFICIENTS, FEW, coefficient_text, correlate, labels_of, losses_at, read_scores
-from madkernels.scaling.isoflop import through
-from madkernels.scaling.laws import Bootstrap, Fit, interval
-from madkernels.scaling.state import attention_share, hybrid_ratio, overtrained, state_law
-from madkernels.scaling.table import Columns, Cut, Selection, Table, by_group, kinds_of, select, shortened
+from madkernels.scaling.fits import surface
+from madkernels.scaling.fits.beyond_size import attention_share, hybrid_ratio, overtrained, state_law
+from madkernels.scaling.fits.compare import BootstrapOptions, Frontier, compare, crossing_text, estimate_text, frontiers
+from madkernels.scaling.fits.correlate import (
+    COEFFICIENTS,
+    FEW,
+    coefficient_text,
+    correlate,
+    labels_of,
+    losses_at,
+    read_scores,
+)
+from madkernels.scaling.fits.form import FLOPS, NAMES, Points
+from madkernels.scaling.fits.isoflop import through
+from madkernels.scaling.fits.runs_table import Columns, Cut, Selection, Table, by_group, kinds_of, select, shortened
+from madkernels.scaling.fits.statistics import interval
+from madkernels.scaling.fits.surface import Bootstrap, Fit
 
 RESAMPLES = 500  # of each surface
 TOLD_GAPS = 100
@@ -202,7 +212,7 @@ def _surfaces(report: Report) -> Section | None:
     lines, drawn = [], []
     for name, selection in _selections(report, lambda kind: kind != "state").items():
         try:
-            fit = laws.fit(selection.points)
+            fit = surface.fit(selection.points)
         except ValueError as error:
             report.gaps.append(f"{name}: no surface: {error}")
             continue
@@ -210,13 +220,13 @@ def _surfaces(report: Report) -> Section | None:
             report.gaps.append(f"{name}: the surface is not to be trusted: {fit.proof}")
         else:
             drawn.append((name, selection, fit))
-        resampled = laws.bootstrap(selection.points, fit, RESAMPLES)
+        resampled = surface.bootstrap(selection.points, fit, RESAMPLES)
         if resampled.unconverged:
             report.gaps.append(f"{name}: {resampled.unconverged} of {RESAMPLES} resamples of the surface did not converge")
         lines.append([_named(report, name), *_parameters(fit, resampled)])
     if not lines:
         return None
-    head = ["architecture", "points", *laws.NAMES[:-1], "a, 95 %", "starts that end there", "gradient"]
+    head = ["architecture", "points", *NAMES[:-1], "a, 95 %", "starts that end there", "gradient"]
     told = (
         "L(N, D) = E + A / N^alpha + B / D^beta, and a = beta / (alpha + beta). The fit was started from many places: most "
         "should end at the same minimum, where the gradient is near zero. A fit that did not converge is not drawn."
@@ -228,7 +238,7 @@ def _parameters(fit: Fit, resampled: Bootstrap) -> list[str]:
     within, proof = resampled.interval("a"), fit.proof
     return [
         str(fit.count),
-        *(f"{getattr(fit.surface, name):.4g}" for name in laws.NAMES[:-1]),
+        *(f"{getattr(fit.surface, name):.4g}" for name in NAMES[:-1]),
         f"{within.low:.3f} to {within.high:.3f}",
         f"{proof.agreeing} of {proof.seeds}",
         f"{proof.gradient_norm:.1e}",
@@ -243,13 +253,13 @@ def _contours(drawn: list[tuple[str, Selection, Fit]]) -> list[Markup]:
     return [pages.figure(panels, caption)]
 
 
-def _draw_contours(axes: Axes, points: laws.Points, fit: Fit) -> None:
-    flops = laws.FLOPS * points.params * points.tokens
+def _draw_contours(axes: Axes, points: Points, fit: Fit) -> None:
+    flops = FLOPS * points.params * points.tokens
     across = np.geomspace(flops.min() / 2, flops.max() * 2, 80)
     sizes = np.geomspace(points.params.min() / 2, points.params.max() * 2, 80)
     c, n = np.meshgrid(across, sizes)
     levels = np.linspace(points.loss.min(), points.loss.max(), 5)
-    lines = axes.contour(c, n, fit.surface.loss(n, c / laws.FLOPS / n), levels=levels, colors=[INK], linewidths=0.5)
+    lines = axes.contour(c, n, fit.surface.loss(n, c / FLOPS / n), levels=levels, colors=[INK], linewidths=0.5)
     axes.clabel(lines, fmt="%.2f")
     axes.plot(flops, points.params, ".", color=COLOURS[0], ms=4)
     axes.plot(across, [fit.surface.optimum(budget).params for budget in across], color=COLOURS[1], lw=2)

@@ -142,15 +142,15 @@ class LMRun(Keyed):
 
     def trial(self, dearest: float) -> Callable[[], float] | None:
         """Steps of this run, to measure its pace by (:mod:`madkernels.runs.pace`)."""
-        from madkernels.scaling.train import trial
+        from madkernels.scaling.training.trainer import trial
 
         return trial(self, dearest)
 
     @staticmethod
     def do(job: Sequence[LMRun], on_point: Callable[[LMRun, int, dict[str, float]], None], device: str) -> list[Result]:
         """Trains the run of a job; its checkpoints let it go on where it was killed, or stopped by a signal."""
-        from madkernels.scaling.stop import Stop
-        from madkernels.scaling.train import Execution, train
+        from madkernels.scaling.training.stop import Stop
+        from madkernels.scaling.training.trainer import Execution, train
 
         (run,) = job
         how = Execution(device=device, save_every=60)

@@ -21,8 +21,10 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import erf
 from scipy.stats import chi2
 
-from madkernels.scaling.laws import LAD, NAMES, TIED, Fit, Interval, Points, part_of
-from madkernels.scaling.newton import Array, minimise
+from madkernels.scaling.fits.form import NAMES, TIED, Points, constraint
+from madkernels.scaling.fits.newton import minimise
+from madkernels.scaling.fits.statistics import Array, Interval
+from madkernels.scaling.fits.surface import LAD, Fit, part_of
 
 LOGARITHMS = ("E", "A", "B")  # walked along in the logarithm
 STEP = 0.01  # the first one outwards
@@ -109,23 +111,7 @@ def _ends(points: Points, fitted: Fit, names: list[str], at: Array, sides: Array
 
 def _plane(name: str, value: float, centre: tuple[float, float], tied: bool, theta: Array) -> tuple[Array, Array]:
     """The plane in which the parameter has this value: its point nearest to theta (5,), and its directions (5, k)."""
-    normal, right = _constraint(name, value, centre)
+    normal, right = constraint(name, value, centre)
     normals = np.vstack([normal, TIED]) if tied else normal[None]
     rights = np.array([right, 0.0])[: len(normals)]
     return theta + np.linalg.pinv(normals) @ (rights - normals @ theta), null_space(normals)
-
-
-def _constraint(name: str, value: float, centre: tuple[float, float]) -> tuple[Array, float]:
-    """The constraint `name` = value as coefficients of theta (5,) and a right side."""
-    x, z = centre
-    along: dict[str, tuple[list[float], float]] = {
-        "A": ([1, 0, 0, x, 0], value),
-        "B": ([0, 1, 0, 0, z], value),
-        "E": ([0, 0, 1, 0, 0], value),
-        "alpha": ([0, 0, 0, 1, 0], value),
-        "beta": ([0, 0, 0, 0, 1], value),
-        "a": ([0, 0, 0, -value, 1 - value], 0.0),
-        "b": ([0, 0, 0, 1 - value, -value], 0.0),
-    }
-    normal, right = along[name]
-    return np.array(normal, dtype=np.float64), right

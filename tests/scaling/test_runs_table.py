@@ -7,7 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from madkernels.scaling.table import Columns, Cut, Selection, Table, by_group, csv_text, of_kind, read_table, select
+from madkernels.scaling.fits.runs_table import (
+    Columns,
+    Cut,
+    Selection,
+    Table,
+    by_group,
+    csv_text,
+    of_kind,
+    read_table,
+    select,
+)
 
 HEAD, ROWS = "N,D,L", ("1e8,1e9,3.5", "2e8,2e9,3.2", "4e8,4e9,3.0")
 COLUMNS = Columns("N", "L", "D")

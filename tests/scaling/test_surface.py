@@ -10,14 +10,14 @@ import pytest
 from scaling_points import SURFACE, chinchilla, grid
 from scipy.optimize import minimize
 
-from madkernels.scaling import laws, newton, screening
-from madkernels.scaling.laws import Points
-from madkernels.scaling.profile import profile
+from madkernels.scaling.fits import newton, screening, surface
+from madkernels.scaling.fits.form import Points
+from madkernels.scaling.fits.profile_likelihood import profile
 
 FIELDS = ("E", "A", "B", "alpha", "beta")
 
 
-def values(surface: laws.Surface) -> list[float]:
+def values(surface: surface.Surface) -> list[float]:
     return [getattr(surface, name) for name in FIELDS]
 
 
@@ -25,7 +25,7 @@ def values(surface: laws.Surface) -> list[float]:
 
 
 def test_huber_optimum_of_the_chinchilla_points() -> None:
-    found = laws.fit(chinchilla())
+    found = surface.fit(chinchilla())
     assert found.count == 240
     assert values(found.surface) == pytest.approx([1.81722, 477.826, 2143.42, 0.34731, 0.36717], rel=1e-5)
     assert found.objective == pytest.approx(1.0182740178e-3, rel=1e-9)
@@ -38,14 +38,14 @@ def test_huber_optimum_of_the_chinchilla_points() -> None:
 
 def test_least_absolute_deviations_is_the_published_headline() -> None:
     """Besiroglu et al. fit a scale along; it went to 4.7e-6, so their Huber loss is an absolute value."""
-    found = laws.fit(chinchilla(), laws.LAD)
+    found = surface.fit(chinchilla(), surface.LAD)
     assert values(found.surface) == pytest.approx([1.8172, 482.01, 2085.43, 0.3478, 0.3658], rel=2e-4)
     assert values(found.surface) == pytest.approx([1.81686, 482.005, 2085.43, 0.34781, 0.36585], rel=2e-5)
     assert found.proof.converged
 
 
 def test_all_chinchilla_points() -> None:
-    found = laws.fit(chinchilla(drop_highest=0))
+    found = surface.fit(chinchilla(drop_highest=0))
     assert found.count == 245
     assert values(found.surface) == pytest.approx([1.89134, 495.72, 12845, 0.34931, 0.45305], rel=5e-5)
     assert found.objective == pytest.approx(1.8260105e-3, rel=1e-7)
@@ -55,14 +55,14 @@ def test_all_chinchilla_points() -> None:
     ("delta", "e", "beta"), [(1e-2, 1.83808, 0.38154), (1e-4, 1.81582, 0.36538), (1e-5, 1.81668, 0.36576)]
 )
 def test_other_deltas(delta: float, e: float, beta: float) -> None:
-    found = laws.fit(chinchilla(), delta)
+    found = surface.fit(chinchilla(), delta)
     assert (found.surface.E, found.surface.beta) == pytest.approx((e, beta), abs=6e-6)
 
 
 def test_published_bootstrap() -> None:
     """4,000 resamples of seed 42. The published fits of A's lower end (285.21) stopped short: converged it is 286.09."""
     points = chinchilla()
-    drawn = laws.bootstrap(points, laws.fit(points), 4000, seed=42)
+    drawn = surface.bootstrap(points, surface.fit(points), 4000, seed=42)
     assert (len(drawn.surfaces), drawn.unconverged) == (4000, 0)
     sd = [drawn.interval(name).sd for name in FIELDS]
     assert sd == pytest.approx([0.0257, 124.5, 1293.3, 0.0154, 0.0206], rel=4e-3)
@@ -84,19 +84,19 @@ def test_published_bootstrap() -> None:
 # ---- known answers
 
 
-@pytest.mark.parametrize("delta", [1e-3, 1.0, laws.LAD])
+@pytest.mark.parametrize("delta", [1e-3, 1.0, surface.LAD])
 def test_an_exact_surface_is_recovered(delta: float) -> None:
-    found = laws.fit(grid(), delta)
+    found = surface.fit(grid(), delta)
     assert values(found.surface) == pytest.approx(values(SURFACE), rel=1e-9)
     assert found.proof.converged
 
 
 def test_tied_exponents() -> None:
     tied = dataclasses.replace(SURFACE, beta=SURFACE.alpha)
-    found = laws.fit(grid(surface=tied), tied=True)
+    found = surface.fit(grid(surface=tied), tied=True)
     assert values(found.surface) == pytest.approx(values(tied), rel=1e-9)
     assert found.surface.a == pytest.approx(0.5)
-    free, held = (laws.fit(grid(noise=0.01), tied=tied) for tied in (False, True))
+    free, held = (surface.fit(grid(noise=0.01), tied=tied) for tied in (False, True))
     assert held.objective > free.objective, "the constraint costs something where it does not hold"
     assert held.surface.alpha == pytest.approx(held.surface.beta, rel=1e-12)
 
@@ -105,9 +105,9 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     inside, trials = {"bootstrap": 0, "profile": 0}, 20
     for seed in range(trials):
         points = grid(noise=0.01, seed=seed)
-        found = laws.fit(points)
+        found = surface.fit(points)
         intervals = {
-            "bootstrap": laws.bootstrap(points, found, 100, seed=seed).interval("a", 0.9),
+            "bootstrap": surface.bootstrap(points, found, 100, seed=seed).interval("a", 0.9),
             "profile": profile(points, found, 0.9)["a"],
         }
         for name, interval in intervals.items():
@@ -119,7 +119,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
 def test_profile_against_normal_theory() -> None:
     """Under squares the ends are about 1.96 standard errors of the linearised fit away."""
     points = grid(noise=0.003)
-    found = laws.fit(points, 1.0)
+    found = surface.fit(points, 1.0)
     curve = newton.evaluate(points.problem, found.theta[None], np.ones((1, 64)), 1.0).hessian[0]
     error = np.sqrt(np.linalg.inv(curve)[3, 3] * 2 * found.objective / 64)
     ends = profile(points, found)["alpha"]
@@ -168,9 +168,9 @@ def test_blocks_of_points_give_what_all_give(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_seeds_of_a_large_table_come_to_the_minimum_of_all_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     points = large(2000)
-    whole = laws.fit(points)
-    monkeypatch.setattr(laws, "SAMPLE", 300)
-    found = laws.fit(points)
+    whole = surface.fit(points)
+    monkeypatch.setattr(surface, "SAMPLE", 300)
+    found = surface.fit(points)
     assert values(found.surface) == pytest.approx(values(whole.surface), rel=2e-6)  # as exact as either proof
     assert found.objective == pytest.approx(whole.objective, rel=1e-12)
     assert (found.count, found.proof.converged, found.proof.agreeing) == (2000, True, 9)
@@ -178,10 +178,10 @@ def test_seeds_of_a_large_table_come_to_the_minimum_of_all_its_rows(monkeypatch:
 
 def test_intervals_of_a_large_table_are_about_those_of_all_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     points = large(1500)
-    fitted = laws.fit(points)
-    whole = laws.bootstrap(points, fitted, 100), profile(points, fitted)
-    monkeypatch.setattr(laws, "SAMPLE", 500)
-    some = laws.bootstrap(points, fitted, 100), profile(points, fitted)
+    fitted = surface.fit(points)
+    whole = surface.bootstrap(points, fitted, 100), profile(points, fitted)
+    monkeypatch.setattr(surface, "SAMPLE", 500)
+    some = surface.bootstrap(points, fitted, 100), profile(points, fitted)
     assert (whole[0].rows, some[0].rows) == (1500, 500)
     for name in ("E", "alpha", "beta", "a"):
         ends = [(drawn.interval(name), ends[name]) for drawn, ends in (whole, some)]
@@ -193,7 +193,7 @@ def test_intervals_of_a_large_table_are_about_those_of_all_its_rows(monkeypatch:
 def test_memory_does_not_grow_with_the_cells_of_the_seeds() -> None:
     points = large(100_000)
     tracemalloc.start()
-    laws.fit(points)
+    surface.fit(points)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 200e6, "rows x 144 cells x 9 would be 1 GB"
@@ -218,8 +218,8 @@ def test_derivatives(delta: float) -> None:
 def test_never_worse_than_a_general_minimiser() -> None:
     """On resamples, against BFGS with the same gradient from the published parameters."""
     points = chinchilla()
-    problem, fitted = points.problem, laws.fit(points)
-    weights = laws.resamples(len(points), 100, seed=1)
+    problem, fitted = points.problem, surface.fit(points)
+    weights = surface.resamples(len(points), 100, seed=1)
     warm = newton.minimise(problem, np.repeat(fitted.theta[None], 100, 0), weights, fitted.delta)
     x, z = points.centre
     start = np.array([np.log(406.4) - 0.33917 * x, np.log(410.72) - 0.28491 * z, np.log(1.69337), 0.33917, 0.28491])
@@ -235,7 +235,7 @@ def test_never_worse_than_a_general_minimiser() -> None:
 def test_resamples_are_those_of_the_global_generator() -> None:
     np.random.seed(42)  # noqa: NPY002
     drawn = np.random.choice(np.arange(7), 7)  # noqa: NPY002
-    assert laws.resamples(7, 1, 42)[0].tolist() == np.bincount(drawn, minlength=7).tolist()
+    assert surface.resamples(7, 1, 42)[0].tolist() == np.bincount(drawn, minlength=7).tolist()
 
 
 # ---- what it says of itself
@@ -245,7 +245,9 @@ def test_a_fit_without_a_minimum_says_so() -> None:
     """The loss does not fall with data at all: B and beta cannot be told."""
     params, tokens = (v.ravel() for v in np.meshgrid(np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e12, 6)))
     noise = 0.002 * np.random.default_rng(0).standard_normal(36)
-    found = laws.fit(Points(params, tokens, (1.7 + 400 * params**-0.34) * (1 + 0.1 * np.log(tokens / 1e9)) * np.exp(noise)))
+    found = surface.fit(
+        Points(params, tokens, (1.7 + 400 * params**-0.34) * (1 + 0.1 * np.log(tokens / 1e9)) * np.exp(noise))
+    )
     assert not found.proof.converged
     assert str(found.proof).startswith("NOT CONVERGED")
 
@@ -256,18 +258,18 @@ def test_screening_finds_planted_points() -> None:
     loss[3] *= 1.3
     loss[10] *= 0.8
     points = Points(params, clean.tokens, loss)
-    found = screening.screen(points, laws.fit(points))
+    found = screening.screen(points, surface.fit(points))
     assert np.flatnonzero(found.high).tolist() == [3]
     assert np.flatnonzero(found.low).tolist() == [10]
     assert found.undertrained.sum() == (points.tokens < points.params).sum() > 0
-    named = {without.what: without for without in screening.sensitivity(points, laws.fit(points))}
+    named = {without.what: without for without in screening.sensitivity(points, surface.fit(points))}
     assert named["far above the surface"].dropped == 1
     assert "5 highest" in named
 
 
 def test_sensitivity_of_the_chinchilla_points() -> None:
     points = chinchilla(drop_highest=0)
-    named = {w.what: w.fit for w in screening.sensitivity(points, laws.fit(points))}
+    named = {w.what: w.fit for w in screening.sensitivity(points, surface.fit(points))}
     without = named["5 highest"]
     assert without is not None
     assert without.surface.beta == pytest.approx(0.36717, abs=5e-6)
@@ -288,14 +290,14 @@ def test_losses_that_are_none() -> None:
 def test_refusals() -> None:
     points = grid()
     with pytest.raises(ValueError, match="4 points cannot determine 5 parameters"):
-        laws.fit(points.where(np.arange(4)))
-    laws.fit(points.where(np.array([0, 9, 18, 60])), tied=True)
+        surface.fit(points.where(np.arange(4)))
+    surface.fit(points.where(np.array([0, 9, 18, 60])), tied=True)
     with pytest.raises(ValueError, match="all points have one size"):
-        laws.fit(points.where(np.flatnonzero(points.params == points.params[0])))
+        surface.fit(points.where(np.flatnonzero(points.params == points.params[0])))
     with pytest.raises(ValueError, match="all points have one loss, 3: the surface cannot be told"):
-        laws.fit(Points(points.params, points.tokens, np.full(64, 3.0)))
+        surface.fit(Points(points.params, points.tokens, np.full(64, 3.0)))
     with pytest.raises(ValueError, match="delta"):
-        laws.fit(points, 0.0)
+        surface.fit(points, 0.0)
     with pytest.raises(ValueError, match="loss: values must be finite and positive"):
         Points(points.params, points.tokens, -points.loss)
     with pytest.raises(ValueError, match="tokens: shape"):

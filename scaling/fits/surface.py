@@ -15,18 +15,16 @@ of exponents is cut into blocks, and the best cell of each block is a seed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import null_space
+from numpy.typing import NDArray
 
-from madkernels.scaling.newton import CHUNK, PARAMETERS, Array, Minimum, Problem, minimise
+from madkernels.scaling.fits.form import PARAMETERS, Points, Problem, Surface, directions, recentred, surface_of
+from madkernels.scaling.fits.newton import CHUNK, Minimum, minimise
+from madkernels.scaling.fits.statistics import Array, Interval, interval
 
 HUBER = 1e-3  # delta of the published recipe
 LAD = 1e-8  # delta at which the fit is that of least absolute deviations: its residuals are all far larger, or zero
-FLOPS = 6.0  # per parameter and token, forward and backward
-NAMES = ("E", "A", "B", "alpha", "beta", "a", "b")
 
 EXPONENTS = np.geomspace(0.05, 1.5, 12)  # alpha and beta of the grid that seeds come from
 SEEDS = 9
@@ -38,93 +36,6 @@ CURVED = 1e-11  # relative to the largest eigenvalue: above this an eigenvalue i
 SAMPLE = 5000  # rows beyond which seeds begin, and intervals are drawn, on so many of them
 CLOSE = 1e-3  # delta at which minimising over all rows begins from a minimum over SAMPLE rows
 ONE_SEED = 1e-6  # difference of the parameters below which two seeds have met, and go on as one
-TIED = np.array([[0.0, 0.0, 0.0, 1.0, -1.0]])  # alpha - beta = 0
-
-
-@dataclass(frozen=True)
-class Points:
-    """Runs: parameters, tokens and loss in nats per token, each (n,), finite and positive. ValueError if they are not."""
-
-    params: Array
-    tokens: Array
-    loss: Array
-
-    def __post_init__(self) -> None:
-        for name in ("params", "tokens", "loss"):
-            values = np.asarray(getattr(self, name), dtype=np.float64)
-            object.__setattr__(self, name, values)
-            if values.shape != self.params.shape or values.ndim != 1:
-                raise ValueError(f"{name}: shape {values.shape}; expected ({np.size(self.params)},), as that of params")
-            if not (np.isfinite(values) & (values > 0)).all():
-                raise ValueError(f"{name}: values must be finite and positive")
-
-    def __len__(self) -> int:
-        return len(self.loss)
-
-    def where(self, chosen: NDArray[np.bool_] | NDArray[np.intp]) -> Points:
-        return Points(self.params[chosen], self.tokens[chosen], self.loss[chosen])
-
-    @cached_property
-    def centre(self) -> tuple[float, float]:
-        """Means of ln N and ln D."""
-        return float(np.log(self.params).mean()), float(np.log(self.tokens).mean())
-
-    @cached_property
-    def problem(self) -> Problem:
-        x, z = self.centre
-        return Problem(np.log(self.params) - x, np.log(self.tokens) - z, np.log(self.loss))
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """The size and the tokens that make the best of a budget, and the loss they come to."""
-
-    flops: float
-    params: float
-    tokens: float
-    loss: float
-
-
-def no_optimum(flops: float) -> Allocation:
-    return Allocation(flops, float("nan"), float("nan"), float("nan"))
-
-
-@dataclass(frozen=True)
-class Surface:
-    """L(N, D) = E + A / N^alpha + B / D^beta, in nats per token."""
-
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
-
-    @property
-    def a(self) -> float:
-        """The exponent of the optimal size, N_opt ~ C^a."""
-        return self.beta / (self.alpha + self.beta) if self.alpha + self.beta else float("nan")
-
-    @property
-    def b(self) -> float:
-        """The exponent of the optimal data, D_opt ~ C^b."""
-        return self.alpha / (self.alpha + self.beta) if self.alpha + self.beta else float("nan")
-
-    def loss(self, params: ArrayLike, tokens: ArrayLike) -> Array:
-        size, data = np.asarray(params, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
-        return np.asarray(self.E + self.A * size**-self.alpha + self.B * data**-self.beta)
-
-    def optimum(self, flops: float, factor: float = FLOPS) -> Allocation:
-        """The best split of a budget C = factor N D: there, alpha A / N^alpha = beta B / D^beta.
-
-        NaN where an exponent is not positive: the more on one side then, the better.
-        """
-        if not (self.alpha > 0 and self.beta > 0):
-            return no_optimum(flops)
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # of a surface far beyond any run
-            balance = np.log(self.alpha / self.beta) + np.log(self.A) - np.log(self.B)
-            params = np.exp((balance + self.beta * np.log(flops / factor)) / (self.alpha + self.beta))
-            tokens = flops / factor / params
-            return Allocation(flops, float(params), float(tokens), float(self.loss(params, tokens)))
 
 
 @dataclass(frozen=True)
@@ -185,15 +96,11 @@ class Fit:
     @property
     def basis(self) -> Array:
         """The directions in which the parameters may move, (5, k)."""
-        return _basis(self.tied)
+        return directions(self.tied)
 
 
 def _unit(delta: float) -> float:
     return 1.0 if delta == LAD else delta
-
-
-def _basis(tied: bool) -> Array:
-    return np.asarray(null_space(TIED)) if tied else np.eye(PARAMETERS)
 
 
 def fit(points: Points, delta: float = HUBER, *, tied: bool = False) -> Fit:
@@ -204,10 +111,10 @@ def fit(points: Points, delta: float = HUBER, *, tied: bool = False) -> Fit:
     _check(points, tied)
     if not delta > 0:
         raise ValueError(f"delta: {delta}; expected a positive number")
-    basis = _basis(tied)
+    basis = directions(tied)
     found = _from_seeds(points.problem, delta, tied, basis)
     best = int(np.argmin(np.where(np.isfinite(found.value), found.value, np.inf)))
-    surface = _surface(found.theta[best], points.centre)
+    surface = surface_of(found.theta[best], points.centre)
     objective = float(found.value[best]) * _unit(delta)
     return Fit(surface, objective, delta, tied, len(points), _proof(points, found, best, basis), found.theta[best])
 
@@ -248,13 +155,6 @@ def _check(points: Points, tied: bool) -> None:
     for name, values in (("size", points.params), ("number of tokens", points.tokens), ("loss", points.loss)):
         if values.min() == values.max():
             raise ValueError(f"all points have one {name}, {values[0]:g}: the surface cannot be told from them")
-
-
-def _surface(theta: Array, centre: tuple[float, float]) -> Surface:
-    a, b, e, alpha, beta = (float(value) for value in theta)
-    x, z = centre
-    with np.errstate(over="ignore"):
-        return Surface(float(np.exp(e)), float(np.exp(a + alpha * x)), float(np.exp(b + beta * z)), alpha, beta)
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # where the parameters are not determined
@@ -314,15 +214,6 @@ def projected(problem: Problem, weights: Array, cells: Array) -> tuple[Array, Ar
 
 
 @dataclass(frozen=True)
-class Interval:
-    """Ends of an interval, and the standard deviation where there are draws."""
-
-    low: float
-    high: float
-    sd: float | None = None
-
-
-@dataclass(frozen=True)
 class Bootstrap:
     """Surfaces fitted to resamples of the points.
 
@@ -348,13 +239,6 @@ class Bootstrap:
         return np.array([surface.optimum(flops).loss for surface in self.surfaces])
 
 
-def interval(draws: Array, level: float = 0.95) -> Interval:
-    """The interval between percentiles of draws, with their standard deviation (population form)."""
-    with np.errstate(over="ignore", invalid="ignore"):  # of a parameter that is not determined
-        low, high = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
-        return Interval(float(low), float(high), float(draws.std()))
-
-
 def resamples(points: int, count: int, seed: int) -> Array:
     """How often each point is drawn, (count, points): the draws of `numpy.random.seed(seed)` and `numpy.random.choice`."""
     state = np.random.RandomState(seed)  # that of the published intervals
@@ -375,15 +259,9 @@ def bootstrap(points: Points, fitted: Fit, count: int = 4000, seed: int = 42) ->
     theta = np.where(better[:, None], cold.theta, warm.theta)
     norm = np.where(better, cold.gradient_norm, warm.gradient_norm)
     if some is not points:
-        theta = _recentred(fitted.theta, points.centre, some.centre) + narrower * (theta - own.theta)
-    surfaces = [_surface(row, some.centre) for row in theta]
+        theta = recentred(fitted.theta, points.centre, some.centre) + narrower * (theta - own.theta)
+    surfaces = [surface_of(row, some.centre) for row in theta]
     return Bootstrap(surfaces, int((norm > FLAT).sum()), int(better.sum()), len(some))
-
-
-def _recentred(theta: Array, old: tuple[float, float], new: tuple[float, float]) -> Array:
-    """(5,), about other means of ln N and ln D."""
-    a, b, e, alpha, beta = theta
-    return np.array([a + alpha * (old[0] - new[0]), b + beta * (old[1] - new[1]), e, alpha, beta])
 
 
 def _coldest(problem: Problem, weights: Array, tied: bool) -> Array:

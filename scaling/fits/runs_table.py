@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from madkernels.scaling.laws import FLOPS, Points
-from madkernels.scaling.newton import Array
-from madkernels.scaling.screening import acceptable, highest, why_not
+from madkernels.scaling.fits.form import FLOPS, Points
+from madkernels.scaling.fits.screening import acceptable, highest, why_not
+from madkernels.scaling.fits.statistics import Array
 
 SEPARATORS = ",;\t|"
 FINISHED = ("", "done", "finished", "completed", "complete", "success", "succeeded", "ok")  # in a column `status`

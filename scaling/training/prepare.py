@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from madkernels.scaling.data import FORMAT, MANIFEST, SPLITS, Tokens, checksum, data_sha256
-from madkernels.scaling.tokenizers import Tokenizer
+from madkernels.scaling.training.data import FORMAT, MANIFEST, SPLITS, Tokens, checksum, data_sha256
+from madkernels.scaling.training.tokenizers import Tokenizer
 
 SHARD_TOKENS = 2**28
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from madkernels.scaling.data import Tokens
+from madkernels.scaling.training.data import Tokens
 
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 FILE = "tokenizer.json"  # beside data and checkpoints that were made with one

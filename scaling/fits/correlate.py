@@ -10,19 +10,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import permutations
-from math import factorial, gcd
+from math import gcd
 from typing import Any
 
 import numpy as np
 from rich.table import Table as Shown
-from scipy.stats import kendalltau, pearsonr, spearmanr
+from scipy.stats import kendalltau, pearsonr, permutation_test, spearmanr
 
 from madkernels.models.spec import SpecError, parse
-from madkernels.scaling.compare import Frontier
-from madkernels.scaling.laws import Interval, interval
-from madkernels.scaling.newton import Array
-from madkernels.scaling.table import Table
+from madkernels.scaling.fits.compare import Frontier
+from madkernels.scaling.fits.runs_table import Table
+from madkernels.scaling.fits.statistics import Array, Interval, interval
 
 FEW = 6  # architectures below which resampling them gives no interval worth the name
 RESAMPLES = 1000
@@ -137,12 +135,17 @@ def _plain(of: Callable[[Array, Array], Any]) -> Callable[[Array, Array], float]
 
 
 def _correlation(of: Callable[[Array, Array], float], x: Array, y: Array, seed: int) -> Correlation:
-    value, rng = of(x, y), np.random.default_rng(seed)
-    all_of_them = factorial(len(y)) <= EXACT
-    orders = permutations(range(len(y))) if all_of_them else (rng.permutation(len(y)) for _ in range(EXACT))
-    as_far = [abs(of(x, y[list(order)])) >= abs(value) - 1e-12 for order in orders]
-    p = float(np.mean(as_far)) if all_of_them else (sum(as_far) + 1) / (EXACT + 1)
-    return Correlation(value, p, _resampled(of, x, y, rng) if len(x) >= FEW else None)
+    rng = np.random.default_rng(seed)
+    test = permutation_test(
+        (y,),
+        lambda drawn: abs(of(x, drawn)),
+        permutation_type="pairings",
+        vectorized=False,
+        n_resamples=EXACT,
+        alternative="greater",
+        rng=rng,
+    )
+    return Correlation(of(x, y), float(test.pvalue), _resampled(of, x, y, rng) if len(x) >= FEW else None)
 
 
 def _resampled(of: Callable[[Array, Array], float], x: Array, y: Array, rng: np.random.Generator) -> Interval:

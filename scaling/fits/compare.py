@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from rich.table import Table as Shown
 
-from madkernels.scaling.isoflop import Best, Curve, below_all, curves_of, draw_minima, exponents, line, lowest
-from madkernels.scaling.laws import Interval, Points, interval
-from madkernels.scaling.newton import Array
-from madkernels.scaling.outlying import outlying, tell
-from madkernels.scaling.table import Columns, Cut, Dropped, Table, by_group, of_kind, select
+from madkernels.scaling.fits.form import Points
+from madkernels.scaling.fits.isoflop import Best, Curve, below_all, curves_of, draw_minima, exponents, line, lowest
+from madkernels.scaling.fits.outlying import outlying, tell
+from madkernels.scaling.fits.runs_table import Columns, Cut, Dropped, Table, by_group, of_kind, select
+from madkernels.scaling.fits.statistics import Array, Interval, interval
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from madkernels.scaling.laws import Fit, Points, fit
-from madkernels.scaling.newton import Array, shares
+from madkernels.scaling.fits.form import Points, shares
+from madkernels.scaling.fits.statistics import Array
+from madkernels.scaling.fits.surface import Fit, fit
 
 ABSURD = 20 * np.log(2)  # nats: worse than a guess among a million tokens
 NOTHING = 1e-9  # nats

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.ndimage import median_filter
 
-from madkernels.scaling.isoflop import training_curves
-from madkernels.scaling.laws import SAMPLE, Points, projected, sample
-from madkernels.scaling.newton import Array, Problem
-from madkernels.scaling.screening import OUTLYING, UNDERTRAINED, Flags
-from madkernels.scaling.table import TOLD, Selection, by_row
+from madkernels.scaling.fits.form import Points, Problem
+from madkernels.scaling.fits.isoflop import training_curves
+from madkernels.scaling.fits.runs_table import TOLD, Selection, by_row
+from madkernels.scaling.fits.screening import OUTLYING, UNDERTRAINED, Flags
+from madkernels.scaling.fits.statistics import Array
+from madkernels.scaling.fits.surface import SAMPLE, projected, sample
 
 FAR, FAR_UNDERTRAINED = np.log(1.1), np.log(1.5)  # of the loss
 GAP = np.log(1.5)

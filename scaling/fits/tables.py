@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from rich.table import Table as Shown
 
-from madkernels.scaling import laws
-from madkernels.scaling.isoflop import Optimum, envelope, isoflop, nearest_budgets
-from madkernels.scaling.laws import LAD, NAMES, Allocation, Bootstrap, Fit, Interval, no_optimum
-from madkernels.scaling.newton import Array
-from madkernels.scaling.profile import profile
-from madkernels.scaling.screening import LeaveOutFit, Screening, screen, sensitivity
-from madkernels.scaling.table import Selection
+from madkernels.scaling.fits.form import NAMES, Allocation, no_optimum
+from madkernels.scaling.fits.isoflop import Optimum, envelope, isoflop, nearest_budgets
+from madkernels.scaling.fits.profile_likelihood import profile
+from madkernels.scaling.fits.runs_table import Selection
+from madkernels.scaling.fits.screening import LeaveOutFit, Screening, screen, sensitivity
+from madkernels.scaling.fits.statistics import Array, Interval, interval
+from madkernels.scaling.fits.surface import LAD, SAMPLE, Bootstrap, Fit, bootstrap, fit
 
 LEVEL = 0.95
 
@@ -34,8 +34,8 @@ class Summary:
 
 def summarise(selection: Selection, delta: float, tied: bool, resamples: int, seed: int) -> Summary:
     points = selection.points
-    fitted = laws.fit(points, delta, tied=tied)
-    drawn = laws.bootstrap(points, fitted, resamples, seed) if resamples else None
+    fitted = fit(points, delta, tied=tied)
+    drawn = bootstrap(points, fitted, resamples, seed) if resamples else None
     return Summary(
         selection, fitted, profile(points, fitted, LEVEL), drawn, screen(points, fitted), sensitivity(points, fitted)
     )
@@ -150,7 +150,7 @@ def tables(summary: Summary, group: str, budgets: Sequence[float]) -> list[Shown
 def parameter_table(summary: Summary, title: str) -> Shown:
     """Parameters and their intervals; the proof is the caption."""
     drawn, found = summary.bootstrap, summary.fit
-    few = f" Intervals from {laws.SAMPLE:,} of them, brought to the number of all." if found.count > laws.SAMPLE else ""
+    few = f" Intervals from {SAMPLE:,} of them, brought to the number of all." if found.count > SAMPLE else ""
     out = Shown(title=title, caption=f"{found.count:,} points. {found.proof}.{few}")
     out.add_column("")
     for head in ("fit", "profile, 95 %", *(("bootstrap, 95 %", "sd") if drawn else ())):
@@ -209,7 +209,7 @@ def optimum_table(summary: Summary, budgets: Sequence[float]) -> Shown:
         if summary.bootstrap:
             losses = summary.bootstrap.losses(best.flops)
             drawn = losses[np.isfinite(losses)]
-            within = laws.interval(drawn, LEVEL) if len(drawn) > 1 else None
+            within = interval(drawn, LEVEL) if len(drawn) > 1 else None
             cells.append(f"{within.low:.4f} to {within.high:.4f}" if within else "-")
         out.add_row(*cells)
     return out

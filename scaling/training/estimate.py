@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from madkernels.fused.cross_entropy import CHUNK_TOKENS
 from madkernels.models import HybridLM, LayerSpec, counting
 from madkernels.models.layers.base import check_positive
-from madkernels.scaling.train import CHECKPOINTING, kept_results
+from madkernels.scaling.training.trainer import CHECKPOINTING, kept_results
 
 SHARDINGS = ("full", "none")
 

@@ -41,11 +41,12 @@ from madkernels.models.lm import Place
 from madkernels.ops.registration import kept_under_recomputation
 from madkernels.runs.engines import Diverged
 from madkernels.runs.pace import Trial, trial_of
-from madkernels.scaling import checkpoint, tokenizers
-from madkernels.scaling.data import Batch, Batches, Corpus, held_out
-from madkernels.scaling.recipe import LMRun
-from madkernels.scaling.stop import Stop, Stopped
-from madkernels.scaling.watch import Guard, Log, points_of, say
+from madkernels.scaling.training import checkpoint, tokenizers
+from madkernels.scaling.training.data import Batch, Batches, Corpus, held_out
+from madkernels.scaling.training.guard import Guard
+from madkernels.scaling.training.log import Log, points_of, say
+from madkernels.scaling.training.recipe import LMRun
+from madkernels.scaling.training.stop import Stop, Stopped
 
 BETAS = (0.9, 0.95)
 CHECKPOINTING = ("none", "selective", "full")

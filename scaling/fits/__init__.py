@@ -1,0 +1,1 @@
+"""Scaling laws of the results of trainings."""

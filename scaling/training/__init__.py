@@ -1,0 +1,1 @@
+"""Training one language model: text to tokens, the trainer, its checkpoints, and models of them."""
