@@ -3,6 +3,7 @@
 First a gate: every contender runs once on the timed inputs, and is compared with the float64 reference. One that is wrong
 is not timed. Then rounds: in each, every contender runs once, on the next copy of the inputs, so that none finds them in
 cache. All share the machine's ups and downs, and the order moves on, so that none always has the same one before it.
+Warm rounds have one copy, and of two runs of a contender one after the other they time the second.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class Measured:
         """Notes what follows from the inputs, which have the gradient of the output as `out`."""
         total = sum(value.nbytes for value in inputs.values())
         self.copies[dtype] = len(copies)
-        self.cold = self.cold and total * (len(copies) - 1) > cache_bytes(inputs)
+        self.cold = self.cold and total * max(len(copies) - 1, 1) > cache_bytes(inputs)
         # Forward: inputs and output once. Backward: these and the gradient of each input.
         self.traffic[dtype] = {"forward": total, "backward": 2 * total - inputs["out"].nbytes}
 
@@ -147,12 +148,18 @@ class Contender:
     backward: bool
     channel_first: bool
     result: Result
+    warm: bool = False
     runs: int = 0
 
     def run(self) -> float:
         """Seconds of one run on the next copy."""
         inputs = self.copies[self.runs % len(self.copies)]
         self.runs += 1
+        if self.warm:
+            self.run_on(inputs)
+        return self.run_on(inputs)
+
+    def run_on(self, inputs: Inputs) -> float:
         if not self.backward:
             tensors = {name: value for name, value in inputs.items() if name != "out"}
             with torch.no_grad():
@@ -261,9 +268,10 @@ def run_rounds(runners: Sequence[Contender], rates: Rates | gpu.Rates, runs: int
 
 def measure(
     benchmark: Benchmark, case: Case, dtypes: Sequence[torch.dtype], passes: Sequence[str], peers: Sequence[Peer],
-    runs: int = 30, device: torch.device = CPU,
+    runs: int = 30, device: torch.device = CPU, warm: bool = False,
 ) -> Measured:  # fmt: skip
-    """Gates and times the op and the peers given on one case, each at most `runs` times. All dtypes share the rounds."""
+    """Gates and times the op and the peers given on one case, each at most `runs` times; where `warm`, on inputs
+    that are in cache. All dtypes share the rounds."""
     absent = {peer.name: why for peer in peers if (why := peer.missing())}
     absent |= {peer.name: f"does not run on {device.type}" for peer in peers if device.type not in peer.devices}
     absent |= {peer.name: "does not take this case" for peer in peers if not peer.accepts(case)}
@@ -284,12 +292,12 @@ def measure(
         mine = list(contenders(benchmark, case, dtype, passes, present, gate, absent))
         measured.results += [runner.result for runner in mine]
         mine = [runner for runner in mine if runner.result.right]
-        copies = rotated(inputs)
+        copies = [inputs] if warm else rotated(inputs)
         turned: list[Inputs] = []
         if any(runner.channel_first for runner in mine):
             turned = [{key: channels_first(value) for key, value in copy.items()} for copy in copies]
         for runner in mine:
-            runner.copies = turned if runner.channel_first else copies
+            runner.copies, runner.warm = turned if runner.channel_first else copies, warm
         runners += mine
         measured.add_sizes(name, inputs, copies)
         if "backward" in passes:

@@ -45,6 +45,9 @@ def bench(
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Draw the times into this picture, such as times.svg.")
     ] = None,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Time runs whose inputs are in cache, as those that another op has just made.")
+    ] = False,
     quick: Annotated[
         bool, typer.Option(help="Time small odd cases in few runs: to look for errors, not for speed.")
     ] = False,
@@ -71,7 +74,7 @@ def bench(
         console.print("; ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
         measured = []
         for case in cases:
-            measured.append(measure(benchmark, case, dtypes, passes, chosen, 3 if quick else 30, place))
+            measured.append(measure(benchmark, case, dtypes, passes, chosen, 3 if quick else 30, place, warm))
             report.show(op, measured[-1], console)
     finally:
         torch.set_num_threads(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -94,6 +95,34 @@ def test_contender_takes_the_copies_in_turn() -> None:
         contender = Contender(function, copies, backward, False, Result("f", "float32", "forward", 0.0, 1.0))
         assert all(contender.run() > 0 for _ in range(4))
     assert seen == [1.0, 2.0, 3.0, 1.0] * 2
+
+
+def test_a_warm_contender_runs_before_it_is_timed() -> None:
+    calls: list[float] = []
+
+    def slow_at_first(x: Tensor) -> Tensor:
+        calls.append(float(x.detach()[0]))
+        if len(calls) % 2:
+            time.sleep(0.05)
+        return x * 2
+
+    copies = [{"x": torch.full((3,), value), "out": torch.ones(3)} for value in (1.0, 2.0)]
+    contender = Contender(slow_at_first, copies, False, False, Result("f", "float32", "forward", 0.0, 1.0), warm=True)
+    assert all(contender.run() < 0.05 for _ in range(2))
+    assert calls == [1.0, 1.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_inputs_are_in_cache_where_they_are_to_be(warm: bool) -> None:
+    case = ScanCase(name="some", batch=1, seqlen=64, dim=64, dstate=4)
+    measured = measure(benchmark_of("selective_scan"), case, [torch.float32], ["forward"], [], runs=1, warm=warm)
+    assert (measured.copies["float32"] == 1) is warm
+
+
+def test_inputs_larger_than_the_cache_are_not_found_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "last_level_cache", lambda: 1000)
+    case = ScanCase(name="some", batch=1, seqlen=64, dim=64, dstate=4)
+    assert measure(benchmark_of("selective_scan"), case, [torch.float32], ["forward"], [], runs=1, warm=True).cold
 
 
 def test_peak_memory_counts_what_is_held_at_once() -> None:
