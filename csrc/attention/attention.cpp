@@ -170,15 +170,18 @@ std::vector<AttentionWork> rounds_of(const Attention& p, int64_t splits, int64_t
 template <class F, class G>
 void in_rounds(const Arguments& a, int64_t splits, F&& bytes, G&& run) {
   constexpr int64_t kOwn = int64_t{1} << 20, kShared = int64_t{4} << 20;  // bytes of a thread
-  const int64_t threads = torch::stable::get_num_threads();
+  constexpr int64_t kLeast = int64_t{64} << 10;  // of a round: its products take longer than it takes threads to begin
+  const Attention& p = a.params;
+  const int64_t threads = torch::stable::get_num_threads(), enough = 4 * threads;
+  const int64_t all = bytes(AttentionWork{.docs = {0, p.k_docs.count}, .kv_heads = {0, p.kv_heads}, .splits = splits});
   const auto most_of = [&](const std::vector<AttentionWork>& rounds) {
     int64_t found = 0;
     for (const AttentionWork& work : rounds) found = most<int64_t>(found, bytes(work));
     return ceil_div(found, int64_t{64}) * 64;
   };
-  std::vector<AttentionWork> rounds = rounds_of(a.params, splits, kOwn / 2, bytes);
+  std::vector<AttentionWork> rounds = rounds_of(p, splits, most(kLeast, least(kOwn / 2, all / enough)), bytes);
   const int64_t own = most_of(rounds), count = static_cast<int64_t>(rounds.size());
-  if (own <= kOwn && count >= 4 * threads) {
+  if (own <= kOwn && count >= enough) {
     const Packed packed(own * threads, a.q);
     int64_t taken = 0;
     in_turns(count, kOwn, [&](const Turns& turns) {
@@ -190,7 +193,7 @@ void in_rounds(const Arguments& a, int64_t splits, F&& bytes, G&& run) {
     });
     return;
   }
-  rounds = rounds_of(a.params, splits, kShared * threads, bytes);
+  rounds = rounds_of(p, splits, kShared * threads, bytes);
   const Packed packed(most_of(rounds), a.q);
   for (AttentionWork& work : rounds) {
     work.packed = packed.data();
