@@ -97,9 +97,23 @@ def test_packed_documents(layer: Layer) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(LAYERS) - CHANNEL_MIXERS))
-def test_refuses_state_with_documents(name: str) -> None:
+def test_refuses_documents_with_a_state_that_is_not_fresh(name: str) -> None:
     layer = build(name)
-    with pytest.raises(ValueError, match="give cu_seqlens or state, not both"):
+    state = layer.init_state(2)
+    with pytest.raises(ValueError, match=r"is of 2 sequences; expected init_state\(1\), of the documents"):
+        layer(sequence(1), cu_seqlens=torch.tensor([0, SEQLEN], dtype=torch.int32), state=state)
+    layer(sequence(2), state=state)
+    with pytest.raises(ValueError, match=r"has seen tokens; with cu_seqlens a fresh one is expected, init_state\(2\)"):
+        layer(sequence(1), cu_seqlens=torch.tensor([0, 9, SEQLEN], dtype=torch.int32), state=state)
+
+
+class Unpacked(LAYERS["mamba"]):  # type: ignore[misc]
+    packs_states = False
+
+
+def test_a_layer_that_does_not_pack_refuses_both() -> None:
+    layer = Unpacked(DIM)
+    with pytest.raises(ValueError, match="Unpacked takes cu_seqlens or state, not both: it does not say packs_states"):
         layer(sequence(1), cu_seqlens=torch.tensor([0, SEQLEN], dtype=torch.int32), state=layer.init_state(1))
 
 
