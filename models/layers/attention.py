@@ -69,15 +69,19 @@ class Attention(Layer):
 
     def remember(self, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of the whole past, oldest first, which become the state as far as the window reaches; and which
-        of them there are, (batch, keys), None for all."""
+        of them there are, (batch, keys), None for all. One token alone sees all of its window, in whatever order."""
+        seqlen, slots = k.shape[1], state["k"].shape[1]
         dtype = torch.promote_types(k.dtype, state["k"].dtype)  # under autocast, too, a state keeps its precision
-        keys, values = (torch.cat([state[name].flip(1), new.to(dtype)], dim=1) for name, new in (("k", k), ("v", v)))
-        empty = (state["k"].shape[1] - state["position"]).clamp_min(0)
-        there = None
-        if state["k"].shape[1] and not (can_look(empty) and not empty.any()):
-            there = torch.arange(keys.shape[1], device=k.device) >= empty[:, None]
-        first = keys.shape[1] - self.seen(keys.shape[1])
-        state |= {"k": keys[:, first:].flip(1), "v": values[:, first:].flip(1), "position": state["position"] + k.shape[1]}
+        keys, values = (torch.cat([new.to(dtype).flip(1), state[name]], dim=1) for name, new in (("k", k), ("v", v)))
+        there, missing = None, state["position"] < slots
+        if slots and not (can_look(missing) and not missing.any()):
+            there = torch.arange(slots + seqlen, device=k.device) < state["position"][:, None] + seqlen
+        kept = slice(self.seen(slots + seqlen))
+        state |= {"k": keys[:, kept], "v": values[:, kept], "position": state["position"] + seqlen}
+        if seqlen == 1:
+            keys, values, there = keys[:, kept], values[:, kept], None if there is None else there[:, kept]
+        else:
+            keys, values, there = keys.flip(1), values.flip(1), None if there is None else there.flip(1)
         return keys.to(k.dtype), values.to(v.dtype), there
 
     def fill(self, k: Tensor, v: Tensor, state: State, cu_seqlens: Tensor) -> None:
