@@ -174,6 +174,25 @@ def test_attention_by_torch_is_the_same(window: int | None, monkeypatch: pytest.
             torch.testing.assert_close(attend(q[:, -queries:], k, v, window, offsets), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["attention", "sliding-attention"])
+@torch.no_grad()
+def test_a_pack_is_continued_by_torch_as_by_the_op(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where values are not looked at either."""
+    layer, x, later = build(name).double(), sequence(1).double(), sequence(3, 12).double()
+
+    def run() -> list[Tensor]:
+        state = layer.init_state(3)
+        ys = [layer(x, cu_seqlens=torch.tensor([0, 1, 9, SEQLEN], dtype=torch.int32), state=state)]
+        ys += [layer.step(later[:, t], state) for t in range(8)]
+        return [*ys, layer(later[:, 8:], state=state), *state.values()]
+
+    wanted = run()
+    monkeypatch.setattr(attention_layer, "DEVICES", set())
+    monkeypatch.setattr(attention_layer, "can_look", lambda t: False)
+    for found, other in zip(run(), wanted, strict=True):
+        torch.testing.assert_close(found, other)
+
+
 def test_rotary_positions_are_relative() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16)
     scores = [(rotate(q, torch.tensor([t + 3])) * rotate(k, torch.tensor([t]))).sum() for t in (0, 5, 100)]
