@@ -264,14 +264,14 @@ class _Chunks:
         return t.flatten(2, 3)[:, :, : self.seqlen].transpose(1, 2)
 
     def at_ends(self, ends: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of each document: its last chunk and step there, (num_docs,) each; which steps of that chunk it has until then,
-        (num_docs, steps); and whether it entered that chunk, (num_docs,). An empty one has and enters none."""
+        """Of each document: its last chunk and step there, (num_docs,) each; which steps of that chunk it has, (num_docs,
+        steps), with those that fill up and write nothing; and whether it entered that chunk, (num_docs,). An empty one has
+        and enters none."""
         assert self.document is not None
         last = (ends.long() - 1).clamp_min(0)
         chunk, step = last // self.chunk, last % self.chunk
         number = torch.arange(len(ends), device=ends.device)
-        within = torch.arange(self.chunk, device=ends.device) <= step[:, None]
-        return chunk, step, (self.document[chunk] == number[:, None]) & within, self.entering[chunk] == number
+        return chunk, step, self.document[chunk] == number[:, None], self.entering[chunk] == number
 
     def step_sees_step(self, diagonal: int) -> Tensor:
         """Whether step t of a chunk sees its step s: (chunks or 1, t, s). diagonal: 0 if a step sees itself, else -1."""
