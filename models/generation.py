@@ -1,51 +1,42 @@
-"""Text after prompts: the first pass over them, then token by token from the states they leave."""
+"""Text after prompts: one pass over all of them, packed where their lengths differ, then one batch, token by token, from the
+states that they leave."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from madkernels.models.layers import Layer, State
+from madkernels.models.layers import State
 
 if TYPE_CHECKING:
     from madkernels.models.lm import HybridLM
 
-# The state of a layer: of a batch, or of each sequence where these cannot be one, as where lengths differ.
-States = list[State | list[State]]
 
+def prefill(model: HybridLM, prompts: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[State]]:
+    """One pass over all prompts; what it takes of memory grows with their tokens together. The unembedding sees the last
+    token of each alone.
 
-def prefill(model: HybridLM, prompts: Tensor | Sequence[Tensor]) -> tuple[Tensor, States]:
-    """Prompts (prompts, seqlen), or (seqlen,) each of any lengths -> logits (prompts, vocab_size) after each, and the states
-    of the layers."""
-    if not isinstance(prompts, Tensor) and len({len(prompt) for prompt in prompts}) == 1:
+    Args:
+        model: with prompts of unequal lengths, one whose layers all say `packs_states`.
+        prompts: (prompts, seqlen), or (seqlen,) each of any lengths from 1.
+
+    Returns:
+        Logits (prompts, vocab_size) after each, and the states of the layers, of a batch of so many sequences.
+    """
+    if not isinstance(prompts, Tensor) and len(set(map(len, prompts))) == 1:
         prompts = torch.stack(list(prompts))
+    states = model.init_state(len(prompts))
     if isinstance(prompts, Tensor):
-        states = model.init_state(len(prompts))
-        return model(prompts, states=states)[:, -1], [*states]
-    alone = [model.init_state(1) for _ in prompts]
-    logits = [model(prompt.unsqueeze(0), states=states)[:, -1] for prompt, states in zip(prompts, alone, strict=True)]
-    return torch.cat(logits), [joined(of_layer) for of_layer in zip(*alone, strict=True)]
-
-
-def joined(states: Sequence[State]) -> State | list[State]:
-    """States of one sequence each as that of a batch, where they are of one shape and what is not of a sequence is equal."""
-    first = states[0]
-    for name, value in first.items():
-        for other in states[1:]:
-            same = torch.equal(other[name], value) if value.dim() == 0 else other[name].shape == value.shape
-            if not same:
-                return list(states)
-    return {name: value if value.dim() == 0 else torch.cat([s[name] for s in states]) for name, value in first.items()}
-
-
-def step(layer: Layer, x: Tensor, state: State | list[State]) -> Tensor:
-    """One token of each sequence, (batch, dim), through a layer."""
-    if not isinstance(state, list):
-        return layer.step(x, state)
-    return torch.cat([layer.step(row.unsqueeze(0), own) for row, own in zip(x, state, strict=True)])
+        last = model.backbone(model.embedding(prompts), states=states)[:, -1]
+    else:
+        packed = torch.cat(list(prompts))
+        offsets = torch.tensor([0, *accumulate(map(len, prompts))], dtype=torch.int32, device=packed.device)
+        last = model.backbone(model.embedding(packed[None]), cu_seqlens=offsets, states=states)[0, offsets[1:] - 1]
+    return model.unembedding(last), states
 
 
 def choose(
@@ -80,12 +71,19 @@ def new_tokens(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Token after token, (prompts,) each, that :meth:`HybridLM.generate` adds; prompts as of :func:`prefill`. The host does
-    not wait for a device."""
+    """Token after token, (prompts,) each, that :meth:`HybridLM.generate` adds; prompts as of :func:`prefill`. From token to
+    token the host does not wait for a device. With a layer that does not say `packs_states`, prompts of unequal lengths are
+    not a batch: each goes through the model alone."""
     _check(prompts, most, temperature, top_k, top_p)
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+    if len(set(map(len, prompts))) > 1 and not all(layer.packs_states for layer in model.backbone.layers):
+        alone = [new_tokens(model, prompt[None], most, **options) for prompt in prompts]
+        for each in zip(*alone, strict=True):
+            yield torch.cat(each)
+        return
     logits, states = prefill(model, prompts)
     for left in reversed(range(most)):
-        chosen = choose(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        chosen = choose(logits, **options)
         yield chosen
         if left:
             logits = model.step(chosen, states)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from itertools import repeat
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from madkernels.models.generation import new_tokens, step
+from madkernels.models.generation import new_tokens
 from madkernels.models.init import init_embedding
 from madkernels.models.layers import Layer, State
 from madkernels.models.layers.base import check_positive
@@ -57,10 +57,10 @@ class Backbone(nn.Module):
         y: Tensor = self.norm(x)
         return y
 
-    def step(self, x: Tensor, states: Sequence[State | list[State]]) -> Tensor:
+    def step(self, x: Tensor, states: list[State]) -> Tensor:
         for norm, layer, state in zip(self.norms, self.layers, states, strict=True):
             assert isinstance(layer, Layer)
-            x = x + step(layer, norm(x), state)
+            x = x + layer.step(norm(x), state)
         y: Tensor = self.norm(x)
         return y
 
@@ -127,7 +127,7 @@ class HybridLM(nn.Module):
         """The state of each layer before the first token."""
         return self.backbone.init_state(batch)
 
-    def step(self, tokens: Tensor, states: Sequence[State | list[State]]) -> Tensor:
+    def step(self, tokens: Tensor, states: list[State]) -> Tensor:
         """tokens (batch,) to logits (batch, vocab_size); brings the states up to date."""
         logits: Tensor = self.unembedding(self.backbone.step(self.embedding(tokens), states))
         return logits

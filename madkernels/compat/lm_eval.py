@@ -4,7 +4,7 @@
 
 is `lm_eval` that knows the model `madkernels`; in Python `register()` makes it known. Arguments of the model: path,
 tokenizer (default: that of the data), dtype, plugin (a Python file that adds layers). The harness's own --batch_size is how
-many rows are scored at a time.
+many rows are scored, or continued, at a time.
 
 Texts are never cut: a layer's state carries the context from one stretch of a long text to the next.
 """
@@ -91,37 +91,58 @@ class Scorer:
         return [score for score, _ in self._scored(pairs)]
 
     def generate_until(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-        """Of (context, options), text up to the first of `until`."""
-        return [self._generated(context, options) for context, options in self.progress(asked)]
+        """Of (context, options), text up to the first of `until`. Those of the same options are continued together, long
+        ones with long ones."""
+        tokens = [[self.tokenizer.end, *tokens_of(self.tokenizer, context)] for context, _ in asked]
+        alike: dict[str, list[int]] = {}
+        for i in sorted(range(len(asked)), key=lambda i: -len(tokens[i])):
+            alike.setdefault(repr(asked[i][1]), []).append(i)
+        batches = [some for group in alike.values() for some in self._batches(group)]
+        found = [""] * len(asked)
+        for some in self.progress(batches):
+            for i, text in zip(some, self._generated([tokens[i] for i in some], asked[some[0]][1]), strict=True):
+                found[i] = text
+        return found
 
     def _scored(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         """Long ones together with long ones."""
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
         found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
-        for some in self.progress(batches):
+        for some in self.progress(self._batches(order)):
             for i, score in zip(some, scores(self.model, [pairs[i] for i in some]), strict=True):
                 found[i] = score
         return found
 
-    def _generated(self, context: str, options: dict[str, Any]) -> str:
+    def _batches(self, order: list[int]) -> list[list[int]]:
+        return [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
+
+    def _generated(self, contexts: list[list[int]], options: dict[str, Any]) -> list[str]:
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
         device = self.model.embedding.weight.device
-        prompt = torch.tensor([self.tokenizer.end, *tokens_of(self.tokenizer, context)], device=device)
-        text: list[int] = []
+        prompts = [torch.tensor(context, device=device) for context in contexts]
+        texts: list[list[int]] = [[] for _ in prompts]
+        stopped = [False] * len(prompts)
 
         def stop(new: list[int]) -> bool:
-            text.extend(new)
-            return any(each in self.tokenizer.decode(text) for each in stops)
+            """Whether all texts have ended, or come to a stop."""
+            for i, token in enumerate(new):
+                if stopped[i]:
+                    continue
+                texts[i] += [token] if token >= 0 else []
+                stopped[i] = token < 0 or any(each in self.tokenizer.decode(texts[i]) for each in stops)
+            return all(stopped)
 
         temperature = float(options.get("temperature") or 0.0) if options.get("do_sample", True) else 0.0
         drawn: dict[str, Any] = {"temperature": temperature}
         drawn |= {name: options[name] for name in ("top_k", "top_p") if options.get(name)}
         most = int(options.get("max_gen_toks") or 256)
-        (new,) = continue_prompts(self.model, [prompt], most, end=self.tokenizer.end, on_tokens=stop, **drawn)
-        told = self.tokenizer.decode(new)
-        return told[: min((told.index(each) for each in stops if each in told), default=len(told))]
+        continued = continue_prompts(self.model, prompts, most, end=self.tokenizer.end, on_tokens=stop, **drawn)
+        return [_until(self.tokenizer.decode(new), stops) for new in continued]
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    return text[: min((text.index(each) for each in stops if each in text), default=len(text))]
 
 
 def register() -> None:

@@ -48,6 +48,7 @@ class Layer(nn.Module):
     state_grows: ClassVar[bool] = False  # with the sequence, without bound
     state_option: ClassVar[StateOption | None] = None  # sets the fixed state
     hidden_option: ClassVar[str | None] = None  # the hidden width, which sets the parameters
+    packs_states: ClassVar[bool] = False  # `forward` fills a fresh state with those of packed documents
 
     # Parameters of two or more dimensions that weight decay leaves alone; those of one it always does.
     undecayed: ClassVar[tuple[str, ...]] = ()
@@ -65,7 +66,9 @@ class Layer(nn.Module):
         Args:
             x: (batch, seqlen, dim).
             cu_seqlens: offsets of packed documents, (num_docs + 1,) int32; batch must be 1. Nothing passes between them.
-            state: continues the sequences that left it, and is brought up to date. Not together with `cu_seqlens`.
+            state: continues the sequences that left it, and is brought up to date. Together with `cu_seqlens`, where the
+                class says `packs_states`, a fresh one, ``init_state(num_docs)``: it becomes that of a batch of sequences,
+                each at the end of its document. Where a state grows, that of a short document has room that is not used.
 
         Raises:
             ValueError: an argument that no layer takes, named in the message.
@@ -78,9 +81,11 @@ class Layer(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, seqlen, {self.dim})")
         if cu_seqlens is None:
             return
-        if state is not None:
-            raise ValueError("a state cannot be continued by packed documents: give cu_seqlens or state, not both")
         check_documents(cu_seqlens, x)
+        if state is not None:
+            if not self.packs_states:
+                raise ValueError(f"{type(self).__name__} takes cu_seqlens or state, not both: it does not say packs_states")
+            check_fresh(state, cu_seqlens)
 
     def step(self, x: Tensor, state: State) -> Tensor:
         """One token: x (batch, dim) to (batch, dim); brings `state` up to date."""
@@ -143,6 +148,26 @@ def check_documents(cu_seqlens: Tensor, x: Tensor) -> None:
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != x.shape[1] or bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(f"cu_seqlens is {cu_seqlens.tolist()}; expected offsets rising from 0 to the seqlen, {x.shape[1]}")
+
+
+def check_fresh(state: State, cu_seqlens: Tensor) -> None:
+    """Raises ValueError unless the state is one before the first token of so many documents."""
+    documents = cu_seqlens.shape[0] - 1
+    for name, value in state.items():
+        if value.shape[0] != documents:
+            raise ValueError(
+                f"state {name} is of {value.shape[0]} sequences; expected init_state({documents}), of the documents"
+            )
+        if can_look(value) and value.any():
+            raise ValueError(
+                f"state {name} has seen tokens; with cu_seqlens a fresh one is expected, init_state({documents})"
+            )
+
+
+def can_look(t: Tensor) -> bool:
+    """Whether values can be read, and nobody waits for them: not on a GPU, in a graph, or under a mapped axis."""
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return t.device.type == "cpu" and not (watched or torch._C._are_functorch_transforms_active())
 
 
 def document_of(cu_seqlens: Tensor, seqlen: int) -> Tensor:

@@ -23,6 +23,7 @@ class LongConvLayer(Layer):
     """
 
     state_option = StateOption("order")
+    packs_states = True
     out: nn.Linear
 
     def __init__(
@@ -67,8 +68,7 @@ class LongConvLayer(Layer):
         """post_gate * (filter conv (pre_gate * v) + skip * pre_gate * v), all (batch, seqlen, channels)."""
         wide = torch.promote_types(v.dtype, torch.float32)
         past = None if state is None else state["past"]
-        # One tap more than there are inputs, so that the state that comes back holds them all.
-        filters = self.filter(v.shape[1] if past is None else past.shape[1] + v.shape[1] + 1, wide)
+        filters = self.filter(v.shape[1] if past is None else taps_to_keep(v, past, cu_seqlens), wide)
         if filters.shape[1] == 0:
             return v
         skip = self.skip.repeat_interleave(self.channels // len(self.skip)).to(wide)
@@ -99,6 +99,12 @@ class LongConvLayer(Layer):
         featurisation = 0 if self.taps else 2 * len(self.skip) * self.order
         a_token = 2 * self.conv_weight.numel() + featurisation + 4 * self.channels
         return seqlen * a_token + int(10 * seqlen * math.log2(max(seqlen, 2))) * self.channels
+
+
+def taps_to_keep(v: Tensor, past: Tensor, cu_seqlens: Tensor | None) -> int:
+    """One more than a sequence, or the longest document, has inputs by then, so that the state that comes back holds all.
+    Before those of shorter ones there are zeros. With documents the host waits to learn their lengths."""
+    return past.shape[1] + (v.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max())) + 1
 
 
 class Hyena(LongConvLayer):

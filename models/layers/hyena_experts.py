@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from madkernels import causal_conv, fft_conv
 from madkernels.models.layers.base import State, cast_once, check_positive, document_of, no_narrower
-from madkernels.models.layers.hyena import LongConvLayer, check_taps
+from madkernels.models.layers.hyena import LongConvLayer, check_taps, taps_to_keep
 from madkernels.models.layers.moe import combined, routed
 
 
@@ -74,7 +74,7 @@ class HyenaExperts(LongConvLayer):
             sequence, count = document_of(cu_seqlens, seqlen), len(cu_seqlens) - 1
         of_rows, bounds = plan.slots.long() // self.top_k, plan.offsets.tolist()
         begins = torch.arange(count + 1, device=x.device)
-        taps = seqlen if state is None else state["past"].shape[1] + seqlen + 1
+        taps = seqlen if state is None else taps_to_keep(x, state["past"], cu_seqlens)
         filters = self.filter(taps, torch.promote_types(x.dtype, torch.float32))
         mixed, states = [], []
         for expert in range(self.experts):

@@ -20,6 +20,7 @@ class Mamba(Layer):
     mixes = "both"
     state_option = StateOption("dstate")
     undecayed = ("A_log",)
+    packs_states = True
 
     def __init__(self, dim: int, *, dstate: int = 16, expand: int = 2, width: int = 4) -> None:
         super().__init__(dim)

@@ -21,6 +21,7 @@ class Mamba2(Layer):
 
     mixes = "both"
     state_option = StateOption("dstate")
+    packs_states = True
 
     def __init__(self, dim: int, *, dstate: int = 128, expand: int = 2, head_dim: int = 64, width: int = 4) -> None:
         super().__init__(dim)

@@ -19,6 +19,7 @@ class MatrixStateLayer(Layer):
     """
 
     state_option = StateOption("heads", inversely)
+    packs_states = True
 
     def __init__(self, dim: int, heads: int, *, expand: int = 1) -> None:
         super().__init__(dim)
@@ -55,9 +56,12 @@ def recur(
 ) -> Tensor:
     """What a recurrence (of recurrence.py) makes of q (batch, seqlen, heads, key_dim) and the rest, over each document, or
     from the matrix of the state on, which is brought up to date."""
-    document = None if cu_seqlens is None else document_of(cu_seqlens, q.shape[1])
-    past = None if state is None else state["matrix"]
-    y, after = recurrence(q, *inputs, past, document=document, **options)
+    document = ends = past = None
+    if cu_seqlens is not None:
+        document, ends = document_of(cu_seqlens, q.shape[1]), None if state is None else cu_seqlens[1:]
+    elif state is not None:
+        past = state["matrix"]
+    y, after = recurrence(q, *inputs, past, document=document, ends=ends, **options)
     if state is not None:
         state["matrix"] = after
     return y

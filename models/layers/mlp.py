@@ -12,6 +12,7 @@ class MLP(Layer):
     """Linear, GELU (tanh form), linear; no biases. `expand`: hidden width over dim."""
 
     mixes = "channel"
+    packs_states = True
 
     def __init__(self, dim: int, *, expand: int = 4) -> None:
         super().__init__(dim)

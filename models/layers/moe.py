@@ -44,6 +44,7 @@ class MoE(Layer):
 
     mixes = "channel"
     hidden_option = "hidden"
+    packs_states = True
     bias: Tensor  # (experts,): added to scores for choosing, and
     taken: Tensor  # (experts,): tokens of each since it was moved; both with `balance` alone
 

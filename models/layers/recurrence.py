@@ -6,7 +6,7 @@ Within a chunk every step reads every earlier one under the decay between them; 
 borders are passed on, one after the other. The decay between two steps is the exponential of the sum of what lies between
 them, never a ratio, so that none overflows, and what was forgotten before leaves no rounding behind. Arithmetic is in
 float32 at least, under autocast too. Documents of a packed row are told by their numbers: what would pass between two of
-them is masked.
+them is masked. The state at a document's end is made from its last chunk: what enters it, and what is written until there.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def linear_recurrence(
     state: Tensor | None = None,
     *,
     document: Tensor | None = None,
+    ends: Tensor | None = None,
     bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``S[t] = exp(log_decay[t]) S[t-1] + k[t] v[t]'`` and ``y[t] = q[t]' S[t]``; with a bonus, as in RWKV,
@@ -60,16 +61,19 @@ def linear_recurrence(
             before is forgotten.
         state: before the first step, (batch, heads, key_dim, value_dim); zeros if absent.
         document: number of each step's document, (seqlen,); nothing passes between two of them.
+        ends: where the documents end, (num_docs,), as many as cu_seqlens has: asks for the state of each. Batch 1, and no
+            state before the first step.
         bonus: (heads, key_dim).
 
     Returns:
-        y (batch, seqlen, heads, value_dim) in v's dtype, and the state after the last step, in float32 at least.
+        y (batch, seqlen, heads, value_dim) in v's dtype, and the state after the last step, or with `ends` after each
+        document, (num_docs, heads, key_dim, value_dim), zeros if it is empty; in float32 at least.
     """
     if torch.compiler.is_exporting():
-        results: tuple[Tensor, Tensor] = _exported_linear_recurrence(q, k, v, log_decay, state, document, bonus)
+        results: tuple[Tensor, Tensor] = _exported_linear_recurrence(q, k, v, log_decay, state, document, ends, bonus)
         return results
     if q.shape[1] == 0:
-        return v, _first(state, q, k, v)
+        return v, _first(state, q, k, v, ends)
     chunk = SCALAR_CHUNK if log_decay.shape[-1] == 1 else VECTOR_CHUNK
     c = _Chunks(q.shape[1], chunk, document, q.device)
     queries, keys, values, steps = (c.cut(t) for t in (q, k, v, log_decay))  # (batch, heads, chunks, steps, ...)
@@ -81,7 +85,8 @@ def linear_recurrence(
     transition = (decays.over_all() * c.state_passes_through[:, None]).expand(gathered.shape[:-1])
     states = chain(transition, gathered, _first(state, q, k, v))
     y = scores @ values + (queries * decays.since_the_start() * c.state_reaches_step) @ states[:, :, :-1]
-    return c.join(y).to(v.dtype), states[:, :, -1]
+    after = states[:, :, -1] if ends is None else _at_ends(ends, c, decays, states, keys, values)
+    return c.join(y).to(v.dtype), after
 
 
 @_without_autocast
@@ -94,6 +99,7 @@ def delta_rule(
     state: Tensor | None = None,
     *,
     document: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``S[t] = a (I - beta[t] k[t] k[t]') S[t-1] + beta[t] k[t] v[t]'`` with ``a = exp(log_decay[t])``;
     ``y[t] = q[t]' S[t]``.
@@ -105,16 +111,16 @@ def delta_rule(
         q, k: (batch, seqlen, heads, key_dim); keys of norm at most 1 with beta up to 2 keep it stable.
         v: (batch, seqlen, heads, value_dim).
         beta, log_decay: (batch, seqlen, heads, 1).
-        state, document: as of :func:`linear_recurrence`.
+        state, document, ends: as of :func:`linear_recurrence`.
 
     Returns:
-        y (batch, seqlen, heads, value_dim) in v's dtype, and the state after the last step, in float32 at least.
+        As of :func:`linear_recurrence`.
     """
     if torch.compiler.is_exporting():
-        results: tuple[Tensor, Tensor] = _exported_delta_rule(q, k, v, beta, log_decay, state, document)
+        results: tuple[Tensor, Tensor] = _exported_delta_rule(q, k, v, beta, log_decay, state, document, ends)
         return results
     if q.shape[1] == 0:
-        return v, _first(state, q, k, v)
+        return v, _first(state, q, k, v, ends)
     c = _Chunks(q.shape[1], SCALAR_CHUNK, document, q.device)
     queries, keys, values, rates, steps = (c.cut(t) for t in (q, k, v, beta, log_decay))
     decays = _Decays(steps)
@@ -129,15 +135,29 @@ def delta_rule(
     entering = states[:, :, :-1]
     u = fresh - forgotten @ entering
     y = _scores(queries, keys, decay) @ u + (queries * since_start) @ entering
-    return c.join(y).to(v.dtype), states[:, :, -1]
+    after = states[:, :, -1] if ends is None else _at_ends(ends, c, decays, states, keys, u)
+    return c.join(y).to(v.dtype), after
 
 
-def _first(state: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The state before the first step, in float32 at least."""
+def _first(state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None = None) -> Tensor:
+    """The state before the first step, in float32 at least; with `ends`, of each document."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     if state is not None:
         return state.to(dtype)
-    return v.new_zeros(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1], dtype=dtype)
+    sequences = v.shape[0] if ends is None else ends.shape[0]
+    return v.new_zeros(sequences, v.shape[2], k.shape[-1], v.shape[-1], dtype=dtype)
+
+
+def _at_ends(ends: Tensor, c: _Chunks, decays: _Decays, states: Tensor, keys: Tensor, written: Tensor) -> Tensor:
+    """The state at each document's end, (num_docs, heads, key_dim, value_dim): what it keeps of the state that enters its
+    last chunk, and of what its steps write there."""
+    chunk, step, own, entered = c.at_ends(ends)
+    after = decays.after[0][:, chunk]  # (heads, num_docs, steps, key_dim or 1)
+    last = decays.after[0][:, chunk, step].unsqueeze(2)
+    kept = decays.left(last).mT * entered[:, None, None]
+    since = (last - after).masked_fill(~own[..., None], -torch.inf)
+    gathered = (keys[0][:, chunk] * decays.left(since)).mT @ written[0][:, chunk]
+    return (kept * states[0][:, chunk] + gathered).transpose(0, 1)
 
 
 class _Decays:
@@ -157,15 +177,15 @@ class _Decays:
 
     def since_the_start(self) -> Tensor:
         """What is left of the state that enters the chunk, at each query."""
-        return self._left(self.read)
+        return self.left(self.read)
 
     def to_the_end(self) -> Tensor:
         """What is left at the end of the chunk of what each step writes."""
-        return self._left(self.after[..., -1:, :] - self.after)
+        return self.left(self.after[..., -1:, :] - self.after)
 
     def over_all(self) -> Tensor:
         """What is left of the state that enters the chunk, at its end: (batch, heads, chunks, key_dim or 1)."""
-        return self._left(self.after[..., -1, :])
+        return self.left(self.after[..., -1, :])
 
     def between(self, step_sees_step: Tensor) -> Tensor:
         """What is left at query t of what was written at s: (batch, heads, chunks, t, s, key_dim or 1)."""
@@ -182,7 +202,8 @@ class _Decays:
         sums = added.flatten(0, 1).to(self.steps.dtype) @ self.steps
         return sums.view(*sums.shape[:-2], len(t), len(t), sums.shape[-1])
 
-    def _left(self, sums: Tensor) -> Tensor:
+    def left(self, sums: Tensor) -> Tensor:
+        """What is left under a sum of log decays."""
         return sums.to(self.steps.dtype).exp()
 
 
@@ -231,6 +252,7 @@ class _Chunks:
             self.state_reaches_step = (self.document == before[:-1, None]).unsqueeze(-1)
             self.step_reaches_end = (self.document == last[:, None]).unsqueeze(-1)
             self.state_passes_through = before[:-1] == last
+            self.entering = before[:-1]
 
     def cut(self, t: Tensor) -> Tensor:
         """(batch, seqlen, heads, dim) to (batch, heads, chunks, steps, dim), in float32 at least, filled up with zeros."""
@@ -240,6 +262,16 @@ class _Chunks:
     def join(self, t: Tensor) -> Tensor:
         """(batch, heads, chunks, steps, dim) to (batch, seqlen, heads, dim)."""
         return t.flatten(2, 3)[:, :, : self.seqlen].transpose(1, 2)
+
+    def at_ends(self, ends: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each document: its last chunk and step there, (num_docs,) each; which steps of that chunk it has, (num_docs,
+        steps), with those that fill up and write nothing; and whether it entered that chunk, (num_docs,). An empty one has
+        and enters none."""
+        assert self.document is not None
+        last = (ends.long() - 1).clamp_min(0)
+        chunk, step = last // self.chunk, last % self.chunk
+        number = torch.arange(len(ends), device=ends.device)
+        return chunk, step, self.document[chunk] == number[:, None], self.entering[chunk] == number
 
     def step_sees_step(self, diagonal: int) -> Tensor:
         """Whether step t of a chunk sees its step s: (chunks or 1, t, s). diagonal: 0 if a step sees itself, else -1."""
@@ -261,16 +293,18 @@ def _exported_linear_recurrence(
     log_decay: Tensor,
     state: Tensor | None,
     document: Tensor | None,
+    ends: Tensor | None,
     bonus: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return _fresh(linear_recurrence(q, k, v, log_decay, state, document=document, bonus=bonus))
+    return _fresh(linear_recurrence(q, k, v, log_decay, state, document=document, ends=ends, bonus=bonus))
 
 
 @torch.library.custom_op("madkernels::delta_rule", mutates_args=())
 def _exported_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor | None, document: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return _fresh(delta_rule(q, k, v, beta, log_decay, state, document=document))
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor | None, document: Tensor | None,
+    ends: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _fresh(delta_rule(q, k, v, beta, log_decay, state, document=document, ends=ends))
 
 
 def _fresh(results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -280,6 +314,14 @@ def _fresh(results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @_exported_linear_recurrence.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Any, document: Any, ends: Tensor | None, bonus: Any
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), _first(None, q, k, v, ends)
+
+
 @_exported_delta_rule.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), _first(None, q, k, v)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Any, document: Any, ends: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), _first(None, q, k, v, ends)

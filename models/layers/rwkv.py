@@ -111,6 +111,7 @@ class RWKVChannelMixer(Layer):
     6."""
 
     mixes = "channel"
+    packs_states = True
     undecayed = ("mix",)
 
     def __init__(self, dim: int, *, expand: int = 4) -> None:

@@ -38,14 +38,15 @@ class ShortConv(nn.Module):
 
 
 def token_before(x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
-    """The token before each token of x (batch, seqlen, dim), zeros at the start of a document; keeps the last in
-    ``state["before"]`` (batch, 1, dim)."""
-    first = x.new_zeros(x.shape[0], 1, x.shape[2]) if state is None else state["before"].to(x.dtype)
-    both = torch.cat([first, x], 1)
+    """The token before each token of x (batch, seqlen, dim), zeros at the start of a document; keeps the last of each
+    sequence in ``state["before"]`` (batch, 1, dim)."""
+    carried = None if state is None or cu_seqlens is not None else state["before"].to(x.dtype)
+    both = torch.cat([x.new_zeros(x.shape[0], 1, x.shape[2]) if carried is None else carried, x], 1)
+    before, last = both[:, :-1], both[:, -1:]
+    if cu_seqlens is not None:
+        position = torch.arange(x.shape[1], device=x.device, dtype=cu_seqlens.dtype)
+        before = before.masked_fill(torch.isin(position, cu_seqlens)[:, None], 0.0)
+        last = both[0, cu_seqlens[1:, None]].masked_fill((cu_seqlens.diff() == 0)[:, None, None], 0.0)
     if state is not None:
-        state["before"] = no_narrower(both[:, -1:], state["before"])
-    before = both[:, :-1]
-    if cu_seqlens is None:
-        return before
-    position = torch.arange(x.shape[1], device=x.device, dtype=cu_seqlens.dtype)
-    return before.masked_fill(torch.isin(position, cu_seqlens)[:, None], 0.0)
+        state["before"] = no_narrower(last, state["before"])
+    return before

@@ -13,6 +13,7 @@ class SwiGLU(Layer):
 
     mixes = "channel"
     hidden_option = "hidden"
+    packs_states = True
 
     def __init__(self, dim: int, *, hidden: int = 0) -> None:
         super().__init__(dim)

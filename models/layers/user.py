@@ -12,6 +12,7 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from madkernels.models.layers.base import Layer, Mixes, State, StateOption
@@ -40,9 +41,14 @@ copyreg.pickle(Adapted, lambda cls: (registered, (cls.name,)) if "name" in vars(
 
 class AdaptedLayer(Layer, metaclass=Adapted):
     """A plain module as a layer. Packed documents go through it one by one; decoding keeps the whole past and runs it
-    again, so that it is exact, whatever the module does. FLOPs are those of its matrix products, as torch counts them;
-    its state is what its own ``state_size(seqlen)`` says, or is counted as nothing."""
+    again, sequences of unequal lengths one by one, so that it is exact, whatever the module does. Its `past`, (batch,
+    longest, dim), ends with the newest token; `position`, (batch,), is how many each sequence has had.
 
+    FLOPs are those of its matrix products, as torch counts them; its state is what its own ``state_size(seqlen)`` says, or
+    is counted as nothing.
+    """
+
+    packs_states = True
     make: ClassVar[Callable[..., nn.Module]]
 
     def __init__(self, dim: int, **options: Any) -> None:
@@ -56,15 +62,22 @@ class AdaptedLayer(Layer, metaclass=Adapted):
             return y
         if cu_seqlens is not None:
             parts = torch.split(x, cu_seqlens.diff().tolist(), dim=1)
+            if state is not None:
+                past = pad_sequence([part[0] for part in parts], batch_first=True, padding_side="left")
+                state |= {"past": past, "position": state["position"] + cu_seqlens.diff()}
             return torch.cat([self.module(part) for part in parts if part.shape[1]], dim=1)
         assert state is not None
-        state["past"] = torch.cat([state["past"].to(x.dtype), x], dim=1)
-        whole: Tensor = self.module(state["past"])
-        return whole[:, -x.shape[1] :]
+        past = torch.cat([state["past"].to(x.dtype), x], dim=1)
+        state |= {"past": past, "position": state["position"] + x.shape[1]}
+        lengths, rows = state["position"].tolist(), [past]
+        if any(length != past.shape[1] for length in lengths):
+            rows = [row[None, -length:] for row, length in zip(past, lengths, strict=True)]
+        return torch.cat([self.module(row)[:, -x.shape[1] :] for row in rows])
 
     def init_state(self, batch: int) -> State:
         like = next(self.parameters(), torch.zeros(()))
-        return {"past": like.new_zeros(batch, 0, self.dim).detach()}
+        past = like.new_zeros(batch, 0, self.dim).detach()
+        return {"past": past, "position": past.new_zeros(batch, dtype=torch.int64)}
 
     def state_size(self, seqlen: int) -> int:
         if not hasattr(self.module, "state_size"):

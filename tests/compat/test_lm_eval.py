@@ -67,6 +67,18 @@ def test_text_ends_before_the_first_stop(model: HybridLM) -> None:
     assert found == whole[: whole.index(stop)]
 
 
+def test_texts_are_generated_in_batches(model: HybridLM) -> None:
+    """As alone, in the order that they were asked in, each up to a stop of its own."""
+    contexts = ["abc", "", "a longer context than others", "x", "the last one"]
+    (whole,) = Scorer(model, Bytes(), 1).generate_until([("abc", {"max_gen_toks": 30})])
+    options = [{"max_gen_toks": 30, "until": [whole[2:4]]}, {"max_gen_toks": 9}]
+    asked = [(context, options[i % 4 == 1]) for i, context in enumerate(contexts)]
+    alone = [Scorer(model, Bytes(), 1).generate_until([each])[0] for each in asked]
+    assert len(set(map(len, alone))) > 1
+    for batch_size in (1, 2, 8):
+        assert Scorer(model, Bytes(), batch_size).generate_until(asked) == alone
+
+
 def test_spaces_go_to_the_continuation() -> None:
     assert pair_of(Bytes(), "a ", "b") == ([256, *b"a"], list(b" b"))
     assert pair_of(Bytes(), "", "b") == ([256], list(b"b"))

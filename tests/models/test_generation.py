@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from madkernels.models import HybridLM
 from madkernels.models.generation import choose, continue_prompts, prefill
 from madkernels.models.layers import LAYERS
+from madkernels.models.layers.user import adapt
 
 LENGTHS = (5, 1, 9, 5)
 
@@ -41,14 +42,45 @@ def test_a_batch_is_continued_as_each_prompt_alone(name: str) -> None:
         assert torch.equal(alone, torch.cat([prompt, torch.tensor(new)]))
 
 
+HYBRIDS = (
+    "2*(mamba swiglu attention:heads=4 swiglu)",
+    "sliding-attention:heads=4,window=7 gated-deltanet moe hyena attention:heads=2",
+    "mamba2:head_dim=16 rwkv6-time-mixer rwkv-channel-mixer hyena-experts:sparse=true hyena-mr",
+)
+
+
 @torch.no_grad()
-def test_states_of_a_fixed_size_are_those_of_a_batch() -> None:
-    """What grows with the sequence stays apart."""
-    _, (mamba, attention) = prefill(model("mamba attention:heads=4"), prompts(*LENGTHS))
-    assert isinstance(mamba, dict)
-    assert mamba["scan"].shape[0] == len(LENGTHS)
-    assert isinstance(attention, list)
-    assert [state["k"].shape[1] for state in attention] == list(LENGTHS)
+@pytest.mark.parametrize("arch", HYBRIDS)
+def test_prompts_are_one_batch_and_greedy_as_alone(arch: str) -> None:
+    """With weights as large as training makes them, so that tokens differ."""
+    lm, given = model(arch).double(), prompts(7, 130, 1, 65, 64, 2)
+    for parameter in lm.parameters():
+        parameter.add_(0.5 * parameter.std(correction=0).clamp_min(0.2) * torch.randn_like(parameter))
+    logits, states = prefill(lm, given)
+    assert all(len(value) == len(given) for state in states for value in state.values())
+    for prompt, row in zip(given, logits, strict=True):
+        torch.testing.assert_close(row, lm(prompt[None])[0, -1], rtol=1e-9, atol=1e-9)
+    found = continue_prompts(lm, given, 12)
+    assert len({token for new in found for token in new}) > 8
+    for prompt, new in zip(given, found, strict=True):
+        assert lm.generate(prompt[None], 12)[0, len(prompt) :].tolist() == new
+
+
+class FromOutside(LAYERS["mamba"]):  # type: ignore[misc]
+    """As written by somebody who does not know of states of packed documents."""
+
+    packs_states = False
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [FromOutside, lambda dim: nn.Linear(dim, dim)], ids=["layer", "module"])
+def test_layers_from_outside(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LAYERS, "mine", adapt("mine", make))
+    lm, given = model("mine attention:heads=4 swiglu").double(), prompts(*LENGTHS)
+    for options in ({}, {"temperature": 1.0, "generator": torch.Generator().manual_seed(0)}):
+        for prompt, new in zip(given, continue_prompts(lm, given, 12, **options), strict=True):
+            assert len(new) == 12
+            assert options or lm.generate(prompt[None], 12)[0, len(prompt) :].tolist() == new
 
 
 def test_a_batch_may_have_no_rows() -> None:

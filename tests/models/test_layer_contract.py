@@ -279,8 +279,130 @@ def test_a_state_may_be_a_view(name: str) -> None:
     """As of one prompt that several continuations share, or of rows of a larger tensor in another order."""
     layer, x, state = build(name), sequence(), build(name).init_state(1)
     layer(x[:1, :7], state=state)
-    shared = {key: t if t.dim() == 0 else t.expand(2, *t.shape[1:]) for key, t in state.items()}
-    turned = {key: t if t.dim() == 0 else t.expand(2, *t.shape[1:]).mT.contiguous().mT for key, t in state.items()}
+    shared = {key: t.expand(2, *t.shape[1:]) for key, t in state.items()}
+    turned = {key: t if t.dim() < 2 else t.mT.contiguous().mT for key, t in shared.items()}
     wanted = layer(torch.cat([x[:1, :7].expand(2, -1, -1), x[:, 7:8]], 1))[:, 7]
     for given in (shared, turned):
         assert relative_error(layer.step(x[:, 7], given), wanted) < 1e-12
+
+
+# ---- packed documents that leave a state each
+
+DOCUMENTS = (7, 130, 1, 0, 65, 64, 2)  # chunks of recurrences are 16 and 64
+VARIANTS = [
+    *((name, {}) for name in LAYERS),
+    ("hyena", {"taps": 6}),
+    ("mh-hyena", {"taps": 200}),
+    ("hyena-experts", {"sparse": True}),
+    ("hyena-experts", {"sparse": True, "taps": 6}),
+    ("sliding-attention", {"window": 90}),
+]
+every_variant = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+
+
+def trained(name: str, options: dict[str, Any], dtype: torch.dtype = torch.float64) -> Layer:
+    """Away from its start, by as much as its weights are large."""
+    torch.manual_seed(1)
+    layer = LAYERS[name](DIM, **SMALL.get(name, {}) | options).to(dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.5 * parameter.std(correction=0).clamp_min(0.2) * torch.randn_like(parameter))
+    return layer
+
+
+def packed(layer: Layer, x: Tensor, lengths: tuple[int, ...]) -> tuple[list[Tensor], State]:
+    """What comes out for each document of x (1, seqlen, dim), and the state of all."""
+    state = layer.init_state(len(lengths))
+    y = layer(x, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(), state=state)
+    return list(y.split(lengths, 1)), state
+
+
+def alone(layer: Layer, x: Tensor, lengths: tuple[int, ...]) -> tuple[list[Tensor], list[State]]:
+    states = [layer.init_state(1) for _ in lengths]
+    return [layer(part, state=state) for part, state in zip(x.split(lengths, 1), states, strict=True)], states
+
+
+def in_use(row: Tensor) -> Tensor:
+    """The state of one sequence, without room that it does not use."""
+    return row[row.flatten(1).any(1)] if row.dim() > 1 else row
+
+
+def agree(state: State, alone: list[State], tolerance: float) -> None:
+    for key, values in state.items():
+        for document, (row, other) in enumerate(zip(values, alone, strict=True)):
+            assert row.dtype == other[key].dtype
+            assert relative_error(in_use(row), in_use(other[key][0])) < tolerance, (key, document)
+
+
+@every_variant
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("lengths", [DOCUMENTS, (5, 5, 5), (0,), (0, 0)], ids=str)
+def test_a_pack_leaves_the_state_of_each_document(
+    name: str, options: dict[str, Any], grad: bool, lengths: tuple[int, ...]
+) -> None:
+    """From which all go on as one batch: five steps, and three tokens at once."""
+    layer, x, later = trained(name, options), sequence(1, sum(lengths)), sequence(len(lengths), 8)
+    with torch.set_grad_enabled(grad):
+        (ys, state), (wanted, states) = packed(layer, x, lengths), alone(layer, x, lengths)
+        agree(state, states, 1e-11)
+        ys += [layer.step(later[:, t], state) for t in range(5)]
+        wanted += [
+            torch.cat([layer.step(row, s) for row, s in zip(later[:, t].split(1), states, strict=True)]) for t in range(5)
+        ]
+        agree(state, states, 1e-11)
+        ys.append(layer(later[:, 5:], state=state))
+        wanted.append(torch.cat([layer(row, state=s) for row, s in zip(later[:, 5:].split(1), states, strict=True)]))
+        agree(state, states, 1e-11)
+    for y, other in zip(ys, wanted, strict=True):
+        assert relative_error(y, other) < 1e-11
+
+
+@every_variant
+def test_gradients_through_the_states_of_a_pack(name: str, options: dict[str, Any]) -> None:
+    layer, x = trained(name, options), sequence(1, sum(DOCUMENTS)).requires_grad_()
+    later, found = sequence(len(DOCUMENTS), 2), []
+    ys, state = packed(layer, x, DOCUMENTS)
+    ys += [layer.step(later[:, t], state).unsqueeze(1) for t in range(2)]
+    others, states = alone(layer, x, DOCUMENTS)
+    others += [layer(row, state=s) for row, s in zip(later.split(1), states, strict=True)]
+    for outputs, kept in ((ys, [state]), (others, states)):
+        values = [*outputs, *(t for s in kept for t in floats(s).values())]
+        found.append(torch.autograd.grad(sum(t.sin().sum() for t in values), [x, *layer.parameters()]))
+    for a, b in zip(*found, strict=True):
+        assert relative_error(a, b) < 1e-10
+
+
+@every_variant
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16", "float32"])
+@torch.no_grad()
+def test_packs_in_lower_precision(name: str, options: dict[str, Any], kind: str) -> None:
+    torch.manual_seed(1)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    layer = LAYERS[name](DIM, **SMALL.get(name, {}) | options).to(dtype)
+    x, later = sequence(1, sum(DOCUMENTS), dtype), sequence(len(DOCUMENTS), 1, dtype)[:, 0]
+    tolerance = 1e-5 if kind == "float32" else 0.03
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        (ys, state), (wanted, states) = packed(layer, x, DOCUMENTS), alone(layer, x, DOCUMENTS)
+        ys.append(layer.step(later, state))
+        wanted.append(torch.cat([layer.step(row, s) for row, s in zip(later.split(1), states, strict=True)]))
+    agree(state, states, tolerance)
+    assert {key: t.dtype for key, t in state.items()} == {key: t.dtype for key, t in layer.init_state(1).items()}
+    for y, other in zip(ys, wanted, strict=True):
+        assert y.dtype == other.dtype
+        assert relative_error(y, other) < tolerance
+
+
+@every_variant
+@torch.no_grad()
+def test_the_state_of_a_pack_is_continued_twice(name: str, options: dict[str, Any]) -> None:
+    """And is written over by neither, until long after windows and room are full."""
+    layer, x, later = trained(name, options), sequence(1, sum(DOCUMENTS)), sequence(len(DOCUMENTS), 100)
+    _, state = packed(layer, x, DOCUMENTS)
+    kept = dict(state)
+    before = {key: t.clone() for key, t in kept.items()}
+    one, other = (torch.stack([layer.step(later[:, t], path) for t in range(100)], 1) for path in (state, dict(kept)))
+    assert torch.equal(one, other)
+    assert all(torch.equal(kept[key], value) for key, value in before.items())
+    documents = [torch.cat(parts, 1) for parts in zip(x.split(DOCUMENTS, 1), later.split(1), strict=True)]
+    whole = torch.cat([layer(document)[:, -100:] for document in documents])
+    assert relative_error(one, whole) < 1e-9

@@ -97,9 +97,23 @@ def test_packed_documents(layer: Layer) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(LAYERS) - CHANNEL_MIXERS))
-def test_refuses_state_with_documents(name: str) -> None:
+def test_refuses_documents_with_a_state_that_is_not_fresh(name: str) -> None:
     layer = build(name)
-    with pytest.raises(ValueError, match="give cu_seqlens or state, not both"):
+    state = layer.init_state(2)
+    with pytest.raises(ValueError, match=r"is of 2 sequences; expected init_state\(1\), of the documents"):
+        layer(sequence(1), cu_seqlens=torch.tensor([0, SEQLEN], dtype=torch.int32), state=state)
+    layer(sequence(2), state=state)
+    with pytest.raises(ValueError, match=r"has seen tokens; with cu_seqlens a fresh one is expected, init_state\(2\)"):
+        layer(sequence(1), cu_seqlens=torch.tensor([0, 9, SEQLEN], dtype=torch.int32), state=state)
+
+
+class Unpacked(LAYERS["mamba"]):  # type: ignore[misc]
+    packs_states = False
+
+
+def test_a_layer_that_does_not_pack_refuses_both() -> None:
+    layer = Unpacked(DIM)
+    with pytest.raises(ValueError, match="Unpacked takes cu_seqlens or state, not both: it does not say packs_states"):
         layer(sequence(1), cu_seqlens=torch.tensor([0, SEQLEN], dtype=torch.int32), state=layer.init_state(1))
 
 
@@ -158,6 +172,25 @@ def test_attention_by_torch_is_the_same(window: int | None, monkeypatch: pytest.
             wanted = attend(q[:, -queries:], k, v, window, offsets)
             elsewhere.setattr(attention_layer, "DEVICES", set())
             torch.testing.assert_close(attend(q[:, -queries:], k, v, window, offsets), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["attention", "sliding-attention"])
+@torch.no_grad()
+def test_a_pack_is_continued_by_torch_as_by_the_op(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where values are not looked at either."""
+    layer, x, later = build(name).double(), sequence(1).double(), sequence(3, 12).double()
+
+    def run() -> list[Tensor]:
+        state = layer.init_state(3)
+        ys = [layer(x, cu_seqlens=torch.tensor([0, 1, 9, SEQLEN], dtype=torch.int32), state=state)]
+        ys += [layer.step(later[:, t], state) for t in range(8)]
+        return [*ys, layer(later[:, 8:], state=state), *state.values()]
+
+    wanted = run()
+    monkeypatch.setattr(attention_layer, "DEVICES", set())
+    monkeypatch.setattr(attention_layer, "can_look", lambda t: False)
+    for found, other in zip(run(), wanted, strict=True):
+        torch.testing.assert_close(found, other)
 
 
 def test_rotary_positions_are_relative() -> None:

@@ -117,6 +117,37 @@ def test_documents(lengths: list[int]) -> None:
     compare(delta_rule, delta_by_steps, inputs, document=document)
 
 
+@pytest.mark.parametrize("kind", ["scalar", "vector", "bonus", "delta"])
+@pytest.mark.parametrize("lengths", [[1] * 70, [0, 10, 54, 6, 0], [64, 6], [5, 0, 65], [20, 1, 44, 5]], ids=str)
+@pytest.mark.parametrize("strength", [0.1, 1e4])
+def test_states_at_the_ends_of_documents(lengths: list[int], kind: str, strength: float) -> None:
+    """Of each as alone, also where all is forgotten at once."""
+    inputs = draw(70, vector=kind in ("vector", "bonus"), strength=strength, batch=1)
+    del inputs["state"]
+    inputs["log_decay"][0, 69] = -torch.inf
+    chunked, by_steps, bonus = linear_recurrence, linear_by_steps, {}
+    if kind == "delta":
+        inputs["k"] = torch.nn.functional.normalize(inputs["k"], dim=-1)
+        inputs["beta"] = 2 * torch.rand(1, 70, 3, 1, dtype=torch.float64)
+        chunked, by_steps = delta_rule, delta_by_steps
+    elif kind == "bonus":
+        bonus = {"bonus": torch.randn(3, 5, dtype=torch.float64)}
+    numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+    def together(**given: Tensor) -> tuple[Tensor, Tensor]:
+        return chunked(**given, **bonus, document=numbers, ends=torch.tensor(lengths).cumsum(0).int())
+
+    def apart(**given: Tensor) -> tuple[Tensor, Tensor]:
+        found, empty = [], torch.zeros(1, 3, 5, 7, dtype=torch.float64)
+        for i, length in enumerate(lengths):
+            own = {name: t.split(lengths, 1)[i] for name, t in given.items()}
+            found.append(by_steps(**own, state=empty, **bonus) if length else (own["v"], empty))
+        ys, states = zip(*found, strict=True)
+        return torch.cat(ys, 1), torch.cat(states)
+
+    compare(together, apart, inputs)
+
+
 def test_a_chunk_that_sees_too_much_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from madkernels.models.layers import recurrence
 

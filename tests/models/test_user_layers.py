@@ -53,6 +53,14 @@ def test_joins_with_one_line() -> None:
     torch.testing.assert_close(steps, model(tokens))
     packed = model(tokens[:1], cu_seqlens=torch.tensor([0, 4, 4, 9], dtype=torch.int32))
     torch.testing.assert_close(packed, torch.cat([model(tokens[:1, :4]), model(tokens[:1, 4:])], 1))
+    states, apart = model.init_state(3), [model.init_state(1) for _ in range(3)]
+    offsets = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    model(tokens[:1], cu_seqlens=offsets, states=states)
+    for part, own in zip(tokens[:1].split([4, 0, 5], 1), apart, strict=True):
+        model(part, states=own)
+    for t in range(3):
+        alone = torch.cat([model.step(tokens[1:, t], own) for own in apart])
+        torch.testing.assert_close(model.step(tokens[1:, t].expand(3), states), alone)
     assert layer.flops(10) == 2 * 10 * 2 * 16 * 4
     assert layer.state_size(10) == 0
     check_causal(lambda: LAYERS["averages"](16), "averages", dim=16)
