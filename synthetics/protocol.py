@@ -1,8 +1,8 @@
 """What is run to score an architecture: the settings of each task, the grid of optimiser settings, and how scores add up.
 
 Protocols are JSON files in `protocols/`, to be read, copied and edited: `paper` as published (Poli et al. 2024, arXiv
-2403.17844), `strict` without its faults, `strict-small` a slice of that for two cores, and `demo` for a first look. A task
-has a baseline, and changes of one variable at a time from it. Where the authors' code departs from what they state, the
+2403.17844), `strict` with two tasks mended, `strict-small` a slice of that for two cores, and `demo` for a first look. A
+task has a baseline, and changes of one variable at a time from it. Where the authors' code departs from what they state, the
 statement holds: the learning rate follows a cosine, betas are 0.9 and 0.98, accuracy is over all scored tokens.
 
 A task's score is the mean over its settings of the test accuracy of the run that is best by the accuracy its protocol

@@ -115,16 +115,16 @@ def train(run: Run, on_epoch: Callable[[int, dict[str, float]], None] | None = N
 
 
 def trial(run: Run, dearest: float) -> Trial | None:
-    """As :meth:`madkernels.runs.engines.Run.trial`."""
-    options, examples = run.training, min(run.training.batch, run.task.train_examples)
-    model = build(run)
-    flops = counting.training_flops(model, run.task.length) * examples * run.task.length
-    if flops > dearest:
+    """As :meth:`madkernels.runs.engines.Run.trial`: as many examples of a step as cost no more than that."""
+    options, model = run.training, build(run)
+    flops = counting.training_flops(model, run.task.length) * run.task.length
+    examples = min(options.batch, run.task.train_examples, int(dearest // flops))
+    if not examples:
         return None
     inputs, targets = run.task.generate(examples, seed=options.seed, split="train")
     optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=options.lr, betas=BETAS, fused=True)
 
-    return trial_of(lambda: step(model, inputs, targets, options), optimizer, flops)
+    return trial_of(lambda: step(model, inputs, targets, options), optimizer, examples * flops)
 
 
 def check_finite(loss: float, epoch: int) -> None:

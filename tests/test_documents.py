@@ -7,6 +7,8 @@ from pathlib import Path
 import documents
 import pytest
 
+from madkernels.models.layers import LAYERS, user_layers
+
 PAGE = """\
 # A page
 
@@ -68,3 +70,13 @@ def test_every_page_is_fenced_and_reasons_are_given() -> None:
         for block in documents.blocks(page):
             assert block.skipped or block.smaller()
             assert not block.skipped or len(block.how) > len("not run: ") + 10, f"{block.place}: why?"
+
+
+def test_the_page_of_layers_has_every_layer() -> None:
+    page = (documents.ROOT / "docs/api/layers.md").read_text()
+    expected = [
+        f"## {name}\n\n::: {kind.__module__.removeprefix('madkernels.')}.{kind.__name__}\n"
+        for name, kind in LAYERS.items()
+        if name not in user_layers()
+    ]
+    assert [section for section in expected if section not in page] == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from matplotlib.axes import Axes
 
 from madkernels.benchmarks.harness import OURS
 from madkernels.reporting.figures import COLOURS, Panel, picture
-from madkernels.scaling.fits.compare import BootstrapOptions, frontiers
+from madkernels.scaling.fits.compare import BootstrapOptions, Frontier, frontiers
 from madkernels.scaling.fits.report import budget_colours, isoflop_panels, page as scaling_page
-from madkernels.scaling.fits.runs_table import Columns, read_table
+from madkernels.scaling.fits.runs_table import Columns, Table, read_table
 from madkernels.synthetics.fields import fields_of
 from madkernels.synthetics.page import colours_of, legend_of, page as mad_page, score_panels
-from madkernels.synthetics.protocol import Run, Training, results_of
+from madkernels.synthetics.protocol import Results, Run, Score, Training, results_of, scores
 from madkernels.synthetics.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +48,8 @@ def main() -> None:
     for name in ("demo", "strict-small"):
         draw_mad(name)
     draw_scaling("scaling-small")
+    draw_tutorial()
+    draw_reading()
     draw_benchmarks()
 
 
@@ -96,13 +99,56 @@ def _options(kind: type[Any], given: dict[str, str]) -> dict[str, Any]:
 
 def draw_scaling(name: str) -> None:
     runs, scores = read_table(STUDIES / name / "runs.csv"), read_table(STUDIES / "strict-small/results.csv")
+    how = draw_isoflops("isoflop", runs, columns=3)
+    page = scaling_page(runs, scores, COLUMNS, "architecture", "budget", how, TITLES[name])
+    (STUDIES / name / "report.html").write_text(page, encoding="utf-8")
+
+
+def draw_isoflops(name: str, runs: Table, columns: int) -> BootstrapOptions:
+    """The losses over sizes of each architecture; how the curves through them were laid."""
     how = BootstrapOptions()
     found, _ = frontiers(runs, COLUMNS, "architecture", "budget", how)
     legend = {f"{budget:.3g} FLOPs": colour for budget, colour in budget_colours(found).items()}
     panels, title = isoflop_panels(found, how.shape), "loss, nats per token; stars: minima"
-    picture(PICTURES / "isoflop.svg", panels, legend, columns=3, same_y=True, title=title)
-    page = scaling_page(runs, scores, COLUMNS, "architecture", "budget", how, TITLES[name])
-    (STUDIES / name / "report.html").write_text(page, encoding="utf-8")
+    picture(PICTURES / f"{name}.svg", panels, legend, columns=columns, same_y=True, title=title)
+    return how
+
+
+# ---- tutorials
+
+
+def draw_tutorial() -> None:
+    """The IsoFLOP curves of docs/tutorials/scaling-law.md."""
+    draw_isoflops("scaling-law", read_table(ROOT / "docs/tutorials/scaling-law-runs.csv"), columns=2)
+
+
+def draw_reading() -> None:
+    """What docs/tutorials/reports.md points at: seeds and their interval, a minimum among the runs and one below them."""
+    results = results_of(read_runs(STUDIES / "strict-small/runs.csv"))
+    runs = read_table(STUDIES / "scaling-small/runs.csv")
+    found, _ = frontiers(runs, COLUMNS, "architecture", "budget", BootstrapOptions())
+    panels = [
+        Panel("recall of each seed, percent, and ±", partial(_draw_seeds, results=results)),
+        *isoflop_panels({"mamba, 2.7e12 FLOPs: a minimum": at_budget(found["mamba"], 2.7e12)}, "parabola"),
+        *isoflop_panels({"transformer++, 9e11: below every run": at_budget(found["transformer++"], 9e11)}, "parabola"),
+    ]
+    picture(PICTURES / "reading-a-report.svg", panels, legend_of(colours_of(results)), columns=3)
+
+
+def at_budget(found: Frontier, budget: float) -> Frontier:
+    """That budget alone."""
+    chosen = [(c, b) for c, b in zip(found.curves, found.best, strict=True) if c.budget == budget]
+    return replace(found, curves=[c for c, _ in chosen], best=[b for _, b in chosen])
+
+
+def _draw_seeds(axes: Axes, results: Results) -> None:
+    by_arch: dict[str, Score] = {arch: by_task["recall"] for arch, by_task in scores(results).items()}
+    for place, (arch, colour) in enumerate(colours_of(results).items()):
+        score = by_arch[arch]
+        seeds = [100 * value for value in score.by_seed.values()]
+        axes.errorbar(place, 100 * (score.value or 0), yerr=100 * (score.margin or 0), color=colour, capsize=4, lw=1)
+        axes.plot([place] * len(seeds), seeds, "o", ms=5, color=colour)
+    axes.set_xticks([])
 
 
 # ---- benchmarks

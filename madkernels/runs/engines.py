@@ -53,8 +53,8 @@ class Run(Protocol):
         ...
 
     def trial(self, dearest: float) -> Callable[[], float] | None:
-        """A model like this run's: each call does an optimizer step on the CPU and returns its FLOPs. None where that would
-        be more than `dearest`."""
+        """A model like this run's: each call does an optimizer step on the CPU, or as much of one as costs no more than
+        `dearest` FLOPs, and returns its FLOPs. None where one sequence would be more."""
         ...
 
     def config(self) -> dict[str, Any]:

@@ -39,6 +39,15 @@ def test_a_step_that_is_too_large_is_not_tried() -> None:
     assert step() == pytest.approx(work_of([run])[run] / run.tokens * examples)
 
 
+def test_of_a_large_step_a_part_is_tried() -> None:
+    """Steps of `strict` are larger than what is tried, and it is the protocol whose time one most needs to know."""
+    run = plan("strict", ARCHS[:1], "recall")[0]
+    of_one = work_of([run])[run] / run.tokens * run.task.length
+    step = run.trial(3.5 * of_one)
+    assert step is not None
+    assert step() == pytest.approx(3 * of_one)
+
+
 def test_durations() -> None:
     told = {0.1: "1 s", 59.6: "60 s", 1800: "30 min", 7980: "2 h 13 min", 36_000 * 2: "20 h", 864_000: "10 days"}
     assert {seconds: pace.duration(seconds) for seconds in told} == told
