@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -148,6 +149,21 @@ def grouped_mm(
     return (mixed[rows.flatten().long()].view(tokens, top_k, -1) * weights.to(x.dtype).unsqueeze(-1)).sum(1)
 
 
+def scattermoe(
+    x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *, offsets: Tensor, slots: Tensor, rows: Tensor,
+    activation: str,
+) -> Tensor:  # fmt: skip
+    """ScatterMoE's products (Tan et al. 2024, arXiv 2403.08245), of its version 0.3: the first gathers, the second scatters
+    and weighs."""
+    parallel_linear = import_module("scattermoe.parallel_experts").parallel_linear
+    experts = torch.arange(len(gate_up), device=x.device).repeat_interleave(offsets.diff(), output_size=len(slots))
+    plan = (experts, slots.long(), offsets[1:].long())
+    gate, up = parallel_linear(x, gate_up.mT, weights.shape[1], *plan, grouped_out=True).chunk(2, dim=-1)
+    mixed = F.silu(gate) * up
+    y: Tensor = parallel_linear(mixed, down.mT, 1, *plan, gates=weights.to(x.dtype), grouped_in=True)
+    return y
+
+
 def _plain(case: Case) -> bool:
     return isinstance(case, MoeCase) and case.activation == "swiglu" and not (case.gate_up_bias or case.down_bias)
 
@@ -161,6 +177,14 @@ BENCHMARK = Benchmark(
     peers=(
         Peer("grouped-mm", grouped_mm, backward=True, accepts=_plain),
         Peer("loop", loop, backward=True, accepts=_plain),
+        Peer(
+            "scattermoe",
+            scattermoe,
+            backward=True,
+            needs="scattermoe.parallel_experts:parallel_linear",
+            devices=("cuda",),
+            accepts=_plain,
+        ),
         Peer("reference", plainly, backward=True, auto=False),
     ),
 )
