@@ -26,7 +26,12 @@ def runs_of(rows: Sequence[Planned], data: Path, out: Path) -> list[LMRun]:
     if other := {row.vocab_size for row in rows} - {corpus.vocab_size}:
         raise ValueError(f"the plan is for a vocabulary of {', '.join(map(str, other))}; {data} has {corpus.vocab_size}")
     runs = [row.run(corpus.sha256, str(data.resolve())) for row in rows]
-    return [replace(run, out=str((out / "runs" / run.key()[:16]).resolve())) for run in runs]
+    return [replace(run, out=str(folder_of(run, out).resolve())) for run in runs]
+
+
+def folder_of(run: LMRun, out: Path) -> Path:
+    """Where a run of a sweep has its log and its checkpoints."""
+    return out / "runs" / run.key()[:16]
 
 
 def sweep(runs: Sequence[LMRun], work: dict[LMRun, float], store: Store, progress: Progress, engine: Engine) -> Outcome:

@@ -37,9 +37,9 @@ def page(rows: Sequence[dict[str, Any]], title: str) -> str:
         raise ValueError("there are no runs to report")
     colours = colours_of(results)
     sections = [
-        _scores(results, colours),
+        scores_section(results, colours),
         _difficulty(results, colours),
-        _training(rows, colours),
+        training_section(rows, colours),
         Section("Architectures and cost", [_cost_table(results), *_diagrams(colours)]),
         _published(results),
     ]
@@ -84,7 +84,7 @@ def _named(arch: str, colours: dict[str, str]) -> Markup:
     return pages.swatch(label(arch), colours[arch])
 
 
-def _scores(results: Results, colours: dict[str, str]) -> Section:
+def scores_section(results: Results, colours: dict[str, str]) -> Section:
     seeds = len({run.training.seed for run, _ in results})
     within = f"± half of a 95 % interval over {seeds} seeds (Student)." if seeds > 1 else "One seed, so no intervals."
     about = "Accuracy on test sequences, in percent. The MAD score is the mean over tasks."
@@ -177,7 +177,7 @@ def _draw_along(axes: Axes, along: Sequence[Task], variable: str, best: Any, col
     axes.set_ylim(0, 102)
 
 
-def _training(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> Section | None:
+def training_section(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> Section | None:
     """The training curves of the best runs, at the first setting of each task."""
     curves = {row["run"]: row["curve"] for row in rows if row["curve"]}
     results = results_of(rows)

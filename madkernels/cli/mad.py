@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from madkernels.cli import live
+from madkernels.cli.live import Every, Watch
 from madkernels.cli.sweeps import (
     Address,
     Bars,
@@ -111,29 +113,9 @@ def run(
 
 
 @mad.command()
-def status(out: Folder = Path("out/mad"), plugin: Plugins = None) -> None:
-    """Show how far a sweep is: runs by task and architecture, and the time left at the pace so far."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from madkernels.runs.store import OPEN, Results
-    from madkernels.synthetics.protocol import Run
-    from madkernels.synthetics.status import summary
-
-    load_plugins(plugin)
-    results = Results(out)
-    told = summary(results.latest(Run.of))
-    results.close()
-    table = Table(title=str(out))
-    statuses = (*OPEN, "done", "failed")
-    for column in ("task", "architecture", *statuses):
-        table.add_column(column, overflow="fold")
-    for (task, arch), counts in told.counts.items():
-        table.add_row(task, arch, *(str(counts[name]) for name in statuses))
-    console = Console()
-    console.print(table)
-    for line in told.lines:
-        console.print(f"- {line}", markup=False, soft_wrap=True)
+def status(out: Folder = Path("out/mad"), watch: Watch = False, every: Every = 2.0, plugin: Plugins = None) -> None:
+    """Show how far a sweep is, as madkernels status does."""
+    live.status(out, watch, every, plugin)
 
 
 @mad.command()

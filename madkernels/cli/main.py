@@ -9,6 +9,7 @@ import typer
 
 from madkernels import __version__
 from madkernels.cli.bench import bench
+from madkernels.cli.live import serve, status
 from madkernels.cli.mad import mad
 from madkernels.cli.sample import train
 from madkernels.cli.scale import scale
@@ -28,6 +29,8 @@ app = typer.Typer(
 app.add_typer(mad, name="mad")
 app.add_typer(train, name="train")
 app.add_typer(scale, name="scale")
+app.command()(status)
+app.command()(serve)
 app.command()(bench)
 
 

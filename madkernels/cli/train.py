@@ -121,6 +121,7 @@ def _shape(preset: str | None, arch: str | None, dim: int | None, seqlen: int | 
 
     from madkernels.models import parse
     from madkernels.models.presets import preset as named
+    from madkernels.scaling.recipe import DEFAULT_SEQLEN
 
     if preset is not None:
         chosen = named(preset)
@@ -128,7 +129,7 @@ def _shape(preset: str | None, arch: str | None, dim: int | None, seqlen: int | 
         return chosen.arch, chosen.dim, chosen.seqlen
     assert arch is not None
     assert dim is not None
-    return parse(arch), dim, seqlen or 2048
+    return parse(arch), dim, seqlen or DEFAULT_SEQLEN
 
 
 def _check_model(preset: str | None, arch: str | None, dim: int | None) -> None:

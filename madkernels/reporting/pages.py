@@ -1,4 +1,5 @@
-"""HTML reports: each is one file, with its style, its script and its pictures inside. The script only sorts tables.
+"""HTML reports: each is one file, with its style, its script and its pictures inside. The script only sorts tables,
+and loads a page that is served again when it has changed.
 
 Titles, cells and lines are plain text, which is escaped, or :class:`markupsafe.Markup`, which is HTML already.
 """
@@ -47,10 +48,18 @@ class Section:
         return re.sub(r"\W+", "-", self.title.lower()).strip("-")
 
 
-def document(title: str, facts: str, gaps: Sequence[str], sections: Iterable[Section | None]) -> str:
-    """A whole page. `facts`: a line below the title; `gaps`: what is missing or cannot be trusted, told first."""
+def document(
+    title: str, facts: str, gaps: Sequence[str], sections: Iterable[Section | None], *, version: str | None = None
+) -> str:
+    """A whole page.
+
+    Args:
+        facts: a line below the title.
+        gaps: what is missing or cannot be trusted, told first.
+        version: of a page that is served: it loads itself again once the server has another one.
+    """
     kept = [section for section in sections if section]
-    return str(_render("page.html", title=title, facts=facts, gaps=gaps, sections=kept)) + "\n"
+    return str(_render("page.html", title=title, facts=facts, gaps=gaps, sections=kept, version=version)) + "\n"
 
 
 def is_page(path: Path) -> bool:
@@ -82,6 +91,11 @@ def note(value: str) -> Markup:
 def heading(value: str) -> Markup:
     """A heading within a section."""
     return Markup("<h3>{}</h3>").format(value)
+
+
+def link(label: str, address: str) -> Markup:
+    """A name that leads somewhere."""
+    return Markup('<a href="{}">{}</a>').format(address, label)
 
 
 def beside(*parts: Markup) -> Markup:

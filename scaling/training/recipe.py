@@ -12,6 +12,7 @@ from madkernels.runs.engines import Result
 from madkernels.runs.keys import Keyed, code_of
 
 SCHEDULES = ("cosine", "wsd", "constant")
+DEFAULT_SEQLEN = 2048  # tokens of a row, where neither a preset nor an option says
 DECAY = 0.2  # share of the steps in which warm-up, stable, decay lets the learning rate fall
 
 

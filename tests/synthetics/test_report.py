@@ -18,7 +18,6 @@ from madkernels.runs.store import OPEN, Results, Store
 from madkernels.synthetics import published, report
 from madkernels.synthetics.page import page
 from madkernels.synthetics.protocol import Run, Training, results_of
-from madkernels.synthetics.status import summary, time_left
 from madkernels.synthetics.tasks.compression import Compression
 from madkernels.synthetics.tasks.recall import Recall
 
@@ -138,20 +137,6 @@ def test_tables(rows: list[dict[str, Any]]) -> None:
     assert "+20.0 ± 0.0 !" in compared
     with pytest.raises(ValueError, match="takes two architectures"):
         report.compare([r for r in results if r[0].arch == ARCHS[0]])
-
-
-def test_status(rows: list[dict[str, Any]]) -> None:
-    told = summary(rows)
-    assert "15 of 18 runs are done, 1 failed" in told.lines[0]
-    assert any(line.startswith("failed: ") and "the loss is nan" in line for line in told.lines)
-    for i, row in enumerate(rows):
-        row["started"], row["ended"] = 100.0 + i, 101.0 + i
-    left = [row for row in rows if row["status"] in OPEN]
-    assert len(left) == 2
-    seconds = time_left(rows)
-    assert seconds is not None
-    assert 0 < seconds < 15
-    assert time_left([row for row in rows if row["status"] == "done"]) is None
 
 
 def test_commands(folder: Path) -> None:
