@@ -121,7 +121,7 @@ def _shape(preset: str | None, arch: str | None, dim: int | None, seqlen: int | 
 
     from madkernels.models import parse
     from madkernels.models.presets import preset as named
-    from madkernels.scaling.recipe import DEFAULT_SEQLEN
+    from madkernels.scaling.training.recipe import DEFAULT_SEQLEN
 
     if preset is not None:
         chosen = named(preset)

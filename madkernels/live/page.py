@@ -14,7 +14,7 @@ from madkernels.reporting import pages
 from madkernels.reporting.figures import COLOURS, Panel
 from madkernels.reporting.pages import Section
 from madkernels.runs.pace import duration
-from madkernels.scaling.watch import Point
+from madkernels.scaling.training.log import Point
 from madkernels.synthetics.page import colours_of, scores_section, training_section
 from madkernels.synthetics.protocol import results_of
 

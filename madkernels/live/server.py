@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import cast
 from urllib.parse import quote, unquote
 
 from madkernels.live.page import sections_of
@@ -147,7 +148,6 @@ def report_in(folder: Path, within: Path) -> bytes | None:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Server
     timeout = 30.0  # seconds that a silent client holds a thread
 
     def do_GET(self) -> None:
@@ -160,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_for_us():
             self.send_error(HTTPStatus.FORBIDDEN, f"This server is called {' or '.join(NAMES)}")
             return
-        found = self.server.site.page(unquote(self.path.partition("?")[0]))
+        found = cast(Server, self.server).site.page(unquote(self.path.partition("?")[0]))
         if found is None:
             self.send_error(HTTPStatus.NOT_FOUND)
             return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,10 @@ from madkernels.models.presets import preset
 from madkernels.runs.lock import is_locked
 from madkernels.runs.pace import duration
 from madkernels.runs.store import FILE, Results
-from madkernels.scaling.recipe import DEFAULT_SEQLEN, LMRun
 from madkernels.scaling.sweep import folder_of
-from madkernels.scaling.train import meta_model
-from madkernels.scaling.watch import FILE as LOG, Point, points_of
+from madkernels.scaling.training.log import FILE as LOG, Point, points_of
+from madkernels.scaling.training.recipe import DEFAULT_SEQLEN, LMRun
+from madkernels.scaling.training.trainer import meta_model
 from madkernels.synthetics.protocol import Run
 from madkernels.synthetics.report import label
 from madkernels.synthetics.sweep import work_of
@@ -72,7 +72,7 @@ class Seen:
     running: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    curves: dict[Any, Sequence[Point]] = field(default_factory=dict)
+    curves: Mapping[Any, Sequence[Point]] = field(default_factory=dict)
 
     @property
     def line(self) -> str:
@@ -127,7 +127,7 @@ class Watched:
         """Of a run that has not ended."""
         return points_of(folder_of(run, self.folder), run.recipe.steps)
 
-    def time_left(self, rows: Sequence[Row], curves: dict[Any, Sequence[Point]]) -> float | None:
+    def time_left(self, rows: Sequence[Row], curves: Mapping[Any, Sequence[Point]]) -> float | None:
         """Seconds until what is open is done. Early stops are foreseen as often as they came so far."""
         try:
             self.work |= work_of_runs([row["run"] for row in rows if row["run"] not in self.work])
@@ -138,8 +138,8 @@ class Watched:
     def _effort(self, row: Row, points: Sequence[Point]) -> Effort:
         run, work = row["run"], self.work[row["run"]]
         if row["status"] == "done":
-            begun = min(row["started"], row["ended"] - row["metrics"]["seconds"])  # one that was resumed began before
-            return Effort(work, work, (begun, row["ended"]))
+            begun = row["ended"] - row["metrics"]["seconds"]  # one that was resumed began before its last start
+            return Effort(work, work, (min(row["started"] or begun, begun), row["ended"]))
         if not points:
             return Effort(work)
         written = (folder_of(run, self.folder) / LOG).stat().st_mtime
@@ -238,9 +238,10 @@ def see_training(folder: Path) -> Seen:
 def recipe_in(folder: Path) -> dict[str, Any]:
     """The options that the training runs with; none where the file is not there or damaged."""
     try:
-        return tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+        found: dict[str, Any] = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found
 
 
 def _training_left(points: Sequence[Point], recipe: dict[str, Any]) -> float | None:
