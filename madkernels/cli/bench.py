@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from madkernels import OPS
+from madkernels.names import did_you_mean
 
 if TYPE_CHECKING:  # torch is loaded when the command runs, not to print its help
     import torch
@@ -84,7 +85,7 @@ def bench(
 
 def _benchmark(op: str) -> Benchmark:
     if op not in OPS:
-        raise ValueError(f"op {op!r} has no benchmark; expected {' or '.join(OPS)}")
+        raise ValueError(f"op {op!r} has no benchmark; expected {' or '.join(OPS)}{did_you_mean(op, OPS)}")
     from madkernels.benchmarks.harness import benchmark_of
 
     return benchmark_of(op)
@@ -102,9 +103,8 @@ def _cases(benchmark: Benchmark, shapes: str | None, quick: bool) -> Sequence[Ca
         return list(named.values())
     for name in shapes.split(","):
         if name not in named:
-            raise ValueError(
-                f"--shapes: no case {name!r} of {benchmark.name}; expected {', '.join(named)}, all, or a .json file"
-            )
+            expected = f"{', '.join(named)}, all, or a .json file{did_you_mean(name, named)}"
+            raise ValueError(f"--shapes: no case {name!r} of {benchmark.name}; expected {expected}")
     return [named[name] for name in shapes.split(",")]
 
 
@@ -132,7 +132,7 @@ def _dtypes(names: str) -> list[torch.dtype]:
 
     for name in names.split(","):
         if name not in DTYPES:
-            raise ValueError(f"--dtype: {name!r} is not one of {', '.join(DTYPES)}")
+            raise ValueError(f"--dtype: {name!r} is not one of {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}")
     return [getattr(torch, name) for name in names.split(",")]
 
 
@@ -149,7 +149,8 @@ def _peers(benchmark: Benchmark, names: str, device: str) -> list[Peer]:
     known = {peer.name: peer for peer in benchmark.peers}
     for name in names.split(","):
         if name not in known:
-            raise ValueError(f"--peers: {benchmark.name} has no peer {name!r}; expected auto, none, or {', '.join(known)}")
+            expected = f"auto, none, or {', '.join(known)}{did_you_mean(name, ['auto', 'none', *known])}"
+            raise ValueError(f"--peers: {benchmark.name} has no peer {name!r}; expected {expected}")
     return [known[name] for name in names.split(",")]
 
 

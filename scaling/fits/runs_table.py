@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from madkernels.names import did_you_mean
 from madkernels.scaling.fits.form import FLOPS, Points
 from madkernels.scaling.fits.screening import acceptable, highest, why_not
 from madkernels.scaling.fits.statistics import Array
@@ -53,7 +54,7 @@ class Table:
     def column(self, name: str) -> list[str]:
         """ValueError, with the columns that there are, if it is not one."""
         if name not in self.columns:
-            known = ", ".join(self.columns)
+            known = ", ".join(self.columns) + did_you_mean(name, self.columns)
             raise ValueError(f"{', '.join(self.files)}: there is no column {name!r}; there are: {known}")
         return self.columns[name]
 
