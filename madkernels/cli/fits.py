@@ -118,7 +118,7 @@ def fit(
             found = best_as_json(best, selection, approach, shape)
             shown = [best_table(best, approach, name)]
         for each in shown:
-            console.print(each)
+            each.show(console)
         return found
 
     if group is None:
@@ -167,8 +167,8 @@ def compare(
     by_name, dropped = _frontiers(table, params, loss, tokens, flops, group, budget, how, drop_highest, max_loss)
     found = differences(by_name)
     console = _console(to_json)
-    console.print(frontier_table(by_name))
-    console.print(difference_table(found))
+    frontier_table(by_name).show(console)
+    difference_table(found).show(console)
     rows = {
         name: {"a": f.a, "best": [asdict(b) for b in f.best], "left_out": f.left_out, "warnings": f.warnings}
         for name, f in by_name.items()
@@ -207,7 +207,7 @@ def correlate(
     chosen, losses = losses_at(by_name, at)
     labels = {name: arch for name, arch in labels_of(table, group).items() if name in by_name}
     rows = relate(read_scores(read_table(scores), labels), losses, seed)
-    _console(to_json).print(correlation_table(rows, chosen))
+    correlation_table(rows, chosen).show(_console(to_json))
     _write({"budget": chosen, "losses": losses, "tasks": [asdict(row) for row in rows]}, to_json)
 
 

@@ -105,7 +105,7 @@ def run(
         wanted = {run.key() for run in runs}
         rows = [row for row in store.latest(Run.of) if row["key"] in wanted]
         scores_path, runs_path = write_csv(rows, out)
-        console.print(table(results_of(rows), chosen.score))
+        table(results_of(rows), chosen.score).show(console)
         console.print(f"{outcome.trained} runs trained, {outcome.already_done} found done, {outcome.failed} failed.")
         console.print(f"Results: {store.path}, {scores_path}, {runs_path}", soft_wrap=True)
 
@@ -152,8 +152,8 @@ def compare(out: Folder = Path("out/mad"), measure: Measure = "accuracy", plugin
     found = results_of(results.latest(Run.of))
     results.close()
     console = Console()
-    console.print(report.table(found, measure))
-    console.print(report.compare(found, measure))
+    report.table(found, measure).show(console)
+    report.compare(found, measure).show(console)
 
 
 @mad.command()
@@ -197,14 +197,15 @@ def normalise(
 ) -> None:
     """Set the free sizes of architectures to one fixed state or number of parameters, and print what they take."""
     from rich.console import Console
-    from rich.table import Table
 
     from madkernels.models import HybridLM, counting, normalise as sizes, parse
+    from madkernels.reporting.tables import Table
 
     load_plugins(plugin)
-    table = Table(caption=f"At width {dim}; total state and forward FLOPs per token for a sequence of length {seqlen}.")
+    told = f"At width {dim}; total state and forward FLOPs per token for a sequence of length {seqlen}."
+    table = Table(caption=told, spare=("total state", "FLOPs per token"))
     for column in ("architecture", "parameters", "fixed state", "total state", "FLOPs per token"):
-        table.add_column(column, justify="left" if column == "architecture" else "right", overflow="fold")
+        table.add_column(column, justify="left" if column == "architecture" else "right")
     for text in arch:
         found = parse(text)
         found = found if state is None else sizes.with_state(found, state, dim)
@@ -212,7 +213,7 @@ def normalise(
         model = HybridLM(found, vocab_size=16, dim=dim)
         counts = sizes.parameters(found, dim), sizes.fixed_state(found, dim), counting.state_size(model, seqlen)
         table.add_row(str(found), *(f"{c:,}" for c in counts), f"{counting.flops_per_token(model, seqlen):,.0f}")
-    Console().print(table)
+    table.show(Console())
 
 
 @mad.command()
@@ -240,8 +241,8 @@ def search(
 ) -> None:
     """Propose hybrids under a budget, by successive halving, and mark those that no other beats."""
     from rich.console import Console
-    from rich.table import Table
 
+    from madkernels.reporting.tables import Table
     from madkernels.runs.store import Store
     from madkernels.synthetics import search as searching
     from madkernels.synthetics.protocol import load_protocol
@@ -268,14 +269,15 @@ def search(
         with progress_bars(console) as bars:
             ranked = searching.search(costs, chosen, store, place, progress_of, together=device != "cpu")
     front = searching.pareto(ranked)
-    table = Table(caption="* on the Pareto front of score, state, parameters and FLOPs, of those that came furthest.")
-    for column in ("", "architecture", "rung", "MAD score", "parameters", "state", "FLOPs per token"):
-        table.add_column(column, justify="left" if column in ("", "architecture") else "right", overflow="fold")
+    told = "* on the Pareto front of score, state, parameters and FLOPs, of those that came furthest."
+    table = Table(caption=told, spare=("rung", "parameters", "FLOPs per token"))
+    for column in ("architecture", "", "MAD score", "rung", "parameters", "state", "FLOPs per token"):
+        table.add_column(column, justify="left" if column in ("", "architecture") else "right")
     for f in ranked:
         score = f"{100 * f.score:.1f}" + ("" if f.margin is None else f" ± {100 * f.margin:.1f}")
         counts = f"{f.cost.parameters:,}", f"{f.cost.state:,}", f"{f.cost.flops:,.0f}"
-        table.add_row("*" if f.arch in front else "", f.arch, str(f.rung), score, *counts)
-    console.print(table)
+        table.add_row(f.arch, "*" if f.arch in front else "", score, str(f.rung), *counts)
+    table.show(console)
 
 
 @mad.command("tasks")

@@ -27,23 +27,38 @@ TOKENS_PER_PARAMETER = 20  # about compute-optimal (Hoffmann et al. 2022, arXiv 
 
 @train.command()
 def presets() -> None:
-    """List the presets as a table in Markdown."""
+    """List the presets; into a file or a pipe, as a table in Markdown."""
     import torch
+    from rich.console import Console
 
     from madkernels.models import counting
     from madkernels.models.normalise import fixed_state
     from madkernels.models.presets import PRESETS
+    from madkernels.reporting.tables import Table
 
-    print("| preset | width | blocks | parameters | used per token | fixed state | FLOPs per token |")
-    print("|---|---|---|---|---|---|---|")
+    names = ("preset", "width", "blocks", "parameters", "used per token", "fixed state", "FLOPs per token")
+    table = Table(*names, spare=("blocks", "used per token", "width", "fixed state"))
+    rows = list[tuple[str, ...]]()
     for preset in PRESETS.values():
         with torch.device("meta"):
             model = preset.model()
-        print(
-            f"| {preset.name} | {preset.dim:,} | {preset.blocks} | {counting.params(model) / 1e6:,.1f} M | "
-            f"{counting.active_params(model) / 1e6:,.1f} M | {fixed_state(preset.arch, preset.dim):,} | "
-            f"{counting.training_flops(model, preset.seqlen):.2e} |"
+        row = (
+            preset.name,
+            f"{preset.dim:,}",
+            str(preset.blocks),
+            f"{counting.params(model) / 1e6:,.1f} M",
+            f"{counting.active_params(model) / 1e6:,.1f} M",
+            f"{fixed_state(preset.arch, preset.dim):,}",
+            f"{counting.training_flops(model, preset.seqlen):.2e}",
         )
+        table.add_row(*row)
+        rows.append(row)
+    if (console := Console()).is_terminal:
+        table.show(console)
+        return
+    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
 
 
 @train.command()

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from rich.table import Table as Shown
 
+from madkernels.reporting.tables import Table as Shown
 from madkernels.scaling.fits.form import NAMES, Allocation, no_optimum
 from madkernels.scaling.fits.isoflop import Optimum, envelope, isoflop, nearest_budgets
 from madkernels.scaling.fits.profile_likelihood import profile
@@ -132,7 +132,8 @@ def best_table(best: Optimum, approach: int, group: str) -> Shown:
     spans = [f"{name} {_span(found)} (95 %)" for name, found in best.intervals.items()]
     void = [f"{best.unusable} resamples without two minima"] if best.unusable else []
     caption = "; ".join([*laws_found, *spans, *void, *(f"excluded: {why}" for why in best.left_out)])
-    out = Shown(title=f"Approach {approach}{': ' if group else ''}{group}", caption=caption)
+    title = f"Approach {approach}{': ' if group else ''}{group}"
+    out = Shown(title=title, caption=caption, spare=("FLOPs", "tokens per parameter", "tokens"))
     for name in ("budget", "FLOPs", "parameters", "tokens", "tokens per parameter", "loss"):
         out.add_column(name, justify="right")
     for b in best.best if approach == 2 else best.best[:: max(len(best.best) // 10, 1)]:
@@ -151,7 +152,8 @@ def parameter_table(summary: Summary, title: str) -> Shown:
     """Parameters and their intervals; the proof is the caption."""
     drawn, found = summary.bootstrap, summary.fit
     few = f" Intervals from {SAMPLE:,} of them, brought to the number of all." if found.count > SAMPLE else ""
-    out = Shown(title=title, caption=f"{found.count:,} points. {found.proof}.{few}")
+    spare = ("sd", "profile, 95 %") if drawn else ()
+    out = Shown(title=title, caption=f"{found.count:,} points. {found.proof}.{few}", spare=spare)
     out.add_column("")
     for head in ("fit", "profile, 95 %", *(("bootstrap, 95 %", "sd") if drawn else ())):
         out.add_column(head, justify="right")
@@ -190,7 +192,7 @@ def optimum_table(summary: Summary, budgets: Sequence[float]) -> Shown:
         title += ": no optimum, for the fit has not converged"
     elif not (found.surface.alpha > 0 and found.surface.beta > 0):
         title += ": no optimum, for an exponent is not positive"
-    out = Shown(title=title)
+    out = Shown(title=title, spare=("tokens per parameter", "tokens"))
     for name in (
         "budget",
         "parameters",
