@@ -25,7 +25,17 @@ Flops = Annotated[
     str | None, typer.Option(help="Column of training FLOPs C. Without tokens, D = C / (6 N); without FLOPs, C = 6 N D.")
 ]
 Loss = Annotated[str, typer.Option(help="Column of the loss, in nats per token.")]
-Group = Annotated[str | None, typer.Option(help="Column to group by; each of its values gets a fit of its own.")]
+Groups = Annotated[
+    list[str] | None,
+    typer.Option("--group", help="Column to group by; each of its values gets a fit of its own. Repeat for combinations."),
+]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        help="Rows to fit, by a condition on columns, such as 'outlier == False and loss < 5'; a name of several words "
+        "stands in backticks."
+    ),
+]
 DropHighest = Annotated[int, typer.Option(min=0, help="Number of highest losses to drop, in each group.")]
 MaxLoss = Annotated[float | None, typer.Option(help="Drop losses above this, in nats per token: runs that diverged.")]
 Resamples = Annotated[int, typer.Option("--bootstrap", min=0, help="Bootstrap resamples for intervals; 0 for none.")]
@@ -42,7 +52,8 @@ def fit(
     loss: Loss = "loss",
     tokens: Tokens = None,
     flops: Flops = None,
-    group: Group = None,
+    group: Groups = None,
+    where: Where = None,
     drop_highest: DropHighest = 0,
     max_loss: MaxLoss = None,
     approach: Annotated[
@@ -63,12 +74,19 @@ def fit(
     lad: Annotated[
         bool, typer.Option("--lad", help="Approach 3: least absolute deviations, the limit of --delta towards 0.")
     ] = False,
+    squares: Annotated[
+        bool, typer.Option("--squares", help="Approach 3: least squares of the loss itself, not of its logarithm.")
+    ] = False,
     tied: Annotated[bool, typer.Option("--tied", help="Approach 3: fit with alpha = beta.")] = False,
     bootstrap: Resamples = 1000,
     seed: Seed = 42,
     at: Annotated[
         list[float] | None,
         typer.Option(help="Approach 3: budget in FLOPs to print the optimal size for. Repeat for several."),
+    ] = None,
+    predict: Annotated[
+        list[Path] | None,
+        typer.Option(help="Approach 3: CSV of held-out runs, whose losses the fit is to predict. Repeat for several."),
     ] = None,
     to_json: Json = None,
     force: Force = False,
@@ -78,11 +96,18 @@ def fit(
     Without --tokens and --flops, the columns tokens, flops and budget that scale run writes are used. With --group, a group
     that cannot be fitted is reported, and the others are fitted.
     """
+    from madkernels.scaling.fits.condition import rows_where
+    from madkernels.scaling.fits.newton import SQUARES
     from madkernels.scaling.fits.outlying import outlying, spikes, tell
+    from madkernels.scaling.fits.predict import predicted, prediction_json, prediction_table
     from madkernels.scaling.fits.runs_table import Columns, Cut, by_group, of_kind, read_table, select
     from madkernels.scaling.fits.surface import LAD
     from madkernels.scaling.fits.tables import as_json, best_as_json, best_sizes, best_table, summarise, tables
 
+    if lad and squares:
+        raise ValueError("--lad and --squares are two objectives: give one")
+    if predict and approach != 3:
+        raise ValueError(f"--predict takes the surface of approach 3; this is approach {approach}")
     if approach == 3 and tokens and flops:
         raise ValueError("approach 3 takes the data of a run from --tokens or from --flops: both are given")
     if wrong := [flops for flops in at or [] if not (math.isfinite(flops) and flops > 0)]:
@@ -90,6 +115,8 @@ def fit(
     _may_write(to_json, force)
     cut = Cut(drop_highest, math.inf if max_loss is None else max_loss)
     table = read_table(file)
+    if where is not None:
+        table = rows_where(table, where)
     if tokens is None and flops is None:
         there = [name if name in table.columns else None for name in ("tokens", "flops", "budget")]
         tokens, flops = there[0], there[1] if approach < 3 or there[0] is None else None
@@ -98,8 +125,11 @@ def fit(
             known = ", ".join(table.columns)
             raise ValueError(f"the data of a run comes from --tokens or from --flops: none is given; columns: {known}")
     columns = Columns(params, loss, tokens, flops)
-    for name in filter(None, (params, loss, tokens, flops, group)):
-        table.column(name)
+    held_out = read_table(*predict) if predict else None
+    for each in filter(None, (table, held_out)):
+        for name in filter(None, (params, loss, tokens, flops, *(group or ()))):
+            each.column(name)
+    wanted = dict(by_group(held_out, *(group or ()))) if held_out else {}
     # Runs with more or less state are of other architectures; one size at several budgets is no curve over sizes.
     rows = of_kind(table, "isoflop", *(["overtrained"] if approach == 3 else []))
     _tell_kinds(len(table) - len(rows))
@@ -110,8 +140,14 @@ def fit(
         selection = tell(selection, spikes(selection.points) if approach == 1 else outlying(selection.points))
         _tell(selection.dropped, selection.warnings, name)
         if approach == 3:
-            told = summarise(selection, LAD if lad else delta, tied, bootstrap, seed)
+            told = summarise(selection, LAD if lad else SQUARES if squares else delta, tied, bootstrap, seed)
             found, shown = as_json(told, at or []), tables(told, name, at or [])
+            if name in wanted:
+                test = select(wanted[name], columns)
+                _tell(test.dropped, test.warnings, name)
+                guess = predicted(told.fit, test)
+                found["predicted"] = prediction_json(guess)
+                shown.append(prediction_table(guess, name))
         else:
             best = best_sizes(selection, approach, budget, shape, bootstrap, seed)
             _tell([], best.warnings, name)
@@ -121,11 +157,13 @@ def fit(
             each.show(console)
         return found
 
-    if group is None:
+    for name in wanted.keys() - dict(by_group(rows, *(group or ()))).keys():
+        typer.echo(f"warning: {name}: held-out runs of no fit", err=True)
+    if not group:
         _write(fitted("", rows), to_json)
         return
     found: dict[str, Any] = {}
-    for name, part in by_group(rows, group):
+    for name, part in by_group(rows, *group):
         try:
             found[name] = fitted(name, part)
         except ValueError as error:

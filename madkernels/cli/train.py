@@ -42,7 +42,7 @@ def presets() -> None:
     for preset in PRESETS.values():
         with torch.device("meta"):
             model = preset.model()
-        row = (
+        row: tuple[str, ...] = (
             preset.name,
             f"{preset.dim:,}",
             str(preset.blocks),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Column, Table as RichTable
 
@@ -74,8 +74,8 @@ class Table(RichTable):
         self,
         chosen: list[int],
         widths: Sequence[int],
-        title: RenderableType | None,
-        caption: RenderableType | None,
+        title: Any,
+        caption: Any,
         *,
         rows: bool = True,
     ) -> RichTable:

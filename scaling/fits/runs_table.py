@@ -323,14 +323,14 @@ def shortened(lines: list[str], most: int) -> list[str]:
 # ---- parts of a table
 
 
-def by_group(table: Table, group: str | None) -> Iterator[tuple[str, Table]]:
-    """Parts of the table with one value in the column, in the order of their first rows; all of it where there is none."""
-    if group is None:
+def by_group(table: Table, *columns: str) -> Iterator[tuple[str, Table]]:
+    """Parts of the table with one value in each of the columns, in the order of their first rows; all of it without any."""
+    if not columns:
         yield "", table
         return
     rows: dict[str, list[int]] = {}
-    for row, name in enumerate(table.column(group)):
-        rows.setdefault(name, []).append(row)
+    for row, values in enumerate(zip(*(table.column(name) for name in columns), strict=True)):
+        rows.setdefault(", ".join(values), []).append(row)
     for name, chosen in rows.items():
         yield name, table.rows(np.array(chosen))
 

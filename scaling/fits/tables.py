@@ -11,6 +11,7 @@ import numpy as np
 from madkernels.reporting.tables import Table as Shown
 from madkernels.scaling.fits.form import NAMES, Allocation, no_optimum
 from madkernels.scaling.fits.isoflop import Optimum, envelope, isoflop, nearest_budgets
+from madkernels.scaling.fits.newton import SQUARES
 from madkernels.scaling.fits.profile_likelihood import profile
 from madkernels.scaling.fits.runs_table import Selection
 from madkernels.scaling.fits.screening import LeaveOutFit, Screening, screen, sensitivity
@@ -18,6 +19,7 @@ from madkernels.scaling.fits.statistics import Array, Interval, interval
 from madkernels.scaling.fits.surface import LAD, SAMPLE, Bootstrap, Fit, bootstrap, fit
 
 LEVEL = 0.95
+OBJECTIVES = {LAD: "least absolute deviations", SQUARES: "squares of the loss"}  # others are Huber's
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def as_json(summary: Summary, budgets: Sequence[float]) -> dict[str, Any]:
         "dropped": [asdict(dropped) for dropped in summary.selection.dropped],
         "warnings": summary.selection.warnings,
         "objective": found.objective,
-        "delta": None if found.delta == LAD else found.delta,
-        "loss_function": "least absolute deviations" if found.delta == LAD else "Huber",
+        "delta": found.delta if found.delta not in OBJECTIVES else None,
+        "loss_function": OBJECTIVES.get(found.delta, "Huber"),
         "tied": found.tied,
         "convergence": {"converged": proof.converged, "positive_definite": proof.curved, **asdict(proof)},
         "intervals": _intervals(summary),
