@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # torch is loaded when the command runs, not to print its hel
     from madkernels.benchmarks.harness import Benchmark, Peer
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+PASSES = {"fwd": ("forward",), "bwd": ("backward",), "both": ("forward", "backward")}
 
 
 def bench(
@@ -34,7 +35,9 @@ def bench(
         str, typer.Option(help=f"One or more of {', '.join(DTYPES)}, comma-separated; timed in the same rounds.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="Device to run on: cpu, cuda, or cuda:1 and so on.")] = "cpu",
-    direction: Annotated[str, typer.Option("--pass", help="Pass to time: fwd (forward), bwd (backward) or both.")] = "both",
+    direction: Annotated[
+        Literal["fwd", "bwd", "both"], typer.Option("--pass", help="Pass to time: forward, backward or both.")
+    ] = "both",
     peers: Annotated[
         str,
         typer.Option(
@@ -60,7 +63,7 @@ def bench(
     benchmark = _benchmark(op)
     cases = _cases(benchmark, shapes, quick)
     dtypes = _dtypes(dtype)
-    passes = _passes(direction)
+    passes = PASSES[direction]
     place = _device(op, device, dtypes)
     chosen = _peers(benchmark, peers, place.type)
     console = Console()
@@ -134,13 +137,6 @@ def _dtypes(names: str) -> list[torch.dtype]:
         if name not in DTYPES:
             raise ValueError(f"--dtype: {name!r} is not one of {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}")
     return [getattr(torch, name) for name in names.split(",")]
-
-
-def _passes(direction: str) -> tuple[str, ...]:
-    known = {"fwd": ("forward",), "bwd": ("backward",), "both": ("forward", "backward")}
-    if direction not in known:
-        raise ValueError(f"--pass: {direction!r} is not one of {', '.join(known)}")
-    return known[direction]
 
 
 def _peers(benchmark: Benchmark, names: str, device: str) -> list[Peer]:

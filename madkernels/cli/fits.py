@@ -10,38 +10,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from madkernels.cli.sweeps import Plugins, load_plugins
+from madkernels.cli.options import (
+    Budget,
+    By,
+    DropHighest,
+    File,
+    Files,
+    Flops,
+    Force,
+    Groups,
+    Json,
+    Loss,
+    MaxLoss,
+    Params,
+    Plugins,
+    Resamples,
+    Seed,
+    Shape,
+    ShapeName,
+    Tokens,
+    Where,
+)
+from madkernels.cli.sweeps import load_plugins
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when a command runs, not to print its help
     from rich.console import Console
 
     from madkernels.scaling.fits.compare import BootstrapOptions, Frontier
     from madkernels.scaling.fits.runs_table import Columns, Dropped, Table
-
-File = Annotated[Path, typer.Argument(help="A CSV file with one run per row.")]
-Params = Annotated[str, typer.Option(help="Column of the number of parameters.")]
-Tokens = Annotated[str | None, typer.Option(help="Column of the number of training tokens.")]
-Flops = Annotated[
-    str | None, typer.Option(help="Column of training FLOPs C. Without tokens, D = C / (6 N); without FLOPs, C = 6 N D.")
-]
-Loss = Annotated[str, typer.Option(help="Column of the loss, in nats per token.")]
-Groups = Annotated[
-    list[str] | None,
-    typer.Option("--group", help="Column to group by; each of its values gets a fit of its own. Repeat for combinations."),
-]
-Where = Annotated[
-    str | None,
-    typer.Option(
-        help="Rows to fit, by a condition on columns, such as 'outlier == False and loss < 5'; a name of several words "
-        "stands in backticks."
-    ),
-]
-DropHighest = Annotated[int, typer.Option(min=0, help="Number of highest losses to drop, in each group.")]
-MaxLoss = Annotated[float | None, typer.Option(help="Drop losses above this, in nats per token: runs that diverged.")]
-Resamples = Annotated[int, typer.Option("--bootstrap", min=0, help="Bootstrap resamples for intervals; 0 for none.")]
-Seed = Annotated[int, typer.Option(help="Seed of the bootstrap resamples.")]
-Json = Annotated[str | None, typer.Option("--json", help="Write JSON to this new file, or - for standard output.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")]
 
 TOLD = 20  # lines of warnings
 
@@ -65,9 +61,7 @@ def fit(
     budget: Annotated[
         str | None, typer.Option(help="Approach 2: column of budgets, or budgets in FLOPs, comma-separated.")
     ] = None,
-    shape: Annotated[
-        str, typer.Option(help="Approach 2, shape of the curves over sizes: parabola, cubic or akima.")
-    ] = "parabola",
+    shape: Annotated[ShapeName, typer.Option(help="Approach 2: shape of the curves over sizes.")] = "parabola",
     delta: Annotated[
         float, typer.Option(help="Approach 3: residual of ln L at which Huber's loss turns from squares to absolute values.")
     ] = 1e-3,
@@ -172,12 +166,6 @@ def fit(
     if all("error" in part for part in found.values()):
         raise ValueError("; ".join(f"{name}: {part['error']}" for name, part in found.items()) or f"{file}: no rows")
     _write({"groups": found}, to_json)
-
-
-Files = Annotated[list[Path], typer.Argument(help="CSV files of runs, such as the runs.csv that scale run writes.")]
-By = Annotated[str, typer.Option(help="Column that tells architectures apart.")]
-Budget = Annotated[str, typer.Option(help="Column of the nominal budgets, in FLOPs.")]
-Shape = Annotated[str, typer.Option(help="Shape of the curves over sizes: parabola, cubic or akima.")]
 
 
 def compare(

@@ -5,19 +5,13 @@ from __future__ import annotations
 from contextlib import closing
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from madkernels.cli.options import Address, Device, DryRun, Dtype, EngineName, Plugins, Results, Workers
 from madkernels.cli.sweeps import (
-    Address,
     Bars,
-    Device,
-    DryRun,
-    EngineName,
-    Plugins,
-    Results,
-    Workers,
     announce,
     done_in,
     engine_of,
@@ -39,7 +33,10 @@ DEMO_ARCHS = ("mamba:dstate=4 swiglu mamba:dstate=4 swiglu", "mamba:dstate=4 swi
 COLOURS = ("cyan", "green", "bright_black", "magenta")
 
 Folder = Annotated[Path, typer.Option(help="Folder of the results.")]
-Measure = Annotated[str, typer.Option(help="accuracy (over all scored tokens) or macro_accuracy (mean over token classes).")]
+Measure = Annotated[
+    Literal["accuracy", "macro_accuracy"],
+    typer.Option(help="Accuracy over all scored tokens, or its mean over token classes."),
+]
 
 
 @mad.command()
@@ -66,7 +63,9 @@ def run(
             help="Train the runs of a setting as one stacked model, or one by one. Default: together on a GPU only.",
         ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast). Default: the protocol's.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Compute dtype; bfloat16 is autocast. Default: the protocol's.")
+    ] = None,
     dry_run: DryRun = False,
     plugin: Plugins = None,
 ) -> None:
@@ -143,11 +142,9 @@ def compare(out: Folder = Path("out/mad"), measure: Measure = "accuracy", plugin
 
     from madkernels.runs.store import Results
     from madkernels.synthetics import report
-    from madkernels.synthetics.protocol import MEASURES, Run, results_of
+    from madkernels.synthetics.protocol import Run, results_of
 
     load_plugins(plugin)
-    if measure not in MEASURES:
-        raise ValueError(f"--measure: {measure!r} is not known; expected {' or '.join(MEASURES)}")
     results = Results(out)
     found = results_of(results.latest(Run.of))
     results.close()
@@ -232,9 +229,7 @@ def search(
     protocol: Annotated[str, typer.Option(help="demo, strict-small, strict, paper, or a .json file.")] = "demo",
     out: Folder = Path("out/search"),
     seed: Annotated[int, typer.Option(help="Seed of the draw of candidates.")] = 0,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes to train in. Default: one per core or, with --device cuda, per GPU.")
-    ] = None,
+    workers: Workers = None,
     device: Device = "cpu",
     dry_run: DryRun = False,
     plugin: Plugins = None,

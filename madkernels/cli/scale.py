@@ -10,15 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from madkernels.cli.fits import compare, correlate, fit, report
+from madkernels.cli.options import Address, Device, DryRun, EngineName, Force, Plugins, Results, Workers
 from madkernels.cli.sweeps import (
-    Address,
     Bars,
-    Device,
-    DryRun,
-    EngineName,
-    Plugins,
-    Results,
-    Workers,
     announce,
     done_in,
     engine_of,
@@ -52,7 +46,6 @@ Archs = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="The plan: a CSV file that is not there yet.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")]
 Blocks = Annotated[int, typer.Option(min=1, help="Depth, in pairs of a sequence mixer and a channel mixer.")]
 Data = Annotated[Path, typer.Option(help="Folder that madkernels train prepare wrote.")]
 Seqlen = Annotated[int, typer.Option(min=1, help="Tokens per row (sequence length).")]

@@ -92,7 +92,6 @@ def test_peers_that_are_absent_are_listed() -> None:
     [
         (["fft"], f"op 'fft' has no benchmark; expected {' or '.join(OPS)}"),
         (["causal_conv", "--dtype", "int8"], "--dtype: 'int8' is not one of float32"),
-        (["causal_conv", "--pass", "up"], "--pass: 'up' is not one of fwd, bwd, both"),
         (["causal_conv", "--peers", "cudnn"], "causal_conv has no peer 'cudnn'; expected auto, none, or reference"),
         (["causal_conv", "--shapes", "gpt"], "no case 'gpt' of causal_conv; expected mamba-130m"),
         (["causal_conv", "--shapes", "no/such.json"], "--shapes no/such.json: .*No such file"),
