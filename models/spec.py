@@ -127,7 +127,7 @@ class _Parser:
     def layer(self, word: str, start: int) -> LayerSpec:
         name, colon, rest = word.partition(":")
         if name not in LAYERS:
-            raise SpecError(self.text, start, len(name), unknown("layer", name, LAYERS))
+            raise SpecError(self.text, start, len(name), unknown("layer", name, LAYERS) + _preset(name))
         options: dict[str, Value] = {}
         at = start + len(name) + 1
         for part in rest.split(",") if colon else ():
@@ -155,6 +155,17 @@ class _Parser:
             raise SpecError(
                 self.text, at + len(key) + 1, len(value), f"option {key!r} takes {wanted}, not {value!r}"
             ) from None
+
+
+def _preset(name: str) -> str:
+    """What to do with the name of a preset or of a family, which stand for more than a layer."""
+    from madkernels.models.presets import FAMILIES, PRESETS  # which read architectures themselves
+
+    if name in PRESETS:
+        return f"; {name} is a preset: madkernels.models.presets.preset({name!r}).arch"
+    if name in FAMILIES:
+        return f"; {name} is a family: madkernels.models.presets.architecture({name!r}, dim, blocks)"
+    return ""
 
 
 def options_of(layer: str) -> dict[str, Value]:

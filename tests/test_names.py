@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from typer.testing import CliRunner
 
 from madkernels.cli.main import app
 from madkernels.models.layers import LAYERS
+from madkernels.models.spec import parse
 from madkernels.names import did_you_mean
 
 STUDY = Path(__file__).parents[1] / "docs" / "studies" / "scaling-small" / "runs.csv"
@@ -54,3 +58,24 @@ def test_commands_say_what_was_meant(line: str, meant: str) -> None:
     result = CliRunner().invoke(app, line.split())
     assert isinstance(result.exception, ValueError), result.output
     assert f"; did you mean {meant}?" in str(result.exception)
+
+
+def test_folders_of_the_package_load_when_asked_for() -> None:
+    """In a process of its own: others have imported them."""
+    lines = (
+        "import madkernels, sys",
+        "assert 'torch' not in sys.modules",
+        "assert madkernels.models.HybridLM and madkernels.scaling and 'models' in dir(madkernels)",
+        "assert 'Any' not in dir(madkernels)",
+        "assert not hasattr(madkernels, 'modles')",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("striped-hyena-70m", "is a preset: madkernels.models.presets.preset("), ("striped-hyena", "is a family")],
+)
+def test_presets_in_the_place_of_layers(name: str, told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        parse(name)

@@ -73,6 +73,8 @@ def bench(
     try:
         facts = machine.describe() | (gpu.describe(place) if place.type == "cuda" else {})
         console.print("; ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
+        if busy := machine.busy():
+            typer.echo(f"warning: {busy}", err=True)
         measured = []
         for case in cases:
             measured.append(measure(benchmark, case, dtypes, passes, chosen, 3 if quick else 30, place))

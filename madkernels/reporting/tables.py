@@ -37,7 +37,7 @@ class Table(RichTable):
             chosen.remove(headers.index(name))
             dropped.append(name)
         told = f"No room for: {', '.join(dropped)}." if dropped else ""
-        caption = f"{self.caption or ''} {told}".strip()
+        caption = f"{self.caption or ''}\n{told}".strip()
         parts = self._parts(console, chosen, least)
         for number, part in enumerate(parts):
             widths = self._fitted(console, part, least, full)
