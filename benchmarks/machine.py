@@ -17,6 +17,17 @@ import torch
 from madkernels import _C, __version__
 
 
+def busy() -> str | None:
+    """A warning where others use the cores, so that times are too long; None where they do not, or it is not known."""
+    try:
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    except OSError:
+        return None
+    if load < cores / 2:
+        return None
+    return f"the load is {load:.2f} on {cores} cores: others use them, and times come out too long"
+
+
 def describe() -> dict[str, str]:
     """Machine, versions, commit and date: what a figure needs beside it to be read later."""
     try:

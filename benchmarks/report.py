@@ -13,11 +13,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
-from rich.table import Table
 
 from madkernels.benchmarks.cases import describe
 from madkernels.benchmarks.harness import OURS, Measured, Result
 from madkernels.reporting.figures import COLOURS, GREY, Panel, picture
+from madkernels.reporting.tables import Table
 
 SCHEMA = 1
 MIB = 1 << 20
@@ -97,12 +97,12 @@ def _show_pass(measured: Measured, results: Sequence[Result], console: Console) 
     columns = ["contender", "error", "median", "min", "quartiles", "/ ours", "floor"]
     if measured.case.flops(results[0].direction):
         columns += ["GFLOP/s", "multiply"]
-    table = Table(*columns, box=None, title_justify="left")
+    table = Table(*columns, spare=("quartiles", "min"), box=None, title_justify="left")
     table.title = f"{results[0].dtype} {results[0].direction}, in ms"
     table.columns[0].no_wrap = True
     for result in results:
         table.add_row(*_row(measured, result))
-    console.print(table)
+    table.show(console)
 
 
 def _row(measured: Measured, result: Result) -> list[str]:

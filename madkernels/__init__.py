@@ -4,6 +4,7 @@ The ops load when one is first asked for (`madkernels.selective_scan`, or `impor
 `torch.ops.madkernels`), so that the command line can say what is wrong where the extension does not load.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from madkernels._version import __version__
@@ -31,12 +32,15 @@ OPS: dict[str, tuple[str, ...]] = {  # each with its public functions; an op's n
     "moe_route": ("moe_route", "moe_dispatch", "moe_combine", "RoutingPlan"),
     "selective_scan": ("selective_scan", "selective_scan_step"),
 }
+_FOLDERS = ("benchmarks", "fused", "models", "reference", "scaling", "synthetics")
 _OWNERS = {function: op for op, functions in OPS.items() for function in functions}
 
 __all__ = ["OPS", "__version__", *_OWNERS]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _FOLDERS:
+        return import_module(f"{__name__}.{name}")
     if name not in _OWNERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from madkernels import ops
@@ -45,4 +49,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*(name for name in globals() if name.startswith("__")), *_FOLDERS, *__all__])

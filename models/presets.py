@@ -18,6 +18,7 @@ from itertools import cycle, islice
 from madkernels.models.layers.base import check_positive
 from madkernels.models.lm import HybridLM
 from madkernels.models.spec import Architecture, SpecError, parse
+from madkernels.names import did_you_mean
 
 ATTENTION = "attention:heads={dim/64}"
 HYENA = "hyena:expand=1,groups=1,order=16,horizon={seqlen}"
@@ -69,7 +70,8 @@ def architecture(family_or_template: str, dim: int, blocks: int, *, seqlen: int 
     try:
         pattern = parse(_fill(template, dim, seqlen)).layers
     except SpecError as error:
-        raise ValueError(f"{error}\nfamilies are {', '.join(FAMILIES)}") from None
+        meant = did_you_mean(family_or_template, FAMILIES)
+        raise ValueError(f"{error}\nfamilies are {', '.join(FAMILIES)}{meant}") from None
     depth = LAYERS_A_BLOCK * blocks
     return Architecture(tuple(islice(cycle(pattern[-depth:]), depth)))
 
@@ -149,6 +151,6 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(
             f"no preset {name!r}; a preset is a family and a size, as in striped-hyena-70m; "
-            f"families are {', '.join(FAMILIES)}, sizes {', '.join(SIZES)}"
+            f"families are {', '.join(FAMILIES)}, sizes {', '.join(SIZES)}{did_you_mean(name, PRESETS)}"
         )
     return PRESETS[name]

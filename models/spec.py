@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from madkernels.models.layers import LAYERS, Layer
+from madkernels.names import did_you_mean, unknown
 
 Value = int | float | bool
 
@@ -126,8 +127,7 @@ class _Parser:
     def layer(self, word: str, start: int) -> LayerSpec:
         name, colon, rest = word.partition(":")
         if name not in LAYERS:
-            known = ", ".join(LAYERS)
-            raise SpecError(self.text, start, len(name), f"unknown layer {name!r}; there are {known}")
+            raise SpecError(self.text, start, len(name), unknown("layer", name, LAYERS) + _preset(name))
         options: dict[str, Value] = {}
         at = start + len(name) + 1
         for part in rest.split(",") if colon else ():
@@ -143,7 +143,7 @@ class _Parser:
         key, equals, value = part.partition("=")
         defaults = options_of(layer)
         if key not in defaults:
-            takes = ", ".join(defaults) or "no options"
+            takes = (", ".join(defaults) or "no options") + did_you_mean(key, defaults)
             raise SpecError(self.text, at, len(key), f"unknown option {key!r}; {layer} takes {takes}")
         kind = type(defaults[key])
         if not equals:
@@ -155,6 +155,17 @@ class _Parser:
             raise SpecError(
                 self.text, at + len(key) + 1, len(value), f"option {key!r} takes {wanted}, not {value!r}"
             ) from None
+
+
+def _preset(name: str) -> str:
+    """What to do with the name of a preset or of a family, which stand for more than a layer."""
+    from madkernels.models.presets import FAMILIES, PRESETS  # which read architectures themselves
+
+    if name in PRESETS:
+        return f"; {name} is a preset: madkernels.models.presets.preset({name!r}).arch"
+    if name in FAMILIES:
+        return f"; {name} is a family: madkernels.models.presets.architecture({name!r}, dim, blocks)"
+    return ""
 
 
 def options_of(layer: str) -> dict[str, Value]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, get_type_hints
+
+from madkernels.names import unknown
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
@@ -26,13 +27,6 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"{name} is no number")
 
     return json.loads(text, object_pairs_hook=once, parse_constant=constant)
-
-
-def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """An error message: the name is unknown, what was probably meant, what there is."""
-    names = list(known)
-    near = difflib.get_close_matches(str(name), names, n=1)
-    return f"unknown {what} {name!r}; there are {', '.join(names)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def fields_of(kind: type) -> dict[str, type]:

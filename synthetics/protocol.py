@@ -24,9 +24,10 @@ from scipy.stats import t as student
 
 from madkernels.models.layers.user import digest
 from madkernels.models.spec import parse
+from madkernels.names import unknown
 from madkernels.runs.engines import Refused, Result
 from madkernels.runs.keys import Keyed, code_of
-from madkernels.synthetics.fields import fields_of, parse_json, read_list, read_object, read_value, required, unknown
+from madkernels.synthetics.fields import fields_of, parse_json, read_list, read_object, read_value, required
 from madkernels.synthetics.tasks import TASKS, Task
 
 FOLDER = Path(__file__).parent / "protocols"

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from madkernels.models import counting
+from madkernels.reporting.tables import Table
 from madkernels.synthetics.protocol import Results, Run, Score, mad_score, margin, mean, results_of, scores
 from madkernels.synthetics.train import build
 
@@ -74,7 +73,7 @@ def table(results: Results, measure: str = "accuracy") -> Table:
     out = Table(title=f"{measure.replace('_', ' ').capitalize()} on test sequences, in percent", caption=_caption(results))
     out.add_column("task", no_wrap=True)
     for arch in by_arch:
-        out.add_column(label(arch), justify="right", overflow="fold")
+        out.add_column(label(arch), justify="right")
     for task in dict.fromkeys(run.task.name for run, _ in results):
         out.add_row(task, *(percent(by_task.get(task)) for by_task in by_arch.values()))
     out.add_section()
@@ -115,7 +114,7 @@ def compare(results: Results, measure: str = "accuracy") -> Table:
     out = Table(title=f"Difference to {label(base)}, in points", caption=_comparison_caption(results))
     out.add_column("task", no_wrap=True)
     for arch in others:
-        out.add_column(label(arch), justify="right", overflow="fold")
+        out.add_column(label(arch), justify="right")
     tasks = list(dict.fromkeys(run.task.name for run, _ in results))
     for task in tasks:
         out.add_row(task, *(_difference(by_arch[base].get(task), by_arch[arch].get(task)) for arch in others))

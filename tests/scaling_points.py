@@ -13,6 +13,7 @@ from madkernels.scaling.fits.form import Points, Surface
 from madkernels.scaling.fits.screening import highest
 
 CHINCHILLA = Path(__file__).parents[2] / "shared" / "data" / "chinchilla_points.csv"
+GADRE = CHINCHILLA.with_name("gadre_points.csv")  # of the runs in github.com/mlfoundations/scaling
 SURFACE = Surface(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # Hoffmann et al. 2022, as rounded there
 
 

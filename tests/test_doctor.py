@@ -93,7 +93,7 @@ def test_ops_without_a_kernel() -> None:
 def test_all_well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_extension", lambda: (extension(), ""))
     monkeypatch.setattr(module, "nvidia_driver", lambda: None)
-    assert "Nothing is missing." in run()
+    assert "Nothing that this machine could use is missing." in run()
 
 
 @pytest.mark.parametrize(
@@ -166,3 +166,8 @@ def test_command_runs_where_the_extension_does_not_load(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "undefined symbol: planted" in run.stdout
     assert "pip install --no-build-isolation ." in run.stdout
+
+
+def test_lists_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EXTRAS", ("pytest", "no-such-package"))
+    assert f"pytest {pytest.__version__}, no-such-package not installed" in run()

@@ -6,11 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from madkernels import OPS
+from madkernels.names import did_you_mean
 
 if TYPE_CHECKING:  # torch is loaded when the command runs, not to print its help
     import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # torch is loaded when the command runs, not to print its hel
     from madkernels.benchmarks.harness import Benchmark, Peer
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+PASSES = {"fwd": ("forward",), "bwd": ("backward",), "both": ("forward", "backward")}
 
 
 def bench(
@@ -33,7 +35,9 @@ def bench(
         str, typer.Option(help=f"One or more of {', '.join(DTYPES)}, comma-separated; timed in the same rounds.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="Device to run on: cpu, cuda, or cuda:1 and so on.")] = "cpu",
-    direction: Annotated[str, typer.Option("--pass", help="Pass to time: fwd (forward), bwd (backward) or both.")] = "both",
+    direction: Annotated[
+        Literal["fwd", "bwd", "both"], typer.Option("--pass", help="Pass to time: forward, backward or both.")
+    ] = "both",
     peers: Annotated[
         str,
         typer.Option(
@@ -62,7 +66,7 @@ def bench(
     benchmark = _benchmark(op)
     cases = _cases(benchmark, shapes, quick)
     dtypes = _dtypes(dtype)
-    passes = _passes(direction)
+    passes = PASSES[direction]
     place = _device(op, device, dtypes)
     chosen = _peers(benchmark, peers, place.type)
     console = Console()
@@ -72,6 +76,8 @@ def bench(
     try:
         facts = machine.describe() | (gpu.describe(place) if place.type == "cuda" else {})
         console.print("; ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
+        if busy := machine.busy():
+            typer.echo(f"warning: {busy}", err=True)
         measured = []
         for case in cases:
             measured.append(measure(benchmark, case, dtypes, passes, chosen, 3 if quick else 30, place, warm))
@@ -87,7 +93,7 @@ def bench(
 
 def _benchmark(op: str) -> Benchmark:
     if op not in OPS:
-        raise ValueError(f"op {op!r} has no benchmark; expected {' or '.join(OPS)}")
+        raise ValueError(f"op {op!r} has no benchmark; expected {' or '.join(OPS)}{did_you_mean(op, OPS)}")
     from madkernels.benchmarks.harness import benchmark_of
 
     return benchmark_of(op)
@@ -105,9 +111,8 @@ def _cases(benchmark: Benchmark, shapes: str | None, quick: bool) -> Sequence[Ca
         return list(named.values())
     for name in shapes.split(","):
         if name not in named:
-            raise ValueError(
-                f"--shapes: no case {name!r} of {benchmark.name}; expected {', '.join(named)}, all, or a .json file"
-            )
+            expected = f"{', '.join(named)}, all, or a .json file{did_you_mean(name, named)}"
+            raise ValueError(f"--shapes: no case {name!r} of {benchmark.name}; expected {expected}")
     return [named[name] for name in shapes.split(",")]
 
 
@@ -135,15 +140,8 @@ def _dtypes(names: str) -> list[torch.dtype]:
 
     for name in names.split(","):
         if name not in DTYPES:
-            raise ValueError(f"--dtype: {name!r} is not one of {', '.join(DTYPES)}")
+            raise ValueError(f"--dtype: {name!r} is not one of {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}")
     return [getattr(torch, name) for name in names.split(",")]
-
-
-def _passes(direction: str) -> tuple[str, ...]:
-    known = {"fwd": ("forward",), "bwd": ("backward",), "both": ("forward", "backward")}
-    if direction not in known:
-        raise ValueError(f"--pass: {direction!r} is not one of {', '.join(known)}")
-    return known[direction]
 
 
 def _peers(benchmark: Benchmark, names: str, device: str) -> list[Peer]:
@@ -152,7 +150,8 @@ def _peers(benchmark: Benchmark, names: str, device: str) -> list[Peer]:
     known = {peer.name: peer for peer in benchmark.peers}
     for name in names.split(","):
         if name not in known:
-            raise ValueError(f"--peers: {benchmark.name} has no peer {name!r}; expected auto, none, or {', '.join(known)}")
+            expected = f"auto, none, or {', '.join(known)}{did_you_mean(name, ['auto', 'none', *known])}"
+            raise ValueError(f"--peers: {benchmark.name} has no peer {name!r}; expected {expected}")
     return [known[name] for name in names.split(",")]
 
 

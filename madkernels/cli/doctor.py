@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 import torch
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from madkernels import OPS, __version__, cuda  # not the ops themselves: they need the extension
 
+EXTRAS = ("ray", "datasets", "tokenizers", "transformers", "tensorboard", "triton")  # packages that some commands need
 BUILD = "pip install --no-build-isolation ."
 
 
@@ -19,12 +21,14 @@ def doctor() -> None:
     console = Console(highlight=False)
     extension, failure = load_extension()
     facts = Table.grid(padding=(0, 2))
-    for name, value in describe_torch() + (describe_extension(extension) if extension else []) + describe_gpus():
+    for name, value in (
+        describe_torch() + (describe_extension(extension) if extension else []) + describe_gpus() + [extras()]
+    ):
         facts.add_row(f"[bold]{name}[/bold]", value)
     console.print(facts)
     console.print(ops_table())
     lines = advice(extension, failure)
-    for line in lines or ["Nothing is missing."]:
+    for line in lines or ["Nothing that this machine could use is missing."]:
         console.print(f"- {line}" if lines else line, markup=False, soft_wrap=True)
 
 
@@ -75,6 +79,17 @@ def describe_gpus() -> list[tuple[str, str]]:
     return lines + ([("driver", driver)] if driver else [])
 
 
+def extras() -> tuple[str, str]:
+    """The packages that only some commands need, and which of them are here."""
+    found = {}
+    for name in EXTRAS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return "optional", ", ".join(f"{name} {what}" for name, what in found.items())
+
+
 def nvidia_driver() -> str | None:
     """The version of NVIDIA's driver; None without one."""
     import pynvml
@@ -94,6 +109,7 @@ def ops_table() -> Table:
     for op in OPS:
         on_cpu, on_cuda = has_cpu_kernel(op), op in cuda.ops_with_kernels()
         table.add_row(op, *("yes" if has else "not built" for has in (on_cpu, on_cuda)))
+    table.add_row("linear_cross_entropy", "yes", "by Triton")  # of madkernels.fused
     return table
 
 

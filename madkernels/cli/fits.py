@@ -10,28 +10,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from madkernels.cli.sweeps import Plugins, load_plugins
+from madkernels.cli.options import (
+    Budget,
+    By,
+    DropHighest,
+    File,
+    Files,
+    Flops,
+    Force,
+    Groups,
+    Json,
+    Loss,
+    MaxLoss,
+    Params,
+    Plugins,
+    Resamples,
+    Seed,
+    Shape,
+    ShapeName,
+    Tokens,
+    Where,
+)
+from madkernels.cli.sweeps import load_plugins
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when a command runs, not to print its help
     from rich.console import Console
 
     from madkernels.scaling.fits.compare import BootstrapOptions, Frontier
     from madkernels.scaling.fits.runs_table import Columns, Dropped, Table
-
-File = Annotated[Path, typer.Argument(help="A CSV file with one run per row.")]
-Params = Annotated[str, typer.Option(help="Column of the number of parameters.")]
-Tokens = Annotated[str | None, typer.Option(help="Column of the number of training tokens.")]
-Flops = Annotated[
-    str | None, typer.Option(help="Column of training FLOPs C. Without tokens, D = C / (6 N); without FLOPs, C = 6 N D.")
-]
-Loss = Annotated[str, typer.Option(help="Column of the loss, in nats per token.")]
-Group = Annotated[str | None, typer.Option(help="Column to group by; each of its values gets a fit of its own.")]
-DropHighest = Annotated[int, typer.Option(min=0, help="Number of highest losses to drop, in each group.")]
-MaxLoss = Annotated[float | None, typer.Option(help="Drop losses above this, in nats per token: runs that diverged.")]
-Resamples = Annotated[int, typer.Option("--bootstrap", min=0, help="Bootstrap resamples for intervals; 0 for none.")]
-Seed = Annotated[int, typer.Option(help="Seed of the bootstrap resamples.")]
-Json = Annotated[str | None, typer.Option("--json", help="Write JSON to this new file, or - for standard output.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")]
 
 TOLD = 20  # lines of warnings
 
@@ -42,7 +48,8 @@ def fit(
     loss: Loss = "loss",
     tokens: Tokens = None,
     flops: Flops = None,
-    group: Group = None,
+    group: Groups = None,
+    where: Where = None,
     drop_highest: DropHighest = 0,
     max_loss: MaxLoss = None,
     approach: Annotated[
@@ -54,14 +61,15 @@ def fit(
     budget: Annotated[
         str | None, typer.Option(help="Approach 2: column of budgets, or budgets in FLOPs, comma-separated.")
     ] = None,
-    shape: Annotated[
-        str, typer.Option(help="Approach 2, shape of the curves over sizes: parabola, cubic or akima.")
-    ] = "parabola",
+    shape: Annotated[ShapeName, typer.Option(help="Approach 2: shape of the curves over sizes.")] = "parabola",
     delta: Annotated[
         float, typer.Option(help="Approach 3: residual of ln L at which Huber's loss turns from squares to absolute values.")
     ] = 1e-3,
     lad: Annotated[
         bool, typer.Option("--lad", help="Approach 3: least absolute deviations, the limit of --delta towards 0.")
+    ] = False,
+    squares: Annotated[
+        bool, typer.Option("--squares", help="Approach 3: least squares of the loss itself, not of its logarithm.")
     ] = False,
     tied: Annotated[bool, typer.Option("--tied", help="Approach 3: fit with alpha = beta.")] = False,
     bootstrap: Resamples = 1000,
@@ -69,6 +77,10 @@ def fit(
     at: Annotated[
         list[float] | None,
         typer.Option(help="Approach 3: budget in FLOPs to print the optimal size for. Repeat for several."),
+    ] = None,
+    predict: Annotated[
+        list[Path] | None,
+        typer.Option(help="Approach 3: CSV of held-out runs, whose losses the fit is to predict. Repeat for several."),
     ] = None,
     to_json: Json = None,
     force: Force = False,
@@ -78,11 +90,18 @@ def fit(
     Without --tokens and --flops, the columns tokens, flops and budget that scale run writes are used. With --group, a group
     that cannot be fitted is reported, and the others are fitted.
     """
+    from madkernels.scaling.fits.condition import rows_where
+    from madkernels.scaling.fits.newton import SQUARES
     from madkernels.scaling.fits.outlying import outlying, spikes, tell
+    from madkernels.scaling.fits.predict import predicted, prediction_json, prediction_table
     from madkernels.scaling.fits.runs_table import Columns, Cut, by_group, of_kind, read_table, select
     from madkernels.scaling.fits.surface import LAD
     from madkernels.scaling.fits.tables import as_json, best_as_json, best_sizes, best_table, summarise, tables
 
+    if lad and squares:
+        raise ValueError("--lad and --squares are two objectives: give one")
+    if predict and approach != 3:
+        raise ValueError(f"--predict takes the surface of approach 3; this is approach {approach}")
     if approach == 3 and tokens and flops:
         raise ValueError("approach 3 takes the data of a run from --tokens or from --flops: both are given")
     if wrong := [flops for flops in at or [] if not (math.isfinite(flops) and flops > 0)]:
@@ -90,6 +109,8 @@ def fit(
     _may_write(to_json, force)
     cut = Cut(drop_highest, math.inf if max_loss is None else max_loss)
     table = read_table(file)
+    if where is not None:
+        table = rows_where(table, where)
     if tokens is None and flops is None:
         there = [name if name in table.columns else None for name in ("tokens", "flops", "budget")]
         tokens, flops = there[0], there[1] if approach < 3 or there[0] is None else None
@@ -98,8 +119,11 @@ def fit(
             known = ", ".join(table.columns)
             raise ValueError(f"the data of a run comes from --tokens or from --flops: none is given; columns: {known}")
     columns = Columns(params, loss, tokens, flops)
-    for name in filter(None, (params, loss, tokens, flops, group)):
-        table.column(name)
+    held_out = read_table(*predict) if predict else None
+    for each in filter(None, (table, held_out)):
+        for name in filter(None, (params, loss, tokens, flops, *(group or ()))):
+            each.column(name)
+    wanted = dict(by_group(held_out, *(group or ()))) if held_out else {}
     # Runs with more or less state are of other architectures; one size at several budgets is no curve over sizes.
     rows = of_kind(table, "isoflop", *(["overtrained"] if approach == 3 else []))
     _tell_kinds(len(table) - len(rows))
@@ -110,22 +134,30 @@ def fit(
         selection = tell(selection, spikes(selection.points) if approach == 1 else outlying(selection.points))
         _tell(selection.dropped, selection.warnings, name)
         if approach == 3:
-            told = summarise(selection, LAD if lad else delta, tied, bootstrap, seed)
+            told = summarise(selection, LAD if lad else SQUARES if squares else delta, tied, bootstrap, seed)
             found, shown = as_json(told, at or []), tables(told, name, at or [])
+            if name in wanted:
+                test = select(wanted[name], columns)
+                _tell(test.dropped, test.warnings, name)
+                guess = predicted(told.fit, test)
+                found["predicted"] = prediction_json(guess)
+                shown.append(prediction_table(guess, name))
         else:
             best = best_sizes(selection, approach, budget, shape, bootstrap, seed)
             _tell([], best.warnings, name)
             found = best_as_json(best, selection, approach, shape)
             shown = [best_table(best, approach, name)]
         for each in shown:
-            console.print(each)
+            each.show(console)
         return found
 
-    if group is None:
+    for name in wanted.keys() - dict(by_group(rows, *(group or ()))).keys():
+        typer.echo(f"warning: {name}: held-out runs of no fit", err=True)
+    if not group:
         _write(fitted("", rows), to_json)
         return
     found: dict[str, Any] = {}
-    for name, part in by_group(rows, group):
+    for name, part in by_group(rows, *group):
         try:
             found[name] = fitted(name, part)
         except ValueError as error:
@@ -134,12 +166,6 @@ def fit(
     if all("error" in part for part in found.values()):
         raise ValueError("; ".join(f"{name}: {part['error']}" for name, part in found.items()) or f"{file}: no rows")
     _write({"groups": found}, to_json)
-
-
-Files = Annotated[list[Path], typer.Argument(help="CSV files of runs, such as the runs.csv that scale run writes.")]
-By = Annotated[str, typer.Option(help="Column that tells architectures apart.")]
-Budget = Annotated[str, typer.Option(help="Column of the nominal budgets, in FLOPs.")]
-Shape = Annotated[str, typer.Option(help="Shape of the curves over sizes: parabola, cubic or akima.")]
 
 
 def compare(
@@ -167,8 +193,8 @@ def compare(
     by_name, dropped = _frontiers(table, params, loss, tokens, flops, group, budget, how, drop_highest, max_loss)
     found = differences(by_name)
     console = _console(to_json)
-    console.print(frontier_table(by_name))
-    console.print(difference_table(found))
+    frontier_table(by_name).show(console)
+    difference_table(found).show(console)
     rows = {
         name: {"a": f.a, "best": [asdict(b) for b in f.best], "left_out": f.left_out, "warnings": f.warnings}
         for name, f in by_name.items()
@@ -207,7 +233,7 @@ def correlate(
     chosen, losses = losses_at(by_name, at)
     labels = {name: arch for name, arch in labels_of(table, group).items() if name in by_name}
     rows = relate(read_scores(read_table(scores), labels), losses, seed)
-    _console(to_json).print(correlation_table(rows, chosen))
+    correlation_table(rows, chosen).show(_console(to_json))
     _write({"budget": chosen, "losses": losses, "tasks": [asdict(row) for row in rows]}, to_json)
 
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from madkernels.cli.sweeps import Plugins, load_plugins
+from madkernels.cli.options import Plugins
+from madkernels.cli.sweeps import load_plugins
 
 Watch = Annotated[bool, typer.Option("--watch", help="Show it again and again, until nothing runs any more or Ctrl-C.")]
 Every = Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --watch.")]

@@ -5,21 +5,15 @@ from __future__ import annotations
 from contextlib import closing
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from madkernels.cli import live
 from madkernels.cli.live import Every, Watch
+from madkernels.cli.options import Address, Device, DryRun, Dtype, EngineName, Plugins, Results, Workers
 from madkernels.cli.sweeps import (
-    Address,
     Bars,
-    Device,
-    DryRun,
-    EngineName,
-    Plugins,
-    Results,
-    Workers,
     announce,
     done_in,
     engine_of,
@@ -41,7 +35,10 @@ DEMO_ARCHS = ("mamba:dstate=4 swiglu mamba:dstate=4 swiglu", "mamba:dstate=4 swi
 COLOURS = ("cyan", "green", "bright_black", "magenta")
 
 Folder = Annotated[Path, typer.Option(help="Folder of the results.")]
-Measure = Annotated[str, typer.Option(help="accuracy (over all scored tokens) or macro_accuracy (mean over token classes).")]
+Measure = Annotated[
+    Literal["accuracy", "macro_accuracy"],
+    typer.Option(help="Accuracy over all scored tokens, or its mean over token classes."),
+]
 
 
 @mad.command()
@@ -68,7 +65,9 @@ def run(
             help="Train the runs of a setting as one stacked model, or one by one. Default: together on a GPU only.",
         ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast). Default: the protocol's.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Compute dtype; bfloat16 is autocast. Default: the protocol's.")
+    ] = None,
     dry_run: DryRun = False,
     plugin: Plugins = None,
 ) -> None:
@@ -107,7 +106,7 @@ def run(
         wanted = {run.key() for run in runs}
         rows = [row for row in store.latest(Run.of) if row["key"] in wanted]
         scores_path, runs_path = write_csv(rows, out)
-        console.print(table(results_of(rows), chosen.score))
+        table(results_of(rows), chosen.score).show(console)
         console.print(f"{outcome.trained} runs trained, {outcome.already_done} found done, {outcome.failed} failed.")
         console.print(f"Results: {store.path}, {scores_path}, {runs_path}", soft_wrap=True)
 
@@ -125,17 +124,15 @@ def compare(out: Folder = Path("out/mad"), measure: Measure = "accuracy", plugin
 
     from madkernels.runs.store import Results
     from madkernels.synthetics import report
-    from madkernels.synthetics.protocol import MEASURES, Run, results_of
+    from madkernels.synthetics.protocol import Run, results_of
 
     load_plugins(plugin)
-    if measure not in MEASURES:
-        raise ValueError(f"--measure: {measure!r} is not known; expected {' or '.join(MEASURES)}")
     results = Results(out)
     found = results_of(results.latest(Run.of))
     results.close()
     console = Console()
-    console.print(report.table(found, measure))
-    console.print(report.compare(found, measure))
+    report.table(found, measure).show(console)
+    report.compare(found, measure).show(console)
 
 
 @mad.command()
@@ -179,14 +176,15 @@ def normalise(
 ) -> None:
     """Set the free sizes of architectures to one fixed state or number of parameters, and print what they take."""
     from rich.console import Console
-    from rich.table import Table
 
     from madkernels.models import HybridLM, counting, normalise as sizes, parse
+    from madkernels.reporting.tables import Table
 
     load_plugins(plugin)
-    table = Table(caption=f"At width {dim}; total state and forward FLOPs per token for a sequence of length {seqlen}.")
+    told = f"At width {dim}; total state and forward FLOPs per token for a sequence of length {seqlen}."
+    table = Table(caption=told, spare=("total state", "FLOPs per token"))
     for column in ("architecture", "parameters", "fixed state", "total state", "FLOPs per token"):
-        table.add_column(column, justify="left" if column == "architecture" else "right", overflow="fold")
+        table.add_column(column, justify="left" if column == "architecture" else "right")
     for text in arch:
         found = parse(text)
         found = found if state is None else sizes.with_state(found, state, dim)
@@ -194,7 +192,7 @@ def normalise(
         model = HybridLM(found, vocab_size=16, dim=dim)
         counts = sizes.parameters(found, dim), sizes.fixed_state(found, dim), counting.state_size(model, seqlen)
         table.add_row(str(found), *(f"{c:,}" for c in counts), f"{counting.flops_per_token(model, seqlen):,.0f}")
-    Console().print(table)
+    table.show(Console())
 
 
 @mad.command()
@@ -213,17 +211,15 @@ def search(
     protocol: Annotated[str, typer.Option(help="demo, strict-small, strict, paper, or a .json file.")] = "demo",
     out: Folder = Path("out/search"),
     seed: Annotated[int, typer.Option(help="Seed of the draw of candidates.")] = 0,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes to train in. Default: one per core or, with --device cuda, per GPU.")
-    ] = None,
+    workers: Workers = None,
     device: Device = "cpu",
     dry_run: DryRun = False,
     plugin: Plugins = None,
 ) -> None:
     """Propose hybrids under a budget, by successive halving, and mark those that no other beats."""
     from rich.console import Console
-    from rich.table import Table
 
+    from madkernels.reporting.tables import Table
     from madkernels.runs.store import Store
     from madkernels.synthetics import search as searching
     from madkernels.synthetics.protocol import load_protocol
@@ -250,14 +246,15 @@ def search(
         with progress_bars(console) as bars:
             ranked = searching.search(costs, chosen, store, place, progress_of, together=device != "cpu")
     front = searching.pareto(ranked)
-    table = Table(caption="* on the Pareto front of score, state, parameters and FLOPs, of those that came furthest.")
-    for column in ("", "architecture", "rung", "MAD score", "parameters", "state", "FLOPs per token"):
-        table.add_column(column, justify="left" if column in ("", "architecture") else "right", overflow="fold")
+    told = "* on the Pareto front of score, state, parameters and FLOPs, of those that came furthest."
+    table = Table(caption=told, spare=("rung", "parameters", "FLOPs per token"))
+    for column in ("architecture", "", "MAD score", "rung", "parameters", "state", "FLOPs per token"):
+        table.add_column(column, justify="left" if column in ("", "architecture") else "right")
     for f in ranked:
         score = f"{100 * f.score:.1f}" + ("" if f.margin is None else f" ± {100 * f.margin:.1f}")
         counts = f"{f.cost.parameters:,}", f"{f.cost.state:,}", f"{f.cost.flops:,.0f}"
-        table.add_row("*" if f.arch in front else "", f.arch, str(f.rung), score, *counts)
-    console.print(table)
+        table.add_row(f.arch, "*" if f.arch in front else "", score, str(f.rung), *counts)
+    table.show(console)
 
 
 @mad.command("tasks")

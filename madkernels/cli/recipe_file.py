@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from madkernels.names import did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,8 +30,7 @@ def _take(context: typer.Context, file: Path | None) -> Path | None:
     known = [str(option.name).replace("_", "-") for option in context.command.params if option.name != "recipe_file"]
     for key in given:
         if key.replace("_", "-") not in known:
-            near = difflib.get_close_matches(key.replace("_", "-"), known, 1)
-            meant = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(known)}"
+            meant = did_you_mean(key.replace("_", "-"), known) or f"; it takes {', '.join(known)}"
             raise ValueError(f"--recipe: {file} has {key!r}, which is no option of this command{meant}")
     context.default_map = {key.replace("-", "_"): _typed(value) for key, value in given.items()}
     return file

@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from madkernels.cli.sweeps import Plugins, load_plugins
+from madkernels.cli.options import Dtype, Plugins
+from madkernels.cli.sweeps import load_plugins
 from madkernels.cli.train import train as train  # with these commands
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
-    import torch
-
     from madkernels.models import HybridLM
     from madkernels.scaling.training.tokenizers import Tokenizer
-
-DTYPES = ("float32", "bfloat16")  # of parameters
 
 Model = Annotated[
     Path, typer.Argument(help="Folder of a run (its newest checkpoint), of a checkpoint, or of an exported model.")
@@ -43,7 +40,7 @@ def sample(
         float | None, typer.Option(help="Draw among the likeliest tokens that have this probability together.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Dtype of the parameters: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the parameters.")] = "float32",
     device: Annotated[str, typer.Option(help="Device: cpu or cuda.")] = "cpu",
     tokenizer: TokenizerFile = None,
     plugin: Plugins = None,
@@ -58,10 +55,9 @@ def sample(
     from madkernels.models.generation import continue_prompts
     from madkernels.scaling.training.tokenizers import TextStream
 
-    as_dtype = _dtype_of(dtype)
     check_device(device)
     lm, text = _loaded(model, tokenizer, plugin)
-    lm = lm.to(device, as_dtype).eval()
+    lm = lm.to(device, getattr(torch, dtype)).eval()
     begins = [*(prompt or ()), *(prompts.read_text(encoding="utf-8").splitlines() if prompts else ())] or ["\n"]
     begun = [_tokens_of(text, each) for each in begins]
     stream = TextStream(text, begun[0]) if len(begins) == 1 else None
@@ -83,7 +79,7 @@ def sample(
 def export(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not be there yet.")],
-    dtype: Annotated[str, typer.Option(help="Dtype of the parameters: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the parameters.")] = "float32",
     tokenizer: TokenizerFile = None,
     plugin: Plugins = None,
 ) -> None:
@@ -91,23 +87,15 @@ def export(
 
     HybridLM.from_pretrained and every command that takes a run read it.
     """
-    as_dtype = _dtype_of(dtype)
+    import torch
+
     if out.exists():
         raise ValueError(f"{out} is there already; choose another --out")
     lm, text = _loaded(model, tokenizer, plugin)
-    lm.to(as_dtype).save_pretrained(out, tokenizer=text.name, end=text.end)
+    lm.to(getattr(torch, dtype)).save_pretrained(out, tokenizer=text.name, end=text.end)
     text.save(out)
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}, {size:,.1f} MB")
-
-
-def _dtype_of(name: str) -> torch.dtype:
-    import torch
-
-    if name not in DTYPES:
-        raise ValueError(f"--dtype: {name!r} is not known; expected {' or '.join(DTYPES)}")
-    found: torch.dtype = getattr(torch, name)
-    return found
 
 
 def _loaded(path: Path, tokenizer: str | None, plugins: list[Path] | None) -> tuple[HybridLM, Tokenizer]:

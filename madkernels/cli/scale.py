@@ -10,15 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from madkernels.cli.fits import compare, correlate, fit, report
+from madkernels.cli.options import Address, Device, DryRun, EngineName, Force, Plugins, Results, Workers
 from madkernels.cli.sweeps import (
-    Address,
     Bars,
-    Device,
-    DryRun,
-    EngineName,
-    Plugins,
-    Results,
-    Workers,
     announce,
     done_in,
     engine_of,
@@ -52,7 +46,6 @@ Archs = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="The plan: a CSV file that is not there yet.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")]
 Blocks = Annotated[int, typer.Option(min=1, help="Depth, in pairs of a sequence mixer and a channel mixer.")]
 Data = Annotated[Path, typer.Option(help="Folder that madkernels train prepare wrote.")]
 Seqlen = Annotated[int, typer.Option(min=1, help="Tokens per row (sequence length).")]
@@ -163,22 +156,22 @@ def _setting(data: Path, seqlen: int, batch: int, lr: float, seeds: list[int] | 
 
 def _write(rows: list[Planned], out: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
 
+    from madkernels.reporting.tables import Table
     from madkernels.runs.pace import amount
     from madkernels.scaling.plan import write_plan
 
     write_plan(rows, out)
     told = amount({row.run("", ""): row.flops for row in rows}, os.cpu_count() or 1)
-    table = Table(caption=f"{len(rows)} runs: {told}")
-    names = ("kind", "architecture", "width", "budget", "parameters", "tokens", "tokens per parameter", "steps")
+    table = Table(caption=f"{len(rows)} runs: {told}", spare=("kind", "tokens per parameter", "width", "tokens"))
+    names = ("architecture", "kind", "width", "budget", "parameters", "tokens", "tokens per parameter", "steps")
     for name in names:
         table.add_column(name, justify="left" if name in names[:2] else "right")
     for row in rows:
         counted = f"{row.params:,}", f"{row.tokens:,}", f"{row.tokens_per_param:.1f}", f"{row.steps:,}"
-        table.add_row(row.kind, row.architecture, str(row.dim), f"{row.budget:.3g}", *counted)
+        table.add_row(row.architecture, row.kind, str(row.dim), f"{row.budget:.3g}", *counted)
     console = Console()
-    console.print(table)
+    table.show(console)
     if short := sum(row.steps < FEW_STEPS for row in rows):
         few = f"{short} of {len(rows)} runs have fewer than {FEW_STEPS} steps, too few to tell anything"
         typer.echo(f"warning: {few}; give larger budgets, smaller widths or a smaller batch", err=True)

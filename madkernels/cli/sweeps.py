@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -19,19 +19,6 @@ if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
 
     from madkernels.runs.engines import Engine, Run
     from madkernels.runs.store import Store
-
-Results = Annotated[Path, typer.Option(help="Folder of the results; a run found there is not done again.")]
-EngineName = Annotated[
-    str, typer.Option(help="Where runs are trained: pool (processes here), process (this one) or ray (a cluster).")
-]
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Processes of the pool. Default: one per core or, with --device cuda, per GPU.")
-]
-Address = Annotated[str, typer.Option(help="Address of the Ray cluster, with --engine ray.")]
-Device = Annotated[str, typer.Option(help="Device to train on: cpu or cuda.")]
-Plugins = Annotated[
-    list[Path] | None, typer.Option("--plugin", help="A Python file that adds layers or tasks. Repeat for several.")
-]
 
 
 def load_plugins(paths: list[Path] | None) -> list[str]:
@@ -43,7 +30,9 @@ def load_plugins(paths: list[Path] | None) -> list[str]:
     return found
 
 
-def engine_of(name: str, workers: int | None, address: str, device: str, plugins: list[str]) -> Engine:
+def engine_of(
+    name: Literal["pool", "process", "ray"], workers: int | None, address: str, device: str, plugins: list[str]
+) -> Engine:
     import torch
 
     from madkernels.cli.device import check_device
@@ -54,12 +43,7 @@ def engine_of(name: str, workers: int | None, address: str, device: str, plugins
         return InProcess(device)
     if name == "ray":
         return RayCluster(address, device, plugins)
-    if name != "pool":
-        raise ValueError(f"--engine: {name!r} is not known; expected pool, process or ray")
     return Pool(workers or (torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1), device, plugins)
-
-
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how much work there is and how long it takes; do none.")]
 
 
 def announce(work: Mapping[Any, float], done: Collection[str], place: Engine) -> None:

@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from madkernels.cli.options import Checkpointing, DryRun, Dtype, Plugins
 from madkernels.cli.recipe_file import RecipeFile, write
-from madkernels.cli.sweeps import DryRun, Plugins, load_plugins
+from madkernels.cli.sweeps import load_plugins
 
 if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     from madkernels.models import HybridLM
@@ -27,23 +28,38 @@ TOKENS_PER_PARAMETER = 20  # about compute-optimal (Hoffmann et al. 2022, arXiv 
 
 @train.command()
 def presets() -> None:
-    """List the presets as a table in Markdown."""
+    """List the presets; into a file or a pipe, as a table in Markdown."""
     import torch
+    from rich.console import Console
 
     from madkernels.models import counting
     from madkernels.models.normalise import fixed_state
     from madkernels.models.presets import PRESETS
+    from madkernels.reporting.tables import Table
 
-    print("| preset | width | blocks | parameters | used per token | fixed state | FLOPs per token |")
-    print("|---|---|---|---|---|---|---|")
+    names = ("preset", "width", "blocks", "parameters", "used per token", "fixed state", "FLOPs per token")
+    table = Table(*names, spare=("blocks", "used per token", "width", "fixed state"))
+    rows = list[tuple[str, ...]]()
     for preset in PRESETS.values():
         with torch.device("meta"):
             model = preset.model()
-        print(
-            f"| {preset.name} | {preset.dim:,} | {preset.blocks} | {counting.params(model) / 1e6:,.1f} M | "
-            f"{counting.active_params(model) / 1e6:,.1f} M | {fixed_state(preset.arch, preset.dim):,} | "
-            f"{counting.training_flops(model, preset.seqlen):.2e} |"
+        row: tuple[str, ...] = (
+            preset.name,
+            f"{preset.dim:,}",
+            str(preset.blocks),
+            f"{counting.params(model) / 1e6:,.1f} M",
+            f"{counting.active_params(model) / 1e6:,.1f} M",
+            f"{fixed_state(preset.arch, preset.dim):,}",
+            f"{counting.training_flops(model, preset.seqlen):.2e}",
         )
+        table.add_row(*row)
+        rows.append(row)
+    if (console := Console()).is_terminal:
+        table.show(console)
+        return
+    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
 
 
 @train.command()
@@ -63,16 +79,18 @@ def plan(
     ] = None,
     micro_batch: Annotated[int, typer.Option(min=1, help="Rows that each GPU takes at a time.")] = 1,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
-    gpu: Annotated[str, typer.Option(help="Model of the GPUs: a100, h100 or h200.")] = "h100",
+    gpu: Annotated[
+        Literal["a100", "h100", "h200"], typer.Option(help="Model of the GPUs; or give --peak and --memory.")
+    ] = "h100",
     peak: Annotated[
         float | None, typer.Option(help="Peak of one GPU in bfloat16, in TFLOP/s, in place of the datasheet's.")
     ] = None,
     memory: Annotated[float | None, typer.Option(help="Memory of one GPU in GiB, in place of that model's.")] = None,
     sharding: Annotated[
-        str, typer.Option(help="Sharding of parameters, gradients and moments: full (FSDP) or none.")
+        Literal["full", "none"], typer.Option(help="Sharding of parameters, gradients and moments; full is FSDP.")
     ] = "full",
     checkpointing: Annotated[
-        str, typer.Option(help="Activation checkpointing (recomputation in the backward): none, selective or full.")
+        Checkpointing, typer.Option(help="Activation checkpointing (recomputation in the backward).")
     ] = "none",
     mfu: Annotated[
         float, typer.Option(help="Model FLOPs utilisation to assume: the share of the peak that is reached.")
@@ -84,8 +102,6 @@ def plan(
 
     load_plugins(plugin)
     model, length = _meta_model(preset, arch, dim, vocab, seqlen)
-    if gpu not in GPUS:
-        raise ValueError(f"--gpu: {gpu!r} is not known; expected {', '.join(GPUS)}, or give --peak and --memory")
     machine = Gpu(GPUS[gpu].flops if peak is None else peak * 1e12, GPUS[gpu].memory if memory is None else memory)
     for option, value in (("--mfu", mfu), ("--peak", machine.flops), ("--memory", machine.memory), ("--tokens", tokens)):
         if value is not None and not 0 < value < float("inf"):
@@ -246,15 +262,14 @@ def run(
         float | None, typer.Option(help="Peak learning rate; required with --arch. Default: the preset's.")
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="Learning-rate schedule: cosine, wsd (warm-up, stable, decay) or constant after the warm-up.")
+        Literal["cosine", "wsd", "constant"],
+        typer.Option(help="Learning-rate schedule after the warm-up; wsd: stable, then decay."),
     ] = "cosine",
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises to its peak.")] = 0.01,
     weight_decay: Annotated[
         float, typer.Option(help="Weight decay of matrices; vectors and recurrence parameters have none.")
     ] = 0.1,
-    dtype: Annotated[
-        str, typer.Option(help="Compute dtype: float32, or bfloat16 (autocast over float32 parameters).")
-    ] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Compute dtype; bfloat16 is autocast over float32 parameters.")] = "float32",
     documents: Annotated[bool, typer.Option(help="Let no information pass between the documents of a row.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the initial parameters and of the order of the data.")] = 12345,
     device: Annotated[str, typer.Option(help="Device to train on: cpu, cuda or, in one process, cuda:<number>.")] = "cpu",
@@ -263,7 +278,7 @@ def run(
         typer.Option(min=1, help="Rows per forward pass of one process; gradients accumulate. Default: all of its rows."),
     ] = None,
     checkpointing: Annotated[
-        str, typer.Option(help="Activation checkpointing (recomputation in the backward): none, selective or full.")
+        Checkpointing, typer.Option(help="Activation checkpointing (recomputation in the backward).")
     ] = "none",
     compile: Annotated[bool, typer.Option(help="Compile each layer with torch.compile.")] = False,
     expert_parallel: Annotated[

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from rich.table import Table as Shown
 
+from madkernels.reporting.tables import Table as Shown
 from madkernels.scaling.fits.form import Points
 from madkernels.scaling.fits.isoflop import Best, Curve, below_all, curves_of, draw_minima, exponents, line, lowest
 from madkernels.scaling.fits.outlying import outlying, tell
@@ -175,16 +175,27 @@ def _roots(compute: Array, gaps: Array) -> Array:
 
 
 def frontier_table(by_name: Mapping[str, Frontier]) -> Shown:
-    """The best size, its tokens and its loss, by architecture and budget."""
-    out = Shown(title="Least loss at each budget", caption="edge: the smallest or the largest size, so only a bound.")
+    """The best size, its tokens and its loss, by architecture and budget, and the exponent a of each architecture."""
+    told = "edge: the smallest or the largest size, so only a bound. a: best size ~ C^a."
+    out = Shown(title="Least loss at each budget", caption=told, spare=("a, 95 %", "tokens"))
     out.add_column("architecture", no_wrap=True)
-    for name in ("budget", "parameters", "tokens", "loss", ""):
-        out.add_column(name, justify="right", no_wrap=True)
+    for name in ("budget", "loss", "", "parameters", "tokens", "a", "a, 95 %"):
+        out.add_column(name, justify="right")
     for name, found in by_name.items():
+        exponent = _exponent_texts(found)
         for b in found.best:
-            figures = (f"{value:.3g}" for value in (b.budget, b.params, b.tokens))
-            out.add_row(name, *figures, f"{b.loss:.4f}", "edge" if b.edge else "")
+            figures = (f"{value:.3g}" for value in (b.params, b.tokens))
+            out.add_row(name, f"{b.budget:.3g}", f"{b.loss:.4f}", "edge" if b.edge else "", *figures, *exponent)
+            exponent = ("", "")
+        out.add_section()
     return out
+
+
+def _exponent_texts(found: Frontier) -> tuple[str, str]:
+    if not np.isfinite(found.a):
+        return "-", "-"
+    within = _estimate(found.a, found.exponents).interval
+    return f"{found.a:.3f}", f"{within.low:.3f} to {within.high:.3f}" if within else "-"
 
 
 def difference_table(differences: list[Difference]) -> Shown:
@@ -194,7 +205,7 @@ def difference_table(differences: list[Difference]) -> Shown:
     )
     out.add_column("", no_wrap=True)
     for found in differences:
-        out.add_column(found.architecture, justify="right")
+        out.add_column(found.architecture, justify="right", min_width=20)  # an interval on one line
     out.add_row("exponent a of the best size", *(estimate_text(found.exponent) for found in differences))
     for budget in sorted({budget for found in differences for budget in found.losses}):
         out.add_row(f"loss at {budget:.3g}", *(estimate_text(found.losses.get(budget)) for found in differences))

@@ -14,10 +14,10 @@ from math import gcd
 from typing import Any
 
 import numpy as np
-from rich.table import Table as Shown
 from scipy.stats import kendalltau, pearsonr, permutation_test, spearmanr
 
 from madkernels.models.spec import SpecError, parse
+from madkernels.reporting.tables import Table as Shown
 from madkernels.scaling.fits.compare import Frontier
 from madkernels.scaling.fits.runs_table import Table
 from madkernels.scaling.fits.statistics import Array, Interval, interval

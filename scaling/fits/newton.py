@@ -2,6 +2,8 @@
 
     sum_i w_i Huber_delta(r_i) / delta,    r_i = ln(exp(a - alpha x_i) + exp(b - beta z_i) + exp(e)) - ln L_i
 
+or, where delta is SQUARES, half of the squares of the loss itself: w_i (L_i exp(r_i) - L_i)^2 / 2.
+
 x and z are ln N and ln D less their means: uncentred, a goes almost along with alpha and a minimiser crawls in the valley.
 Divided by delta the objective is about the sum of |r|. At its own scale of 1e-3 the stopping rules of general minimisers
 hold at once, and they report success far from the minimum.
@@ -30,6 +32,7 @@ MILD = 3e-2  # descent begins at a delta below this, where most residuals of a l
 UNSEEN = 1e-17  # share of the value: a change that is lost in rounding
 TINY = 1e-200  # instead of a curvature of zero
 ROUNDING = 1e-10  # residuals below this are those of an exact surface
+SQUARES = np.inf  # in place of a delta: squares of the loss itself, not of its logarithm
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,27 @@ def evaluate(problem: Problem, theta: Array, weights: Array, delta: float) -> Po
 
 def _evaluate(problem: Problem, theta: Array, weights: Array, delta: float) -> Point:
     r, size, data, rest = shares(problem, theta)
-    inside = np.abs(r) < delta
-    value = (weights * np.where(inside, r * r / (2 * delta), np.abs(r) - delta / 2)).sum(1)
-    pull = weights * np.clip(r / delta, -1, 1)
-    scale = np.maximum(np.abs(pull), weights * min(ROUNDING / delta, 1)).sum(1)
+    cost, slope, bend, least = _of_loss(r, np.exp(2 * problem.y)) if delta == SQUARES else _huber(r, delta)
+    value, pull = (weights * cost).sum(1), weights * slope
+    scale = np.maximum(np.abs(pull), weights * least).sum(1)
     x, z = problem.x, problem.z
     by_term = (pull * size).sum(1), (pull * data).sum(1), (pull * rest).sum(1)
     gradient = np.stack([*by_term, -(pull * size) @ x, -(pull * data) @ z], 1)
-    hessian = _hessian(x, z, size, data, rest, pull, weights * inside / delta)
+    hessian = _hessian(x, z, size, data, rest, pull, weights * bend)
     return Point(theta, value, gradient, hessian, scale)
+
+
+def _huber(r: Array, delta: float) -> tuple[Array, Array, Array, float]:
+    """Huber's function over delta at r, its two derivatives, and a slope that is that of rounding."""
+    inside = np.abs(r) < delta
+    cost = np.where(inside, r * r / (2 * delta), np.abs(r) - delta / 2)
+    return cost, np.clip(r / delta, -1, 1), inside / delta, min(ROUNDING / delta, 1)
+
+
+def _of_loss(r: Array, square: Array) -> tuple[Array, Array, Array, Array]:
+    """The same of half of the squared error of the loss, square (n,) being that of the loss."""
+    times = np.exp(r)
+    return square * (times - 1) ** 2 / 2, square * (times - 1) * times, square * (2 * times - 1) * times, square * ROUNDING
 
 
 def _hessian(x: Array, z: Array, size: Array, data: Array, rest: Array, pull: Array, curve: Array) -> Array:
@@ -96,7 +111,7 @@ def _hessian(x: Array, z: Array, size: Array, data: Array, rest: Array, pull: Ar
     Hessian diag(s) - s s'. The exponents are linear in theta: a - alpha x, b - beta z, e. So an entry is a sum over points
     of a product of shares, times -x for each derivative by alpha and -z for each by beta: `size_data[:, 3]` has x z.
 
-    pull, curve: first and second derivative of the weighted Huber function at r, (rows, n).
+    pull, curve: first and second derivative of the weighted cost of a point at r, (rows, n).
     """
     bend = curve - pull
     bend_size, bend_data = bend * size, bend * data

@@ -5,7 +5,8 @@ The errors of ln L are taken as independent, with the density whose most likely 
     exp(-Huber_delta(r) / s) / Z(s),    Z(s) = sqrt(2 pi s) erf(delta / sqrt(2 s)) + 2 s / delta exp(-delta^2 / (2 s))
 
 The scale s is estimated along with the parameters, so twice the drop of the log-likelihood is compared with chi-squared
-of one degree. The density is Laplace's where delta is far below the residuals, and normal where it is far above.
+of one degree. The density is Laplace's where delta is far below the residuals, and normal where it is far above. Of
+squares of the loss itself the errors of L are taken as normal.
 
 To hold a parameter is a linear constraint on (a, b, e, alpha, beta), also for the exponent a = beta / (alpha + beta), so the
 same minimiser walks in the plane that is left. All ends are sought at once.
@@ -22,7 +23,7 @@ from scipy.special import erf
 from scipy.stats import chi2
 
 from madkernels.scaling.fits.form import NAMES, TIED, Points, constraint
-from madkernels.scaling.fits.newton import minimise
+from madkernels.scaling.fits.newton import SQUARES, minimise
 from madkernels.scaling.fits.statistics import Array, Interval
 from madkernels.scaling.fits.surface import LAD, Fit, part_of
 
@@ -67,6 +68,8 @@ def _refuted_mean(mean: float, delta: float, drop: float) -> float:
     """The mean of Huber's function at which a point's log-likelihood is lower by `drop`."""
     if delta == LAD:  # Laplace's density in the limit
         return mean * float(np.exp(drop))
+    if delta == SQUARES:  # normal errors of the loss
+        return mean * float(np.exp(2 * drop))
     top, high = _log_likelihood(mean, delta), 2 * mean
     while top - _log_likelihood(high, delta) < drop:
         high *= 2

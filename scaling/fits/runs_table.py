@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from madkernels.names import did_you_mean
 from madkernels.scaling.fits.form import FLOPS, Points
 from madkernels.scaling.fits.screening import acceptable, highest, why_not
 from madkernels.scaling.fits.statistics import Array
@@ -53,7 +54,7 @@ class Table:
     def column(self, name: str) -> list[str]:
         """ValueError, with the columns that there are, if it is not one."""
         if name not in self.columns:
-            known = ", ".join(self.columns)
+            known = ", ".join(self.columns) + did_you_mean(name, self.columns)
             raise ValueError(f"{', '.join(self.files)}: there is no column {name!r}; there are: {known}")
         return self.columns[name]
 
@@ -322,14 +323,14 @@ def shortened(lines: list[str], most: int) -> list[str]:
 # ---- parts of a table
 
 
-def by_group(table: Table, group: str | None) -> Iterator[tuple[str, Table]]:
-    """Parts of the table with one value in the column, in the order of their first rows; all of it where there is none."""
-    if group is None:
+def by_group(table: Table, *columns: str) -> Iterator[tuple[str, Table]]:
+    """Parts of the table with one value in each of the columns, in the order of their first rows; all of it without any."""
+    if not columns:
         yield "", table
         return
     rows: dict[str, list[int]] = {}
-    for row, name in enumerate(table.column(group)):
-        rows.setdefault(name, []).append(row)
+    for row, values in enumerate(zip(*(table.column(name) for name in columns), strict=True)):
+        rows.setdefault(", ".join(values), []).append(row)
     for name, chosen in rows.items():
         yield name, table.rows(np.array(chosen))
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from madkernels.scaling.fits.form import PARAMETERS, Points, Problem, Surface, directions, recentred, surface_of
-from madkernels.scaling.fits.newton import CHUNK, Minimum, minimise
+from madkernels.scaling.fits.newton import CHUNK, SQUARES, Minimum, minimise
 from madkernels.scaling.fits.statistics import Array, Interval, interval
 
 HUBER = 1e-3  # delta of the published recipe
@@ -76,7 +76,8 @@ class Proof:
 class Fit:
     """The surface, and the proof that it is at the minimum.
 
-    objective: the sum over points of Huber_delta, or of absolute values where delta is LAD.
+    objective: the sum over points of Huber_delta of ln L; of absolute values where delta is LAD; of squares of the loss
+    itself where it is SQUARES.
     theta: (5,), the parameters in centred logarithms.
     """
 
@@ -100,11 +101,12 @@ class Fit:
 
 
 def _unit(delta: float) -> float:
-    return 1.0 if delta == LAD else delta
+    return {LAD: 1.0, SQUARES: 2.0}.get(delta, delta)
 
 
 def fit(points: Points, delta: float = HUBER, *, tied: bool = False) -> Fit:
-    """The minimum over all parameters, or with alpha = beta where `tied`. `delta=LAD` is least absolute deviations.
+    """The minimum over all parameters, or with alpha = beta where `tied`. `delta=LAD` is least absolute deviations,
+    `delta=SQUARES` least squares of the loss itself.
 
     ValueError where there are fewer points than parameters, or all points have one size or one number of tokens.
     """

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from rich.table import Table as Shown
 
+from madkernels.reporting.tables import Table as Shown
 from madkernels.scaling.fits.form import NAMES, Allocation, no_optimum
 from madkernels.scaling.fits.isoflop import Optimum, envelope, isoflop, nearest_budgets
+from madkernels.scaling.fits.newton import SQUARES
 from madkernels.scaling.fits.profile_likelihood import profile
 from madkernels.scaling.fits.runs_table import Selection
 from madkernels.scaling.fits.screening import LeaveOutFit, Screening, screen, sensitivity
@@ -18,6 +19,7 @@ from madkernels.scaling.fits.statistics import Array, Interval, interval
 from madkernels.scaling.fits.surface import LAD, SAMPLE, Bootstrap, Fit, bootstrap, fit
 
 LEVEL = 0.95
+OBJECTIVES = {LAD: "least absolute deviations", SQUARES: "squares of the loss"}  # others are Huber's
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def as_json(summary: Summary, budgets: Sequence[float]) -> dict[str, Any]:
         "dropped": [asdict(dropped) for dropped in summary.selection.dropped],
         "warnings": summary.selection.warnings,
         "objective": found.objective,
-        "delta": None if found.delta == LAD else found.delta,
-        "loss_function": "least absolute deviations" if found.delta == LAD else "Huber",
+        "delta": found.delta if found.delta not in OBJECTIVES else None,
+        "loss_function": OBJECTIVES.get(found.delta, "Huber"),
         "tied": found.tied,
         "convergence": {"converged": proof.converged, "positive_definite": proof.curved, **asdict(proof)},
         "intervals": _intervals(summary),
@@ -132,7 +134,8 @@ def best_table(best: Optimum, approach: int, group: str) -> Shown:
     spans = [f"{name} {_span(found)} (95 %)" for name, found in best.intervals.items()]
     void = [f"{best.unusable} resamples without two minima"] if best.unusable else []
     caption = "; ".join([*laws_found, *spans, *void, *(f"excluded: {why}" for why in best.left_out)])
-    out = Shown(title=f"Approach {approach}{': ' if group else ''}{group}", caption=caption)
+    title = f"Approach {approach}{': ' if group else ''}{group}"
+    out = Shown(title=title, caption=caption, spare=("FLOPs", "tokens per parameter", "tokens"))
     for name in ("budget", "FLOPs", "parameters", "tokens", "tokens per parameter", "loss"):
         out.add_column(name, justify="right")
     for b in best.best if approach == 2 else best.best[:: max(len(best.best) // 10, 1)]:
@@ -151,7 +154,8 @@ def parameter_table(summary: Summary, title: str) -> Shown:
     """Parameters and their intervals; the proof is the caption."""
     drawn, found = summary.bootstrap, summary.fit
     few = f" Intervals from {SAMPLE:,} of them, brought to the number of all." if found.count > SAMPLE else ""
-    out = Shown(title=title, caption=f"{found.count:,} points. {found.proof}.{few}")
+    spare = ("sd", "profile, 95 %") if drawn else ()
+    out = Shown(title=title, caption=f"{found.count:,} points. {found.proof}.{few}", spare=spare)
     out.add_column("")
     for head in ("fit", "profile, 95 %", *(("bootstrap, 95 %", "sd") if drawn else ())):
         out.add_column(head, justify="right")
@@ -190,7 +194,7 @@ def optimum_table(summary: Summary, budgets: Sequence[float]) -> Shown:
         title += ": no optimum, for the fit has not converged"
     elif not (found.surface.alpha > 0 and found.surface.beta > 0):
         title += ": no optimum, for an exponent is not positive"
-    out = Shown(title=title)
+    out = Shown(title=title, spare=("tokens per parameter", "tokens"))
     for name in (
         "budget",
         "parameters",

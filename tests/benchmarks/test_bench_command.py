@@ -13,7 +13,7 @@ from fakes import FixedRates
 from typer.testing import CliRunner
 
 from madkernels import cuda
-from madkernels.benchmarks import harness, report
+from madkernels.benchmarks import harness, machine, report
 from madkernels.benchmarks.cases import Case
 from madkernels.benchmarks.causal_conv import ConvCase
 from madkernels.benchmarks.harness import Measured, Result
@@ -92,7 +92,6 @@ def test_peers_that_are_absent_are_listed() -> None:
     [
         (["fft"], f"op 'fft' has no benchmark; expected {' or '.join(OPS)}"),
         (["causal_conv", "--dtype", "int8"], "--dtype: 'int8' is not one of float32"),
-        (["causal_conv", "--pass", "up"], "--pass: 'up' is not one of fwd, bwd, both"),
         (["causal_conv", "--peers", "cudnn"], "causal_conv has no peer 'cudnn'; expected auto, none, or reference"),
         (["causal_conv", "--shapes", "gpt"], "no case 'gpt' of causal_conv; expected mamba-130m"),
         (["causal_conv", "--shapes", "no/such.json"], "--shapes no/such.json: .*No such file"),
@@ -203,3 +202,11 @@ def test_every_op_has_a_case_to_begin_with(op: str, monkeypatch: pytest.MonkeyPa
         run(op)
     first = next(case for case in _benchmark(op).cases if not case.quick)
     assert taken == [first.name]
+
+
+def test_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (1.9, 0.0, 0.0))
+    assert machine.busy() is None
+    monkeypatch.setattr("os.getloadavg", lambda: (2.1, 0.0, 0.0))
+    assert str(machine.busy()).startswith("the load is 2.10 on 4 cores")

@@ -259,3 +259,16 @@ def test_scores_that_do_not_match(tmp_path: Path) -> None:
         related.read_scores(read_table(scores), proportions | {"other half": "2*(hyena mamba)"})
     scores.write_text("architecture,recall\nmamba,0.5\nother,1\n")
     assert related.read_scores(read_table(scores), labels) == {"recall": {"mamba": 0.5}}
+
+
+def test_command_shows_losses_sizes_and_exponents(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path / "runs.csv")
+    place = tmp_path / "found.json"
+    arguments = ["scale", "compare", str(runs), "--bootstrap", "50", "--json", str(place)]
+    printed = CliRunner().invoke(app, arguments).stdout
+    for name, found in json.loads(place.read_text())["architectures"].items():
+        rows = [line for line in printed.splitlines() if line.startswith(f"│ {name} ")]
+        assert f"│ {found['a']:.3f} │" in rows[0]
+        for row, best in zip(rows, found["best"], strict=True):
+            assert f"│ {best['loss']:.4f} │" in row
+            assert f"{best['params']:.3g} │" in row

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 from hypothesis import given, settings, strategies as st
-from scaling_points import CHINCHILLA, SURFACE, grid, write_runs
+from scaling_points import CHINCHILLA, GADRE, SURFACE, grid, write_runs
 from typer.testing import CliRunner
 
 from madkernels.cli.main import app
@@ -282,3 +282,89 @@ def test_refusals(runs: Path, tmp_path: Path) -> None:
     assert "no row can be used: bad.csv, line 2: the loss is nan" in refused("fit", bad, *NAMES)
     bad.write_text("N,D,L\n")
     assert "no rows" in refused("fit", bad, *NAMES)
+
+
+def test_where_leaves_rows_out(runs: Path) -> None:
+    found = json.loads(scale("fit", runs, *NAMES, *QUICK, "--where", "arch == 'mamba' and N > 1e8").stdout)
+    kept = [
+        line for line in runs.read_text().splitlines()[1:] if line.startswith("mamba") and float(line.split(",")[1]) > 1e8
+    ]
+    assert found["points"] == len(kept) < 32
+
+
+def test_each_combination_of_groups_is_fitted(tmp_path: Path) -> None:
+    points = grid(noise=0.003)
+    arch, data = np.where(np.arange(64) % 2, "mamba", "hyena"), np.where(np.arange(64) // 32 % 2, "c4", "code")
+    path = write(tmp_path / "runs.csv", "arch,data,N,D,L", arch, data, points.params, points.tokens, points.loss)
+    found = json.loads(scale("fit", path, *NAMES, *QUICK, "--group", "arch", "--group", "data").stdout)["groups"]
+    assert list(found) == ["hyena, code", "mamba, code", "hyena, c4", "mamba, c4"]
+    assert [part["points"] for part in found.values()] == [16] * 4
+
+
+def test_held_out_runs_are_predicted(runs: Path, tmp_path: Path) -> None:
+    params, tokens = np.array([2e10, 4e10]), np.array([4e11, 1e12])
+    truth = SURFACE.loss(params, tokens)
+    held_out = write(tmp_path / "held_out.csv", "arch,N,D,L", ["mamba", "mamba"], params, tokens, truth * [1.0, 1.1])
+    found = json.loads(scale("fit", runs, *NAMES, *QUICK, "--predict", held_out).stdout)["predicted"]
+    fitted = np.array([row["predicted"] for row in found["runs"]])
+    assert fitted == pytest.approx(truth, rel=0.01)
+    assert [row["relative_error"] for row in found["runs"]] == pytest.approx(fitted / (truth * [1.0, 1.1]) - 1)
+    assert found["mean_absolute_error"] == pytest.approx(np.abs(fitted - truth * [1.0, 1.1]).mean())
+    assert found["runs"][1]["place"] == "held_out.csv, line 3"
+    printed = scale("fit", runs, *NAMES, "--bootstrap", "0", "--predict", held_out, "--group", "arch")
+    assert printed.output.count("Held-out runs: mamba") == 1
+    assert "Held-out runs: hyena" not in printed.output
+
+
+def test_held_out_runs_of_no_fit_are_named(runs: Path, tmp_path: Path) -> None:
+    held_out = write(tmp_path / "held_out.csv", "arch,N,D,L", ["rwkv"], [1e9], [1e10], [3.0])
+    assert (
+        "warning: rwkv: held-out runs of no fit"
+        in scale("fit", runs, *NAMES, "--bootstrap", "0", "--group", "arch", "--predict", held_out).stderr
+    )
+
+
+def test_what_held_out_runs_need(runs: Path, tmp_path: Path) -> None:
+    held_out = write(tmp_path / "held_out.csv", "N,D,loss", [1e9], [1e10], [3.0])
+    assert "held_out.csv: there is no column 'L'" in refused("fit", runs, *NAMES, "--predict", held_out)
+    assert "--predict takes the surface" in refused("fit", runs, *NAMES, "--approach", "1", "--predict", held_out)
+    assert "two objectives" in refused("fit", runs, *NAMES, "--lad", "--squares")
+
+
+def test_squares_of_the_loss_find_their_minimum(runs: Path) -> None:
+    """By scipy, on the loss itself; squares of its logarithm have another one."""
+    from scipy.optimize import least_squares
+
+    found = json.loads(scale("fit", runs, *NAMES, *QUICK, "--squares").stdout)
+    params, tokens, loss = np.loadtxt(runs, delimiter=",", skiprows=1, usecols=(1, 2, 4)).T
+
+    def residuals(theta: Any) -> Any:
+        return theta[0] + np.exp(theta[1]) * params ** -theta[3] + np.exp(theta[2]) * tokens ** -theta[4] - loss
+
+    start = [found["E"], np.log(found["A"]), np.log(found["B"]), found["alpha"], found["beta"]]
+    best = least_squares(residuals, [1.5, 6, 6, 0.3, 0.3], x_scale=[1, 1, 1, 0.1, 0.1], xtol=1e-15, ftol=1e-15, gtol=1e-15)
+    assert found["objective"] == pytest.approx((residuals(start) ** 2).sum(), rel=1e-9)
+    assert found["objective"] == pytest.approx(2 * best.cost, rel=1e-8)
+    assert found["loss_function"] == "squares of the loss"
+    assert found["convergence"]["converged"]
+    for name in ("E", "alpha"):
+        assert found["intervals"]["profile"][name]["low"] < found[name] < found["intervals"]["profile"][name]["high"]
+    logarithm = json.loads(scale("fit", runs, *NAMES, *QUICK, "--delta", "1").stdout)
+    assert abs(logarithm["alpha"] / found["alpha"] - 1) > 1e-4
+
+
+def test_predictions_of_gadre_et_al(tmp_path: Path) -> None:
+    """0.710 % and 0.732 % (arXiv 2403.08540), from five runs on RedPajama. The table: of each run in their repository the
+    data set, the multiple of 20 tokens per parameter, parameters, tokens, and the loss on C4's validation set."""
+    if not GADRE.exists():
+        pytest.skip(f"no {GADRE}")
+    head, *lines = GADRE.read_text().splitlines()
+    held_out = tmp_path / "held_out.csv"
+    chosen = ("rpj,open_lm_1b,32.0,", "rpj,open_lm_7b,1.0,")
+    held_out.write_text("\n".join([head, *(line for line in lines if line.startswith(chosen))]) + "\n")
+    fitted = "dataset == 'rpj' and (multiplier == 1 and params < 1e9 or multiplier == 16 and params < 2e7)"
+    names = ["--loss", "c4_loss", "--squares", "--tied", "--bootstrap", "0", "--json", "-"]
+    found = json.loads(scale("fit", GADRE, *names, "--where", fitted, "--predict", held_out).stdout)
+    assert found["points"] == 5
+    errors = [100 * row["relative_error"] for row in found["predicted"]["runs"]]
+    assert errors == pytest.approx([0.7103, 0.7320], abs=5e-5)

@@ -143,7 +143,6 @@ def test_a_step_of_a_run(run: Path, call: Call) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--dtype", "float8"), "--dtype: 'float8' is not known; expected float32 or bfloat16"),
         (("--prompt", ""), "--prompt, or a line of --prompts, is empty; give a character at least"),
         (("--top-p", "2"), "top_p is 2.0; expected a share above 0 and up to 1"),
     ],

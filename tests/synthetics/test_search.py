@@ -102,5 +102,5 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         line for line in result.output.splitlines() if "│ attention:heads=4 swiglu attention:heads=4" in line
     ]
     assert "60.0" in lines[0]
-    assert lines[0].lstrip("│ ").startswith("*")
+    assert "│ * │" in lines[0]
     assert len(load_protocol("demo").settings) == 6
