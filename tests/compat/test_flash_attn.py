@@ -403,6 +403,20 @@ def test_offsets_are_refused_by_name() -> None:
         flash_attn_varlen_func(q[None], q, q, offsets([7]), offsets([7]), 7, 7)
 
 
+@pytest.mark.parametrize(
+    ("pages", "told"),
+    [
+        ([[0, 1], [2, -1]], "sequence 1 has page or row -1"),
+        ([[0], [2]], "sequence 1 has 5 positions; block_table has 1 page"),
+    ],
+)
+def test_pages_that_are_not_there(pages: list[list[int]], told: str) -> None:
+    k = torch.zeros(3, 4, 2, 8)
+    ends, table = offsets([3, 5]), torch.tensor(pages, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=told):
+        flash_attn_varlen_func(torch.zeros(8, 2, 8), k, k, ends, ends, 5, 5, block_table=table)
+
+
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize(
     ("change", "told"),
