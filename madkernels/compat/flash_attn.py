@@ -279,7 +279,7 @@ def flash_attn_with_kvcache(
                 (q[b : b + 1], _range_of(k_cache, rows[b], *ranges[b]), _range_of(v_cache, rows[b], *ranges[b]))
                 for b in range(q.shape[0])
             ]
-            found = _each(parts, alibi_slopes, options)
+            found = _each(parts, alibi_slopes, options) or [attention(q, k_cache[:0], v_cache[:0], return_lse=True)]
             out, lse = torch.cat([o for o, _ in found]), torch.cat([s for _, s in found])
     return (out, _as_theirs(lse)) if return_softmax_lse else out
 

@@ -358,6 +358,14 @@ def test_decoding_token_by_token_is_causal_attention() -> None:
     assert torch.equal(caches, torch.stack((k, v)))
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_no_sequence(queries: int) -> None:
+    q, k, cache = torch.zeros(0, queries, 4, 8), torch.zeros(0, 2, 2, 8), torch.zeros(0, 9, 2, 8)
+    options = {"cache_seqlens": 3, "alibi_slopes": slopes_of(4), "return_softmax_lse": True}
+    out, lse = flash_attn_with_kvcache(q, cache, cache, k, k, **options)
+    assert (out.shape, lse.shape) == ((0, queries, 4, 8), (0, 4, queries))
+
+
 def test_caches_that_require_gradients_are_written() -> None:
     """As theirs, whose function has no derivative."""
     q, k_cache, k = (t.requires_grad_() for t in drawn((1, 2, 2, 8), (1, 9, 2, 8), (1, 2, 2, 8)))
