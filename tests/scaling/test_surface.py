@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_the_cells_of_the_seeds() -> None:
 # ---- the minimiser
 
 
-@pytest.mark.parametrize("delta", [1e-3, 1.0])
+@pytest.mark.parametrize("delta", [1e-3, 1.0, newton.SQUARES])
 def test_derivatives(delta: float) -> None:
     problem, rng = grid(noise=0.01).problem, np.random.default_rng(0)
     theta = np.array([[0.1, 0.2, 0.5, 0.3, 0.35]]) + 0.1 * rng.standard_normal((4, 5))
