@@ -265,7 +265,8 @@ def flash_attn_with_kvcache(
             spread = options["window"] != (None, None)
             k = _rotate(k, rotary_cos, rotary_sin, lengths, True, rotary_interleaved)
             q = _rotate(q, rotary_cos, rotary_sin, lengths, spread, rotary_interleaved)
-        ranges = [] if by_step and q.is_cuda else _ranges(k_cache, k, table, lengths, cache_leftpad)
+        holder = "k_cache" if block_table is None else "block_table"
+        ranges = [] if by_step and q.is_cuda else _ranges(holder, k_cache, k, table, lengths, cache_leftpad)
         if k is not None and v is not None and not (by_step and k.shape[1] == 1):
             _append(k_cache, k, table, lengths)
             _append(v_cache, v, table, lengths)
@@ -444,7 +445,7 @@ def _per_sequence(name: str, t: Tensor, batch: int) -> Tensor:
 
 
 def _ranges(
-    k_cache: Tensor, k: Tensor | None, table: Tensor, lengths: Tensor, cache_leftpad: Tensor | None
+    holder: str, k_cache: Tensor, k: Tensor | None, table: Tensor, lengths: Tensor, cache_leftpad: Tensor | None
 ) -> list[tuple[int, int]]:
     """The positions that each sequence has in the cache once it has taken in `k`: from, and up to."""
     op, new = "flash_attn_with_kvcache", 0 if k is None else k.shape[1]
@@ -455,7 +456,7 @@ def _ranges(
     for b, (first, length, pages) in enumerate(zip(starts, lengths.tolist(), table.tolist(), strict=True)):
         if not 0 <= first <= length <= capacity - new:
             held = f"positions {first} to {length} and gets {new} more"
-            raise RuntimeError(f"{op}: sequence {b} has {held}; the cache holds {capacity}")
+            raise RuntimeError(f"{op}: sequence {b} has {held}; {holder} holds {capacity}")
         _check_pages(op, b, pages, length + new, k_cache)
         ranges.append((first, length + new))
     return ranges

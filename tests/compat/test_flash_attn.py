@@ -431,7 +431,8 @@ def test_pages_that_are_not_there(pages: list[list[int]], told: str) -> None:
     [
         ({"v": None}, "k and v come together"),
         ({"cache_seqlens": None}, "without cache_seqlens"),
-        ({"cache_seqlens": torch.tensor([9, 1], dtype=torch.int32)}, "sequence 0 .* gets 2 more; the cache holds 10"),
+        ({"cache_seqlens": torch.tensor([9, 1], dtype=torch.int32)}, "sequence 0 .* gets 2 more; k_cache holds 10"),
+        ({"block_table": torch.zeros(2, 0, dtype=torch.int32)}, "gets 2 more; block_table holds 0"),
         ({"cache_seqlens": torch.tensor([1, 1])}, "cache_seqlens is torch.int64"),
         ({"k": torch.zeros(2, 2, 1, 8)}, r"k has shape \(2, 2, 1, 8\); expected \(2, seqlen_new, 2, 8\)"),
         ({"cache_leftpad": torch.tensor([0, 5], dtype=torch.int32)}, "sequence 1 has positions 5 to 4"),
