@@ -231,7 +231,8 @@ def flash_attn_with_kvcache(
     """Attention over a cache, which takes `k` and `v` in first, in place. No derivative.
 
     One query a sequence, without `cache_leftpad`, is :func:`madkernels.attention_step`. Others are done sequence by
-    sequence, and their lengths read on the host. On a GPU nobody looks whether one query's cache can hold what it gets.
+    sequence, and their lengths read on the host. On a GPU nobody reads them where one query brings one key at most: what the
+    cache cannot hold gives NaN.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim). The last query stands at the last key, the new ones included.
@@ -260,12 +261,14 @@ def flash_attn_with_kvcache(
     table = _table(q, k_cache, cache_batch_idx, block_table)
     lengths = _lengths(q, cache_seqlens, table.shape[1] * k_cache.shape[1])
     by_step = q.shape[1] == 1 and cache_leftpad is None
+    unread = q.is_cuda and by_step and (k is None or k.shape[1] == 1)
+    holder = "k_cache" if block_table is None else "block_table"
+    ranges = [] if unread else _ranges(holder, k_cache, k, table, lengths, cache_leftpad)
     with torch.no_grad():
         if rotary_cos is not None and rotary_sin is not None and k is not None:
             spread = options["window"] != (None, None)
             k = _rotate(k, rotary_cos, rotary_sin, lengths, True, rotary_interleaved)
             q = _rotate(q, rotary_cos, rotary_sin, lengths, spread, rotary_interleaved)
-        ranges = [] if by_step and q.is_cuda else _ranges(k_cache, k, table, lengths, cache_leftpad)
         if k is not None and v is not None and not (by_step and k.shape[1] == 1):
             _append(k_cache, k, table, lengths)
             _append(v_cache, v, table, lengths)
@@ -444,7 +447,7 @@ def _per_sequence(name: str, t: Tensor, batch: int) -> Tensor:
 
 
 def _ranges(
-    k_cache: Tensor, k: Tensor | None, table: Tensor, lengths: Tensor, cache_leftpad: Tensor | None
+    holder: str, k_cache: Tensor, k: Tensor | None, table: Tensor, lengths: Tensor, cache_leftpad: Tensor | None
 ) -> list[tuple[int, int]]:
     """The positions that each sequence has in the cache once it has taken in `k`: from, and up to."""
     op, new = "flash_attn_with_kvcache", 0 if k is None else k.shape[1]
@@ -455,7 +458,7 @@ def _ranges(
     for b, (first, length, pages) in enumerate(zip(starts, lengths.tolist(), table.tolist(), strict=True)):
         if not 0 <= first <= length <= capacity - new:
             held = f"positions {first} to {length} and gets {new} more"
-            raise RuntimeError(f"{op}: sequence {b} has {held}; the cache holds {capacity}")
+            raise RuntimeError(f"{op}: sequence {b} has {held}; {holder} holds {capacity}")
         _check_pages(op, b, pages, length + new, k_cache)
         ranges.append((first, length + new))
     return ranges
@@ -503,6 +506,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, spread: bool, 
     wide, half = torch.promote_types(x.dtype, torch.float32), cos.shape[1]
     steps = torch.arange(x.shape[1] if spread else 1, device=x.device)
     positions = lengths[:, None] + steps
+    if not x.is_cuda and positions.numel() and int(positions.max()) >= cos.shape[0]:
+        told = f"a token stands at position {int(positions.max())}; rotary_cos has {cos.shape[0]} positions"
+        raise RuntimeError(f"flash_attn_with_kvcache: {told}")
     c, s = (t[positions].unsqueeze(2).to(wide) for t in (cos, sin))  # (batch, steps or 1, 1, half)
     shape, axis = ((half, 2), -1) if interleaved else ((2, half), -2)
     a, b = x[..., : 2 * half].to(wide).reshape(*x.shape[:3], *shape).unbind(axis)

@@ -431,7 +431,8 @@ def test_pages_that_are_not_there(pages: list[list[int]], told: str) -> None:
     [
         ({"v": None}, "k and v come together"),
         ({"cache_seqlens": None}, "without cache_seqlens"),
-        ({"cache_seqlens": torch.tensor([9, 1], dtype=torch.int32)}, "sequence 0 .* gets 2 more; the cache holds 10"),
+        ({"cache_seqlens": torch.tensor([9, 1], dtype=torch.int32)}, "sequence 0 .* gets 2 more; k_cache holds 10"),
+        ({"block_table": torch.zeros(2, 0, dtype=torch.int32)}, "gets 2 more; block_table holds 0"),
         ({"cache_seqlens": torch.tensor([1, 1])}, "cache_seqlens is torch.int64"),
         ({"k": torch.zeros(2, 2, 1, 8)}, r"k has shape \(2, 2, 1, 8\); expected \(2, seqlen_new, 2, 8\)"),
         ({"cache_leftpad": torch.tensor([0, 5], dtype=torch.int32)}, "sequence 1 has positions 5 to 4"),
@@ -440,6 +441,7 @@ def test_pages_that_are_not_there(pages: list[list[int]], told: str) -> None:
         ({"rotary_cos": torch.zeros(10, 5), "rotary_sin": torch.zeros(10, 5)}, "rotary_dim 8 at most"),
         ({"cache_batch_idx": torch.tensor([0, 2], dtype=torch.int32)}, "sequence 1 has page or row 2 of the cache"),
         ({"block_table": torch.tensor([[0], [-1]], dtype=torch.int32)}, "sequence 1 has page or row -1 of the cache"),
+        ({"cache_seqlens": 9, "rotary_cos": torch.zeros(10, 4), "rotary_sin": torch.zeros(10, 4)}, "k_cache holds 10"),
         ({"q": torch.zeros(3, 2, 2, 8)}, "expected"),
     ],
 )
@@ -451,6 +453,13 @@ def test_what_a_cache_refuses(queries: int, change: dict[str, Any], told: str) -
     with pytest.raises(RuntimeError, match=told):
         flash_attn_with_kvcache(k_cache=caches[0], v_cache=caches[1], **given | change)
     assert not caches.any()
+
+
+def test_queries_behind_the_last_rotation_are_refused() -> None:
+    cache, new, angle = torch.zeros(1, 10, 2, 8), torch.ones(1, 1, 2, 8), torch.zeros(10, 4)
+    with pytest.raises(RuntimeError, match="a token stands at position 11; rotary_cos has 10 positions"):
+        flash_attn_with_kvcache(torch.zeros(1, 3, 2, 8), cache, cache, new, new, angle, angle, 9, causal=True)
+    assert not cache.any()
 
 
 # ---- padding
