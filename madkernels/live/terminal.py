@@ -8,11 +8,11 @@ from contextlib import suppress
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from madkernels.live.watched import SCALING, Cell, Seen, Watched
+from madkernels.reporting.tables import Table
 
 Cells = dict[tuple[str, str], Cell]
 
@@ -63,35 +63,19 @@ def rendered(watched: Watched, seen: Seen, console: Console) -> RenderableType:
     return Group(*lines, *matrix(seen.cells, "budget" if seen.kind == SCALING else "task", console), *below)
 
 
-def matrix(cells: Cells, column: str, console: Console) -> list[Table]:
-    """Architectures by tasks, or tasks by architectures where that takes fewer tables of the console's width; nothing in
-    them is cut, and names are broken between words alone."""
+def matrix(cells: Cells, column: str, console: Console) -> list[RichTable]:
+    """Architectures by tasks, or tasks by architectures where that takes fewer tables of the console's width."""
     turned = {(task, arch): cell for (arch, task), cell in cells.items()}
-    upright, across = _tables(cells, "architecture", console), _tables(turned, column, console)
+    upright, across = (_table(*of).parts(console) if cells else [] for of in ((cells, "architecture"), (turned, column)))
     return across if len(across) < len(upright) else upright
 
 
-def _tables(cells: Cells, corner: str, console: Console) -> list[Table]:
-    """As few tables as their columns need."""
-    left = list(dict.fromkeys(column for _, column in cells))
-    tables = []
-    while left:
-        count = next((n for n in range(len(left), 1, -1) if _fits(_table(cells, corner, left[:n]), console)), 1)
-        tables.append(_table(cells, corner, left[:count]))
-        left = left[count:]
-    return tables
-
-
-def _fits(table: Table, console: Console) -> bool:
-    return Measurement.get(console, console.options.update(max_width=10_000), table).minimum <= console.width
-
-
-def _table(cells: Cells, corner: str, columns: Sequence[str]) -> Table:
-    table = Table()
-    table.add_column(corner, overflow="fold")
+def _table(cells: Cells, corner: str) -> Table:
+    table = Table(corner)
+    columns = list(dict.fromkeys(column for _, column in cells))
     for column in columns:
         longest = max(len(line) for (_, name), cell in cells.items() if name == column for line in cell.lines())
-        table.add_column(Text(column), min_width=longest, overflow="fold")
+        table.add_column(Text(column), min_width=longest)
     for row in dict.fromkeys(row for row, _ in cells):
         found = [cells.get((row, column)) for column in columns]
         table.add_row(Text(row), *("\n".join(cell.lines()) if cell else "-" for cell in found))

@@ -25,11 +25,15 @@ class Table(RichTable):
 
     def show(self, console: Console) -> None:
         """Prints it, whole."""
+        for part in self.parts(console):
+            console.print(part, crop=False)
+
+    def parts(self, console: Console) -> list[RichTable]:
+        """The tables that it takes on this console, one below the other."""
         least, full = zip(*(_widths(console, column) for column in self.columns), strict=True)
         chosen = list(range(len(self.columns)))
         if not console.is_terminal:
-            console.print(self._part(chosen, full, self.title, self.caption), crop=False)
-            return
+            return [self._part(chosen, full, self.title, self.caption)]
         headers, dropped = [column.header for column in self.columns], list[str]()
         for name in self.spare:
             if self._width(console, chosen, least) <= console.width:
@@ -38,14 +42,15 @@ class Table(RichTable):
             dropped.append(name)
         told = f"No room for: {', '.join(dropped)}." if dropped else ""
         caption = f"{self.caption or ''}\n{told}".strip()
-        parts = self._parts(console, chosen, least)
+        parts = self._columns_by_part(console, chosen, least)
+        found = []
         for number, part in enumerate(parts):
             widths = self._fitted(console, part, least, full)
             first, last = number == 0, number == len(parts) - 1
-            shown = self._part(part, widths, self.title if first else None, caption if last else None)
-            console.print(shown, crop=False)
+            found.append(self._part(part, widths, self.title if first else None, caption if last else None))
+        return found
 
-    def _parts(self, console: Console, chosen: list[int], least: Sequence[int]) -> list[list[int]]:
+    def _columns_by_part(self, console: Console, chosen: list[int], least: Sequence[int]) -> list[list[int]]:
         """Columns by part, each of which fits; one with the first column and another may not."""
         parts = [chosen[:2]]
         for i in chosen[2:]:

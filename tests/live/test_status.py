@@ -20,8 +20,8 @@ from madkernels.live.watched import Cell, Effort, Watched, seconds_left
 from madkernels.runs.store import Store
 
 
-def status(*arguments: str, columns: int = 80) -> str:
-    done = CliRunner().invoke(app, ["status", *arguments], env={"COLUMNS": str(columns)}, catch_exceptions=False)
+def status(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["status", *arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -55,17 +55,18 @@ def test_a_living_sweep_runs_and_a_dead_one_has_stopped(tmp_path: Path) -> None:
 
 def test_mad_status_says_the_same(tmp_path: Path) -> None:
     under_way(tmp_path).close()
-    done = CliRunner().invoke(app, ["mad", "status", "--out", str(tmp_path)], env={"COLUMNS": "80"})
+    done = CliRunner().invoke(app, ["mad", "status", "--out", str(tmp_path)])
     assert done.output == status(str(tmp_path))
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80])
 def test_nothing_is_cut(columns: int, tmp_path: Path) -> None:
     under_way(tmp_path).close()
-    told = status(str(tmp_path), columns=columns)
+    console = Console(width=columns, force_terminal=True, file=io.StringIO(), record=True)
+    terminal.show(Watched(tmp_path), console)
+    told = console.export_text()
     assert "…" not in told
-    tables = [line for line in told.splitlines() if line[:1] in "│┃┏└"]
-    assert max(map(len, tables)) <= columns
+    assert max(len(line) for line in told.splitlines() if line[:1] in "│┃┏└") <= columns
     for word in ("recall", "compression", "attention:heads=2", "1/2", "1 stopped"):
         assert word in told
 
