@@ -168,6 +168,41 @@ def fit(
     _write({"groups": found}, to_json)
 
 
+def line(
+    file: Annotated[Path, typer.Argument(help="A CSV file with the best size of one budget per row, such as a paper's.")],
+    params: Params = "params",
+    tokens: Tokens = None,
+    flops: Flops = None,
+    group: Groups = None,
+    where: Where = None,
+    to_json: Json = None,
+    force: Force = False,
+) -> None:
+    """Fit the lines N_opt ~ C^a and D_opt ~ C^b through best sizes that are known already.
+
+    Without --tokens and --flops, the columns of these names are used; one of them is enough, by C = 6 N D.
+    """
+    from madkernels.scaling.fits.condition import rows_where
+    from madkernels.scaling.fits.isoflop import given
+    from madkernels.scaling.fits.runs_table import by_group, read_table, work
+    from madkernels.scaling.fits.tables import best_table, laws_as_json
+
+    _may_write(to_json, force)
+    table = read_table(file)
+    if where is not None:
+        table = rows_where(table, where)
+    if tokens is None and flops is None:
+        tokens, flops = (name if name in table.columns else None for name in ("tokens", "flops"))
+        if tokens is None and flops is None:
+            raise ValueError(f"give --flops or --tokens; columns: {', '.join(table.columns)}")
+    console, found = _console(to_json), dict[str, Any]()
+    for name, part in by_group(table, *(group or ())):
+        best = given(*work(part, params, tokens, flops))
+        best_table(best, None, name).show(console)
+        found[name] = laws_as_json(best)
+    _write({"groups": found} if group else found[""], to_json)
+
+
 def compare(
     files: Files,
     group: By = "architecture",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from madkernels.cli.fits import compare, correlate, fit, report
+from madkernels.cli.fits import compare, correlate, fit, line, report
 from madkernels.cli.options import Address, Device, DryRun, EngineName, Force, Plugins, Results, Workers
 from madkernels.cli.sweeps import (
     Bars,
@@ -227,6 +227,7 @@ def run(
 
 
 scale.command()(fit)
+scale.command()(line)
 scale.command()(compare)
 scale.command()(correlate)
 scale.command()(report)

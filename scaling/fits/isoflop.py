@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import Akima1DInterpolator
+from scipy.stats import linregress, t as student
 
 from madkernels.scaling.fits.form import Points
 from madkernels.scaling.fits.statistics import Array, Interval, interval
@@ -107,6 +109,26 @@ def isoflop(
     usable = drawn[np.isfinite(drawn).all(1)] if resamples else drawn
     intervals = {name: interval(usable[:, i]) for i, name in enumerate("ab")} if len(usable) else {}
     return Optimum(best, left_out, size, data, intervals, len(drawn) - len(usable), below_all(curves, found))
+
+
+def given(params: Array, tokens: Array, flops: Array) -> Optimum:
+    """The laws through best sizes that are known already, each (n,). Intervals of a and b are Student's, from three rows on.
+
+    ValueError where all are of one budget.
+    """
+    if len(np.unique(flops)) < 2:
+        raise ValueError(f"{len(flops)} best sizes at one budget; a line takes two budgets")
+    rows = zip(flops.tolist(), params.tolist(), tokens.tolist(), strict=True)
+    best = [Best(c, c, n, d, float("nan")) for c, n, d in sorted(rows)]
+    intervals = {"a": _slope(flops, params), "b": _slope(flops, tokens)} if len(best) > 2 else {}
+    return Optimum(best, [], *_laws(best), intervals)
+
+
+def _slope(x: Array, y: Array) -> Interval:
+    """The 95 % interval of the slope of a line through logarithms."""
+    found: Any = linregress(np.log(x), np.log(y))
+    reach = float(student.ppf(0.975, len(x) - 2)) * found.stderr
+    return Interval(found.slope - reach, found.slope + reach)
 
 
 def nearest_budgets(flops: Array, budgets: Sequence[float]) -> Array:

@@ -230,7 +230,7 @@ def select(table: Table, columns: Columns, cut: Cut | None = None) -> Selection:
         told = "; ".join(f"{d.place}: {d.why}" for d in dropped[:3])
         raise ValueError(f"no row can be used: {told}" if dropped else f"{', '.join(table.files)}: no rows")
     table, loss = table.where(kept), loss[kept]
-    params, tokens, flops = _work(table, columns)
+    params, tokens, flops = work(table, columns.params, columns.tokens, columns.flops)
     points = Points(params, tokens, loss)
     return Selection(points, flops, table, dropped, [*_twice(table, points, flops), *_far_off(table, columns, points)])
 
@@ -255,18 +255,21 @@ def _unfinished(name: str, cell: str) -> bool:
     return cell not in FINISHED if name == "status" else cell in UNFINISHED
 
 
-def _work(table: Table, columns: Columns) -> tuple[Array, Array, Array]:
-    """Parameters, tokens and FLOPs, (rows,)."""
-    params = _positive(table, columns.params, table.numbers(columns.params))
-    tokens = _positive(table, columns.tokens, table.numbers(columns.tokens)) if columns.tokens else None
+def work(table: Table, params: str, tokens: str | None, flops: str | None) -> tuple[Array, Array, Array]:
+    """Parameters, tokens and FLOPs, (rows,), by the names of columns; what is not there follows by C = 6 N D.
+
+    ValueError where one is no positive number.
+    """
+    n = _positive(table, params, table.numbers(params))
+    d = _positive(table, tokens, table.numbers(tokens)) if tokens else None
     with np.errstate(over="ignore", under="ignore"):
-        if columns.flops:
-            flops = _positive(table, columns.flops, table.numbers(columns.flops))
+        if flops:
+            c = _positive(table, flops, table.numbers(flops))
         else:
-            flops = _positive(table, "6 N D", FLOPS * params * (0 if tokens is None else tokens))
-        if tokens is None:
-            tokens = _positive(table, "C / (6 N)", flops / (FLOPS * params))
-    return params, tokens, flops
+            c = _positive(table, "6 N D", FLOPS * n * (0 if d is None else d))
+        if d is None:
+            d = _positive(table, "C / (6 N)", c / (FLOPS * n))
+    return n, d, c
 
 
 def _positive(table: Table, name: str, values: Array) -> Array:

@@ -111,15 +111,21 @@ def _budgets(selection: Selection, budget: str) -> Array:
     return selection.table.numbers(budget)
 
 
-def best_as_json(best: Optimum, selection: Selection, approach: int, shape: str) -> dict[str, Any]:
+def laws_as_json(best: Optimum) -> dict[str, Any]:
     return {
-        "approach": approach,
-        **({"shape": shape} if approach == 2 else {}),
         "a": best.size.exponent,
         "b": best.data.exponent,
         "N_opt": asdict(best.size),
         "D_opt": asdict(best.data),
         "intervals": {name: asdict(found) for name, found in best.intervals.items()} | {"unusable": best.unusable},
+    }
+
+
+def best_as_json(best: Optimum, selection: Selection, approach: int, shape: str) -> dict[str, Any]:
+    return {
+        "approach": approach,
+        **({"shape": shape} if approach == 2 else {}),
+        **laws_as_json(best),
         "minima": [asdict(b) for b in best.best] if approach == 2 else [],
         "left_out": best.left_out,
         "points": len(selection.points),
@@ -128,19 +134,19 @@ def best_as_json(best: Optimum, selection: Selection, approach: int, shape: str)
     }
 
 
-def best_table(best: Optimum, approach: int, group: str) -> Shown:
-    """Minima by budget; the power laws are the caption."""
+def best_table(best: Optimum, approach: int | None, group: str) -> Shown:
+    """Minima by budget, or best sizes that were given, without an approach; the power laws are the caption."""
     laws_found = [f"{name} ~ C^{law.exponent:.4f}" for name, law in (("N_opt", best.size), ("D_opt", best.data))]
     spans = [f"{name} {_span(found)} (95 %)" for name, found in best.intervals.items()]
     void = [f"{best.unusable} resamples without two minima"] if best.unusable else []
     caption = "; ".join([*laws_found, *spans, *void, *(f"excluded: {why}" for why in best.left_out)])
-    title = f"Approach {approach}{': ' if group else ''}{group}"
+    title = f"{f'Approach {approach}' if approach else 'Given best sizes'}{': ' if group else ''}{group}"
     out = Shown(title=title, caption=caption, spare=("FLOPs", "tokens per parameter", "tokens"))
-    for name in ("budget", "FLOPs", "parameters", "tokens", "tokens per parameter", "loss"):
+    for name in ("budget", "FLOPs", "parameters", "tokens", "tokens per parameter", *(["loss"] if approach else [])):
         out.add_column(name, justify="right")
-    for b in best.best if approach == 2 else best.best[:: max(len(best.best) // 10, 1)]:
+    for b in best.best[:: max(len(best.best) // 10, 1)] if approach == 1 else best.best:
         figures = (b.budget, b.flops, b.params, b.tokens, b.tokens / b.params)
-        out.add_row(*(f"{value:.3g}" for value in figures), f"{b.loss:.4f}")
+        out.add_row(*(f"{value:.3g}" for value in figures), *([f"{b.loss:.4f}"] if approach else []))
     return out
 
 

@@ -169,3 +169,39 @@ def test_command_on_the_chinchilla_points() -> None:
     budgets = ["--approach", "2", "--budget", ",".join(map(str, NOMINAL)), "--json", "-"]
     found = json.loads(CliRunner().invoke(app, ["scale", "fit", str(CHINCHILLA), *columns, *budgets]).stdout)
     assert found["a"] == pytest.approx(0.4959, abs=2e-4)
+
+
+# ---- best sizes that are given
+
+
+def test_a_line_through_given_sizes(tmp_path: Path) -> None:
+    """The standard error of a slope by hand: sqrt(sum r^2 / (n - 2) / sum (x - mean)^2), and t of two degrees, 4.302653."""
+    x, noise = np.arange(4.0), np.array([0.1, -0.1, -0.1, 0.1])
+    rows = [f"{10.0 ** (18 + i)},{3.0 * 10.0 ** (0.5 * i + float(noise[i]))}" for i in range(4)]
+    file = tmp_path / "optima.csv"
+    file.write_text("\n".join(["flops,params", *reversed(rows)]) + "\n")
+    done = CliRunner().invoke(app, ["scale", "line", str(file), "--json", "-"], catch_exceptions=False)
+    found = json.loads(done.output)
+    reach = 4.302653 * np.sqrt((noise**2).sum() / 2 / ((x - x.mean()) ** 2).sum())
+    assert (found["a"], found["b"]) == pytest.approx((0.5, 0.5))
+    assert [found["intervals"]["a"][end] for end in ("low", "high")] == pytest.approx([0.5 - reach, 0.5 + reach], rel=1e-6)
+    assert np.exp(found["N_opt"]["offset"]) * 1e18**0.5 == pytest.approx(3.0)
+    shown = CliRunner().invoke(app, ["scale", "line", str(file)]).output
+    assert "N_opt ~ C^0.5000" in shown
+    assert "nan" not in shown
+
+
+def test_lines_that_nothing_determines(tmp_path: Path) -> None:
+    file = tmp_path / "optima.csv"
+    for text, message in (
+        ("flops,params\n1e18,3\n1e18,4\n", "2 best sizes at one budget; a line takes two budgets"),
+        ("loss,params\n1e18,3\n", "give --flops or --tokens; columns: loss, params"),
+        ("flops,params\n1e18,-3\n", "params is -3; expected a positive number"),
+    ):
+        file.write_text(text)
+        done = CliRunner().invoke(app, ["scale", "line", str(file)])
+        assert message in str(done.exception)
+    file.write_text("flops,tokens,params\n1e18,1e9,3\n1e20,1e10,4\n")
+    found = json.loads(CliRunner().invoke(app, ["scale", "line", str(file), "--json", "-"]).output)
+    assert found["b"] == pytest.approx(0.5)
+    assert "a" not in found["intervals"], "two points leave no residual"
