@@ -122,7 +122,7 @@ class Site:
             kind, told = ("-", seen) if isinstance(seen, str) else (seen.kind, seen.line)
             lines.append([pages.link(folder.name, quote(address)), kind, told])
         section = Section("Runs", [pages.table(["folder", "kind", "status"], lines)])
-        return self.folder.resolve().name, f"{len(places)} folders of runs.", [], [section]
+        return self.folder.resolve().name, f"{len(places)} folder{'s' * (len(places) != 1)} of runs.", [], [section]
 
     def _see(self, folder: Path) -> Seen | str:
         """What is there, or why that cannot be said; whatever one damaged file brings, the server goes on."""
