@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from madkernels.cli.main import app
-from madkernels.runs.store import OPEN, Results, Store
+from madkernels.runs.store import Results, Store
 from madkernels.synthetics import published, report
 from madkernels.synthetics.page import page
 from madkernels.synthetics.protocol import Run, Training, results_of
