@@ -26,7 +26,8 @@ const labels = [...document.querySelectorAll("svg text")];
 const sizes = labels.map(e => parseFloat(getComputedStyle(e).fontSize) * scale(e.getScreenCTM()));
 const scrolled = [...document.querySelectorAll("body, body *")].filter(e => e.clientWidth > 0 && !e.closest("svg")
   && e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== "inline");
-parent.postMessage({width: innerWidth, wide: [...wide, ...scrolled].map(e => e.outerHTML.slice(0, 80)), sizes}, "*");
+const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+parent.postMessage({dark, width: innerWidth, wide: [...wide, ...scrolled].map(e => e.outerHTML.slice(0, 80)), sizes}, "*");
 </script>"""
 FRAMES = """<!doctype html><pre></pre><script>
 const said = [];
@@ -40,23 +41,26 @@ for (const width of %s) {
 </script>"""
 
 
-def measured(page: str, folder: Path) -> list[tuple[list[str], list[float]]]:
+def measured(page: str, folder: Path, *, dark: bool = False) -> list[tuple[list[str], list[float]]]:
     """For each of WIDTHS, the elements that do not fit, and the sizes of the labels in pixels."""
     (folder / "page.html").write_text(page.replace("</body>", MEASURE + "</body>"))
-    shown = after_scripts(FRAMES % list(WIDTHS), folder)
+    shown = after_scripts(FRAMES % list(WIDTHS), folder, dark=dark)
     found = re.search(r"<pre>(.*?)</pre>", shown, flags=re.DOTALL)
     assert found, shown
-    by_width = {said["width"]: (said["wide"], said["sizes"]) for said in json.loads(html.unescape(found[1]))}
+    answers = json.loads(html.unescape(found[1]))
+    assert {said["dark"] for said in answers} == {dark}
+    by_width = {said["width"]: (said["wide"], said["sizes"]) for said in answers}
     return [by_width[width] for width in WIDTHS]
 
 
-def after_scripts(page: str, folder: Path) -> str:
+def after_scripts(page: str, folder: Path, *, dark: bool = False) -> str:
     """A page as it is once its scripts have run."""
     if CHROMIUM is None:
         pytest.skip("there is no Chromium")
     (folder / "shown.html").write_text(page)
     flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync"
     command = [CHROMIUM, *(f"--{flag}" for flag in flags.split()), "--disable-component-update"]
+    command += ["--blink-settings=preferredColorScheme=0"] if dark else []
     command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
     done = subprocess.run(
         [*command, (folder / "shown.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
@@ -64,8 +68,9 @@ def after_scripts(page: str, folder: Path) -> str:
     return done.stdout
 
 
-def assert_fits(page: str, folder: Path) -> None:
-    for wide, sizes in measured(page, folder):
-        assert not wide
-        assert sizes
-        assert min(sizes) > SMALLEST
+def assert_fits(page: str, folder: Path, *, dark: bool = False, labels: bool = True) -> None:
+    """Of a page that has pictures, and labels in them, or none."""
+    for wide, sizes in measured(page, folder, dark=dark):
+        assert not wide, wide
+        assert bool(sizes) == labels
+        assert min(sizes, default=SMALLEST + 1) > SMALLEST

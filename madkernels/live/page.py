@@ -45,7 +45,9 @@ def _status(seen: Seen, column: str) -> Section:
         for arch in dict.fromkeys(arch for arch, _ in seen.cells)
     ]
     told = pages.note(f"Runs that are done, of all, by architecture and {column}.")
-    return Section("Status", [pages.table(["architecture", *columns], lines), told, *map(pages.note, seen.running)])
+    return Section(
+        "Status", [pages.table(["architecture", *columns], lines, cards=True), told, *map(pages.note, seen.running)]
+    )
 
 
 def _cell(cell: Cell | None) -> Markup:

@@ -26,6 +26,7 @@ HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")  # that a browser may call this server by: another one's name may be made to point here
 REPORT = "report.html"
 REST = 9  # times what it took to draw a page pass before it is drawn again
+LEAST_REST = 1.0  # seconds that pass at the least
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -103,7 +104,7 @@ class Site:
         version = f'"{hashlib.sha256(whole.encode()).hexdigest()[:16]}"'
         text = pages.document(title, facts, gaps, sections, version=version)
         ended = time.monotonic()
-        self.drawn[address] = Drawn(text, version, ended + max(1.0, REST * (ended - begun)))
+        self.drawn[address] = Drawn(text, version, ended + max(LEAST_REST, REST * (ended - begun)))
         return self.drawn[address]
 
     def _one(self, folder: Path) -> tuple[str, str, list[str], list[Section | None]]:

@@ -226,7 +226,7 @@ def see_training(folder: Path) -> Seen:
     """The folder of one `train run`, by its log and its recipe."""
     points, recipe = points_of(folder, sys.maxsize), recipe_in(folder)
     step, steps, live = int(points[-1]["step"]) if points else 0, recipe.get("steps", 0), is_locked(folder / LOG)
-    state = "running" if live else "done" if step == steps else "stopped"
+    state = "running" if live else "done" if steps and step == steps else "stopped"
     of_all = f" of {steps:,} ({step / steps:.0%})" if steps else ""
     known = {name: point[name] for point in points for name in ("loss", "held_out_loss") if name in point}
     figures = [f", {name.replace('_', ' ')} {value:.4f}" for name, value in known.items()]

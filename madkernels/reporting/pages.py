@@ -28,7 +28,6 @@ _TEMPLATES = Environment(
 )
 _TEMPLATES.globals |= {
     "MADE_BY": Markup(MADE_BY),
-    "WIDE": WIDE,
     "MANY": MANY,
     "colour_variables": colour_variables,
     "css": css,
@@ -67,9 +66,13 @@ def is_page(path: Path) -> bool:
     return path.is_file() and MADE_BY.encode() in path.read_bytes()
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> Markup:
-    """Rows under column names. The first cell of a row names it."""
-    return _render("table.html", head=head, lines=lines)
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], *, cards: bool = False) -> Markup:
+    """Rows under column names. The first cell of a row names it.
+
+    Args:
+        cards: in a narrow window rows are cards, however few columns there are.
+    """
+    return _render("table.html", head=head, lines=lines, cards=cards or len(head) >= WIDE)
 
 
 def figure(
