@@ -17,30 +17,32 @@ import torch
 from madkernels import _C, __version__
 
 
-def busy() -> str | None:
-    """A warning where others use the cores, so that times are too long; None where they do not, or it is not known."""
+def load_average() -> float | None:
+    """Of the last minute; None where the system does not say."""
     try:
-        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        return os.getloadavg()[0]
     except OSError:
         return None
-    if load < cores / 2:
+
+
+def busy() -> str | None:
+    """A warning where others use the cores, so that times are too long; None where they do not, or it is not known."""
+    load, cores = load_average(), os.cpu_count() or 1
+    if load is None or load < cores / 2:
         return None
     return f"the load is {load:.2f} on {cores} cores: others use them, and times come out too long"
 
 
 def describe() -> dict[str, str]:
     """Machine, versions, commit and date: what a figure needs beside it to be read later."""
-    try:
-        load = f"{os.getloadavg()[0]:.2f}"
-    except OSError:
-        load = "unknown"
+    load = load_average()
     return {
         "cpu": cpu_name(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "instruction_set": _C.cpu_isa(),
         "last_level_cache": f"{last_level_cache() >> 20} MiB",
-        "load_before": load,
+        "load_before": "unknown" if load is None else f"{load:.2f}",
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
