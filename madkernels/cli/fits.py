@@ -90,7 +90,6 @@ def fit(
     Without --tokens and --flops, the columns tokens, flops and budget that scale run writes are used. With --group, a group
     that cannot be fitted is reported, and the others are fitted.
     """
-    from madkernels.scaling.fits.condition import rows_where
     from madkernels.scaling.fits.newton import SQUARES
     from madkernels.scaling.fits.outlying import outlying, spikes, tell
     from madkernels.scaling.fits.predict import predicted, prediction_json, prediction_table
@@ -108,9 +107,7 @@ def fit(
         raise ValueError(f"--at: {wrong[0]}; expected a positive number of FLOPs")
     _may_write(to_json, force)
     cut = Cut(drop_highest, math.inf if max_loss is None else max_loss)
-    table = read_table(file)
-    if where is not None:
-        table = rows_where(table, where)
+    table = _table(file, where)
     if tokens is None and flops is None:
         there = [name if name in table.columns else None for name in ("tokens", "flops", "budget")]
         tokens, flops = there[0], there[1] if approach < 3 or there[0] is None else None
@@ -182,15 +179,12 @@ def line(
 
     Without --tokens and --flops, the columns of these names are used; one of them is enough, by C = 6 N D.
     """
-    from madkernels.scaling.fits.condition import rows_where
     from madkernels.scaling.fits.isoflop import given
-    from madkernels.scaling.fits.runs_table import by_group, read_table, work
+    from madkernels.scaling.fits.runs_table import by_group, work
     from madkernels.scaling.fits.tables import best_table, laws_as_json
 
     _may_write(to_json, force)
-    table = read_table(file)
-    if where is not None:
-        table = rows_where(table, where)
+    table = _table(file, where)
     if tokens is None and flops is None:
         tokens, flops = (name if name in table.columns else None for name in ("tokens", "flops"))
         if tokens is None and flops is None:
@@ -309,6 +303,15 @@ def report(
     columns = _columns(table, params, loss, tokens, flops)
     write_whole(out, page(table, read_table(scores) if scores else None, columns, group, budget, how, title, cut))
     Console().print(f"Report: {out}", soft_wrap=True)
+
+
+def _table(file: Path, where: str | None) -> Table:
+    """The rows of a file, or those that meet a condition."""
+    from madkernels.scaling.fits.condition import rows_where
+    from madkernels.scaling.fits.runs_table import read_table
+
+    table = read_table(file)
+    return table if where is None else rows_where(table, where)
 
 
 def _columns(table: Table, params: str, loss: str, tokens: str | None, flops: str | None) -> Columns:
