@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from madkernels import causal_conv, causal_conv_step
+from madkernels.compat.shapes import check_shape
 
 
 def causal_conv1d_fn(
@@ -70,8 +71,7 @@ def _rows(x: Tensor, weight: Tensor, bias: Tensor | None, silu: str | None, befo
 def _of_sequences(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, silu: str | None) -> Tensor:
     """Rows of several sequences each, as one row of documents."""
     batch, dim, seqlen = x.shape
-    if seq_idx.shape != (batch, seqlen):
-        raise RuntimeError(f"causal_conv1d_fn: seq_idx has shape {tuple(seq_idx.shape)}; expected {(batch, seqlen)}")
+    check_shape("causal_conv1d_fn: seq_idx", seq_idx, batch, seqlen)
     begins = torch.ones(batch, seqlen, dtype=torch.bool, device=x.device)
     begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     ends = torch.full((1,), batch * seqlen, device=x.device)
