@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         moe_route as moe_route,
     )
     from madkernels.ops.selective_scan import selective_scan as selective_scan, selective_scan_step as selective_scan_step
+    from madkernels.ops.ssd_scan import ssd_scan as ssd_scan, ssd_scan_step as ssd_scan_step
 
 OPS: dict[str, tuple[str, ...]] = {  # each with its public functions; an op's name is that of its files
     "attention": ("attention", "attention_step"),
@@ -31,6 +32,7 @@ OPS: dict[str, tuple[str, ...]] = {  # each with its public functions; an op's n
     "moe_mlp": ("moe_mlp",),
     "moe_route": ("moe_route", "moe_dispatch", "moe_combine", "RoutingPlan"),
     "selective_scan": ("selective_scan", "selective_scan_step"),
+    "ssd_scan": ("ssd_scan", "ssd_scan_step"),
 }
 _FOLDERS = ("benchmarks", "fused", "models", "reference", "scaling", "synthetics")
 _OWNERS = {function: op for op, functions in OPS.items() for function in functions}

@@ -13,14 +13,6 @@
 namespace madkernels {
 namespace {
 
-Heads heads_of(const Tensor& t) {
-  return {.data = t.data_ptr(),
-          .batch_stride = t.stride(0),
-          .time_stride = t.stride(1),
-          .head_stride = t.stride(2),
-          .dim_stride = t.stride(3)};
-}
-
 ScoreBias bias_of(const OptionalTensor& t) {
   if (!t) return {};
   return {.data = t->data_ptr(),
@@ -202,7 +194,7 @@ void in_rounds(const Arguments& a, int64_t splits, F&& bytes, G&& run) {
 }
 
 // Query heads of a round.
-int64_t heads_of(const Attention& p, const AttentionWork& work) { return work.kv_heads.length() * (p.heads / p.kv_heads); }
+int64_t query_heads(const Attention& p, const AttentionWork& work) { return work.kv_heads.length() * (p.heads / p.kv_heads); }
 
 void run_forward(const Arguments& a) {
   const Attention& p = a.params;
@@ -215,7 +207,7 @@ void run_forward(const Arguments& a) {
     torch::stable::parallel_for(0, work.kv_heads.length() * work.k_part_count,
                                 grain(kernels.keys * (p.head_dim + p.value_dim)),
                                 [&](int64_t begin, int64_t end) { kernels.pack_keys(p, work, begin, end); });
-    in_turns(heads_of(p, work) * work.q_part_count, kernels.queries(p.dtype) * operations(p) / 8,
+    in_turns(query_heads(p, work) * work.q_part_count, kernels.queries(p.dtype) * operations(p) / 8,
              [&](const Turns& turns) { kernels.forward(p, work, turns); });
   };
   in_rounds(a, 1, [&](const AttentionWork& work) { return kernels.bytes(p, work); }, run);
@@ -243,7 +235,7 @@ void run_backward(const Arguments& a, const AttentionBackward& q) {
   const auto run = [&](AttentionWork& work) {
     const std::vector<Span> parts = parts_of(p.q_docs, work.docs, kernels.queries);
     work.q_parts = parts.data(), work.q_part_count = count_of(parts);
-    const int64_t items = heads_of(p, work) * work.q_part_count;
+    const int64_t items = query_heads(p, work) * work.q_part_count;
     const int64_t each = grain(kernels.queries * (p.head_dim + p.value_dim) * 2);
     torch::stable::parallel_for(0, items, each,
                                 [&](int64_t begin, int64_t end) { kernels.pack_queries(q, work, begin, end); });

@@ -7,11 +7,6 @@
 
 namespace madkernels::MADKERNELS_ISA {
 
-template <class T>
-RowsOf<T> rows_of(const Heads& heads, const Span& part, int64_t head, int64_t width) {
-  return {heads.at<T>(part.batch, part.begin, head), heads.time_stride, heads.dim_stride, part.length(), width};
-}
-
 // Stores [width][steps], `stride` numbers a row and one vector of steps, times `factor` as rows of a head, dense in width.
 template <class T, class A>
 void store_columns(const Heads& to, const Span& part, int64_t head, int64_t width, const A* from, int64_t stride,
@@ -23,16 +18,6 @@ void store_columns(const Heads& to, const Span& part, int64_t head, int64_t widt
     for (int i = 0; i < n; i++) square[i] = i < count ? widen(from + (d + i) * stride) * factor : Vec<A>{};
     transpose<A>(square);
     for (int64_t i = 0; i < part.length(); i++) store(to.at<T>(part.batch, part.begin + i, head) + d, square[i], count);
-  }
-}
-
-// Numbers as the next product takes them: themselves, or the pairs that were made of them.
-template <class P>
-const typename P::Element* elements_of(const typename P::Acc* numbers, const typename P::Element* pairs) {
-  if constexpr (P::kGroup == 1) {
-    return numbers;
-  } else {
-    return pairs;
   }
 }
 

@@ -231,6 +231,14 @@ inline Projection projection_of(const Tensor& t) {
           .state_stride = t.stride(3)};
 }
 
+inline Heads heads_of(const Tensor& t) {
+  return {.data = t.data_ptr(),
+          .batch_stride = t.stride(0),
+          .time_stride = t.stride(1),
+          .head_stride = t.stride(2),
+          .dim_stride = t.stride(3)};
+}
+
 inline const void* data_or_null(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
 inline OptionalTensor contiguous(const OptionalTensor& t) {
   return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;

@@ -14,6 +14,7 @@
 
 #include "common/cpu.h"
 #include "common/simd.h"
+#include "common/strided.h"
 
 namespace madkernels::MADKERNELS_ISA {
 
@@ -143,6 +144,12 @@ struct RowsOf {
   }
 };
 
+// The steps of a part of a sequence, of one head.
+template <class T>
+RowsOf<T> rows_of(const Heads& heads, const Span& part, int64_t head, int64_t width) {
+  return {heads.at<T>(part.batch, part.begin, head), heads.time_stride, heads.dim_stride, part.length(), width};
+}
+
 // Elements `first` and on of a row, as many as fit a vector, zeros behind its end.
 template <class P, class T>
 inline Vec<typename P::Acc> load_elements(const RowsOf<T>& rows, int64_t row, int64_t first) {
@@ -246,6 +253,16 @@ void pack_panels(typename P::Element* to, const RowsOf<T>& rows, int64_t count) 
 }
 
 // ---- what was computed, as the next product takes it ----
+
+// Numbers as the next product takes them: themselves, or the pairs that were made of them.
+template <class P>
+const typename P::Element* elements_of(const typename P::Acc* numbers, const typename P::Element* pairs) {
+  if constexpr (P::kGroup == 1) {
+    return numbers;
+  } else {
+    return pairs;
+  }
+}
 
 #if defined(__AVX512F__)
 // (low, high) of each lane, by the instruction that comes with vdpbf16ps, which leaves all that was low before all that was
