@@ -144,10 +144,17 @@ def test_autocast_is_ignored_and_layouts_kept() -> None:
     inputs = draw_scan(20)
     out, state = selective_scan_fn(**inputs, return_last_state=True)
     assert out.is_contiguous()
+
+    def step() -> Tensor:
+        return selective_state_update(**draw_update(4, (4, 8), 2, torch.float32, False))
+
     with torch.autocast("cpu", torch.bfloat16):
         again, state_again = selective_scan_fn(**inputs, return_last_state=True)
+        chunks_again, steps_again = in_chunks(**draw_chunks(70, 2, torch.float32)), step()
     assert torch.equal(again, out)
     assert torch.equal(state_again, state)
+    assert all(map(torch.equal, chunks_again, in_chunks(**draw_chunks(70, 2, torch.float32))))
+    assert torch.equal(steps_again, step())
 
 
 # ---- the layer ----
@@ -415,6 +422,135 @@ def test_states_of_packed_sequences(offsets: list[int]) -> None:
         assert relative_error(states[i], state) < 1e-6
 
 
+def chunk_by_chunk(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_states: Tensor | None = None, *, chunk_size: int,
+    seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As mamba_ssm cuts a row into chunks: within one, positions of one number see each other; a border passes on the state
+    of the last number before it, which is 0 before the row. And states of packed sequences. Pair by pair."""
+    batch, seqlen, heads, headdim = x.shape
+    dtype, numbers = x.dtype, torch.zeros(batch, seqlen) if seq_idx is None else seq_idx
+    B, C = (t.repeat_interleave(heads // t.shape[2], 2) for t in (B, C))
+    step = F.softplus(dt)
+    written = torch.einsum("blhp,blhn->blhpn", step.unsqueeze(-1) * x, B)
+    border = torch.zeros(batch, heads, headdim, B.shape[3], dtype=dtype) if initial_states is None else initial_states
+    last, out, borders, sums = numbers.new_zeros(batch), [], [], []
+
+    def seen(begin: int, at: int, number: Tensor) -> Tensor:
+        """The state that positions of this number see, in the chunk that begins there."""
+        h = sums[at].exp()[..., None, None] * border * (number == last)[:, None, None, None]
+        for before in range(begin, at + 1):
+            same = (numbers[:, before] == number)[:, None, None, None]
+            h = h + (sums[at] - sums[before]).exp()[..., None, None] * written[:, before] * same
+        return h
+
+    for begin in range(0, seqlen, chunk_size):
+        end = min(begin + chunk_size, seqlen)
+        sums += (step[:, begin:end] * A).cumsum(1).unbind(1)
+        borders.append(border)
+        for at in range(begin, end):
+            out.append(torch.einsum("bhpn,bhn->bhp", seen(begin, at, numbers[:, at]), C[:, at]))
+        border, last = seen(begin, end - 1, numbers[:, end - 1]), numbers[:, end - 1]
+    found = [torch.stack(out, 1), border]
+    if cu_seqlens is not None:
+        states = []
+        for begin, end in pairwise(cu_seqlens.tolist()):
+            chunk = max(end - 1, 0) // chunk_size
+            h = torch.zeros_like(border[0])
+            if begin < chunk * chunk_size:
+                h = sums[end - 1][0].exp()[..., None, None] * borders[chunk][0]
+            for at in range(max(begin, chunk * chunk_size), end):
+                h = h + (sums[end - 1] - sums[at])[0].exp()[..., None, None] * written[0, at]
+            states.append(h)
+        found.append(torch.stack(states))
+    return tuple(found)
+
+
+BACK = [0] * 5 + [1] * 6 + [0] * 2 + [2] * 9 + [1] + [2] * 3 + [0] * 12 + [3] + [0]  # 40 positions
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, 16, 64])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("continued", [False, True])
+def test_numbers_that_come_back(continued: bool, first: int, chunk_size: int) -> None:
+    """first: what the package takes for the sequence before the row is 0, so that initial states may be of none."""
+    drawn = draw_chunks(40, 2, torch.float32)
+    inputs = {name: drawn[name] for name in ("x", "dt", "A", "B", "C")}
+    if continued:
+        inputs["initial_states"] = torch.randn(2, 4, 6, 8)
+    back = torch.tensor(BACK)
+    seq_idx = torch.stack([(back + first) % 4, torch.arange(40) // 15 + first]).int()
+    options = {"seq_idx": seq_idx, "chunk_size": chunk_size}
+
+    def op(**given: Any) -> Any:
+        return mamba_chunk_scan_combined(**given, dt_softplus=True, return_final_states=True)
+
+    check(op, chunk_by_chunk, inputs, **options, slack=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [8, 16, 64])
+@pytest.mark.parametrize("numbers", [None, "in order", "coming back", "not from 0"])
+@pytest.mark.parametrize("continued", [False, True])
+@pytest.mark.parametrize("offsets", [[0, 5, 11, 13, 22, 23, 26, 38, 39, 40], [0, 5, 5, 40], [0, 40]])
+def test_states_of_packed_sequences_that_something_enters(
+    offsets: list[int], continued: bool, numbers: str | None, chunk_size: int
+) -> None:
+    drawn = draw_chunks(40, 2, torch.float32, batch=1)
+    inputs = {name: drawn[name] for name in ("x", "dt", "A", "B", "C")}
+    if continued:
+        inputs["initial_states"] = torch.randn(1, 4, 6, 8)
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
+    order = torch.bucketize(torch.arange(40), cu_seqlens[1:], right=True)
+    run = (order[1:] != order[:-1]).cumsum(0)
+    back = torch.tensor([0, 1, 0, 2, 1, 2, 0, 3, 0])[F.pad(run, (1, 0))]
+    seq_idx = {"in order": order, "coming back": back, "not from 0": order + 1}.get(numbers or "")
+    options = {"seq_idx": None if seq_idx is None else seq_idx[None].int(), "cu_seqlens": cu_seqlens}
+
+    def op(**given: Any) -> Any:
+        asked = {"dt_softplus": True, "return_final_states": True, "return_varlen_states": True}
+        return mamba_chunk_scan_combined(**given, **asked)
+
+    check(op, chunk_by_chunk, inputs, **options, chunk_size=chunk_size, slack=1e-6)
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_of_states(state_dtype: torch.dtype | None) -> None:
+    """Those of packed sequences have the dtype that is asked for, or that of C; nothing else is rounded to it."""
+    inputs, cu_seqlens = draw_chunks(40, 2, torch.bfloat16, batch=1), torch.tensor([0, 11, 40], dtype=torch.int32)
+    seq_idx = (torch.arange(40) >= 11).int()[None]
+    asked: dict[str, Any] = {"chunk_size": 8, "seq_idx": seq_idx, "dt_softplus": True, "return_final_states": True}
+    asked |= {"cu_seqlens": cu_seqlens, "return_varlen_states": True}
+    out, final, states = mamba_chunk_scan_combined(**inputs, **asked, state_dtype=state_dtype)
+    told = mamba_chunk_scan_combined(**inputs, **asked, state_dtype=torch.float32)
+    assert torch.equal(out, told[0])
+    assert torch.equal(final, told[1])
+    assert final.dtype == torch.float32
+    assert torch.equal(states, told[2].to(state_dtype or torch.bfloat16))
+    assert states.dtype == (state_dtype or torch.bfloat16)
+
+
+def test_tensors_without_memory() -> None:
+    """Shapes and dtypes are found without numbers."""
+
+    def bare(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+    def alike(found: Any, told: Any) -> None:
+        for f, t in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, told)), strict=True):
+            assert (f.shape, f.dtype, f.device.type) == (t.shape, t.dtype, "meta")
+
+    scans = draw_scan(9, dtype=torch.bfloat16)
+    alike(scan_fn(**bare(scans)), scan_fn(**scans))
+    turning = scans | {"A": torch.complex(scans["A"], scans["A"]), "B": torch.randn(2, 8, 18), "C": torch.randn(2, 8, 18)}
+    alike(scan_fn(**bare(turning)), scan_fn(**turning))
+    layers = draw_layer(dtype=torch.bfloat16)
+    alike(mamba_inner_fn(**bare(layers)), mamba_inner_fn(**layers))
+    steps = draw_update(4, (4, 8), 2, torch.bfloat16, False)
+    alike(selective_state_update(**bare(steps)), selective_state_update(**steps))
+    chunks = draw_chunks(9, 2, torch.bfloat16)
+    alike(in_chunks(**bare(chunks)), in_chunks(**chunks))
+
+
 # ---- what is refused ----
 
 _scan, _layer, _chunks = draw_scan(6, dim=4), draw_layer(), draw_chunks(6, 2, torch.float32)
@@ -434,9 +570,8 @@ REFUSED: list[tuple[Any, dict[str, Any], dict[str, Any], type[Exception], str]] 
     (selective_state_update, _step, {"A": torch.complex(_step["A"], _step["A"])}, RuntimeError, "complex64"),
     (selective_state_update, _step, {"dt": torch.randn(4, 4)}, RuntimeError, r"dt has shape \(4, 4\)"),
     (selective_state_update, _step, {"state_batch_indices": torch.tensor([0, 1, 2, 4])}, IndexError, "4"),
-    (mamba_chunk_scan_combined, _chunks, {"seq_idx": torch.tensor([[0, 0, 1, 1, 0, 0]] * 2)}, ValueError, "comes back"),
     (mamba_chunk_scan_combined, _chunks, {"return_varlen_states": True}, AssertionError, "cu_seqlens must be given"),
-    (mamba_chunk_scan_combined, _chunks, {"state_dtype": torch.bfloat16}, NotImplementedError, "state_dtype"),
+    (mamba_chunk_scan_combined, _chunks, {"state_dtype": torch.int32}, RuntimeError, "state_dtype is torch.int32"),
     (mamba_chunk_scan_combined, _chunks, {"dt": torch.randn(2, 6, 3)}, RuntimeError, "dt has shape"),
 ]  # fmt: skip
 
@@ -449,12 +584,10 @@ def test_what_is_refused_is_named(case: int) -> None:
         function(**inputs | changed | chunked)
 
 
-def test_packed_states_ask_for_what_keeps_sequences_apart() -> None:
+def test_packed_states_ask_for_the_same_sequences() -> None:
     inputs, cu_seqlens = draw_chunks(6, 2, torch.float32, batch=1), torch.tensor([0, 2, 6])
     options: dict[str, Any] = {"chunk_size": 8, "cu_seqlens": cu_seqlens, "return_varlen_states": True}
-    with pytest.raises(NotImplementedError, match="takes seq_idx beside cu_seqlens"):
-        mamba_chunk_scan_combined(**inputs, **options)
     with pytest.raises(ValueError, match="tell different sequences"):
         mamba_chunk_scan_combined(**inputs, **options, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]))
-    with pytest.raises(NotImplementedError, match="no initial_states"):
-        mamba_chunk_scan_combined(**inputs, **options, initial_states=torch.zeros(1, 4, 6, 8))
+    with pytest.raises(AssertionError, match="takes batch 1; got 2"):
+        mamba_chunk_scan_combined(**draw_chunks(6, 2, torch.float32), **options)
