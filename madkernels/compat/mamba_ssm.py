@@ -1,11 +1,12 @@
 """The functions of the package mamba_ssm, under its names and with its arguments, on :func:`madkernels.selective_scan`.
 
     from madkernels.compat.mamba_ssm import mamba_inner_fn, selective_scan_fn, selective_state_update
-    from madkernels.compat.mamba_ssm import mamba_chunk_scan_combined
+    from madkernels.compat.mamba_ssm import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+    from madkernels.compat.mamba_ssm import RMSNorm, LayerNorm, rmsnorm_fn, layernorm_fn  # with a gate
 
 They run wherever the op does. Tensors whose dtypes differ are taken to the widest of them, so none is rounded, and the
 output is rounded once, to the dtype of its input; arithmetic and states are in float32 at least. As in the package, autocast
-casts nothing here but in the projections of :func:`mamba_inner_fn`.
+casts nothing here but in projections: those of :func:`mamba_inner_fn`, the last of :func:`mamba_split_conv1d_scan_combined`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,21 @@ from torch import Tensor
 from madkernels import selective_scan, selective_scan_step
 from madkernels.compat.autocast import without_autocast
 from madkernels.compat.causal_conv1d import causal_conv1d_fn
+from madkernels.compat.layernorm_gated import LayerNorm, RMSNorm, layernorm_fn, rmsnorm_fn
 from madkernels.compat.shapes import check_shape
 from madkernels.models.layers.recurrence import linear_recurrence
 
-__all__ = ["mamba_chunk_scan_combined", "mamba_inner_fn", "selective_scan_fn", "selective_state_update"]
+__all__ = [
+    "LayerNorm",
+    "RMSNorm",
+    "layernorm_fn",
+    "mamba_chunk_scan_combined",
+    "mamba_inner_fn",
+    "mamba_split_conv1d_scan_combined",
+    "rmsnorm_fn",
+    "selective_scan_fn",
+    "selective_state_update",
+]
 
 
 def selective_scan_fn(
@@ -142,7 +154,7 @@ def mamba_inner_fn(
     rank = delta_proj_weight.shape[1]
     delta = F.linear(projected[..., :rank], delta_proj_weight)
     if dt_rms_weight is not None:
-        delta = _rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
+        delta = rmsnorm_fn(delta, dt_rms_weight, None, eps=b_c_dt_rms_eps)
     of_B, of_C = projected[..., rank : rank + states], projected[..., projected.shape[2] - states :]
     B = _projected("b_rms_weight", B, of_B, A, B_proj_bias, b_rms_weight, b_c_dt_rms_eps)
     C = _projected("c_rms_weight", C, of_C, A, C_proj_bias, c_rms_weight, b_c_dt_rms_eps)
@@ -319,6 +331,97 @@ def mamba_chunk_scan_combined(
     return (out, *asked) if asked else out
 
 
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    activation: str | None = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+    state_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A Mamba-2 layer after its first projection: short convolution, recurrence, gate or gated norm, last projection.
+    Composed of :func:`madkernels.compat.causal_conv1d.causal_conv1d_fn`, :func:`mamba_chunk_scan_combined` and
+    :func:`rmsnorm_fn`; all between them is kept for the backward, of which the package computes some again.
+
+    Args:
+        zxbcdt: (batch, seqlen, 2 mlp_dim + 2 dim + 2 groups dstate + heads), one after another: an MLP's gate and values,
+            mostly none; the gate z; x, B and C, which are convolved; dt. dim is heads times headdim.
+        conv1d_weight: (dim + 2 groups dstate, width).
+        conv1d_bias: (dim + 2 groups dstate,).
+        dt_bias: (heads,); likewise `A`.
+        D: (heads,) or (heads, headdim).
+        chunk_size, initial_states, seq_idx, dt_limit, state_dtype: as of :func:`mamba_chunk_scan_combined`; the convolution
+            keeps to `seq_idx` too, and begins with zeros.
+        return_final_states: whether to return the state after the last step of each row.
+        activation: of the convolution: None, "silu" or "swish".
+        rmsnorm_weight: (dim,). If absent, z gates without a norm.
+        rmsnorm_eps, norm_before_gate: as of :func:`rmsnorm_fn`, whose groups are those of B and C.
+        outproj_weight: (out_dim, mlp_dim + dim).
+        outproj_bias: (out_dim,).
+        headdim: needed if `D` is (heads,).
+        ngroups: groups of B and C.
+
+    Returns:
+        (batch, seqlen, out_dim), or (batch, seqlen, mlp_dim + dim) without `outproj_weight`, the MLP's first; if asked for,
+        also the final states, (batch, heads, headdim, dstate), in float32 at least.
+
+    Raises:
+        AssertionError: another activation; `D` of one axis without `headdim`; groups do not divide heads; `outproj_bias`
+            without `outproj_weight`.
+        RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
+    """
+    if activation not in (None, "silu", "swish"):
+        raise AssertionError(f'activation is {activation!r}; it takes None, "silu" or "swish"')
+    if outproj_bias is not None and outproj_weight is None:
+        raise AssertionError("outproj_bias is given without outproj_weight")
+    headdim = D.shape[1] if D.dim() == 2 else headdim
+    if headdim is None:
+        raise AssertionError("headdim must be given if D is (heads,)")
+    heads = D.shape[0]
+    dim, channels = heads * headdim, conv1d_weight.shape[0]
+    if heads % ngroups:
+        raise AssertionError(f"{heads} heads do not divide into {ngroups} groups")
+    check_shape("zxbcdt", zxbcdt, "batch", "seqlen", "2 mlp_dim + 2 dim + 2 groups dstate + heads")
+    of_mlp, odd = divmod(zxbcdt.shape[2] - dim - channels - heads, 2)
+    dstate, left = divmod(channels - dim, 2 * ngroups)
+    if of_mlp < 0 or odd or dstate < 0 or left:
+        told = f"zxbcdt has {zxbcdt.shape[2]} channels, of which conv1d_weight has {channels}"
+        raise RuntimeError(f"{told}; dim is {dim}, with {heads} heads and {ngroups} groups")
+    mlp, z, xBC, dt = torch.split(zxbcdt, [2 * of_mlp, dim, channels, heads], -1)
+    convolved = causal_conv1d_fn(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation)
+    assert isinstance(convolved, Tensor)
+    x, B, C = torch.split(convolved.transpose(1, 2), [dim, ngroups * dstate, ngroups * dstate], -1)
+    x, gate = (t.view(*t.shape[:2], heads, headdim) for t in (x, z))
+    B, C = (t.view(*t.shape[:2], ngroups, dstate) for t in (B, C))
+    out, states = mamba_chunk_scan_combined(
+        x, dt, A, B, C, chunk_size, D, gate if rmsnorm_weight is None else None, dt_bias, initial_states, seq_idx,
+        dt_softplus=True, dt_limit=dt_limit, return_final_states=True, state_dtype=state_dtype,
+    )  # fmt: skip
+    out = out.flatten(2)
+    if rmsnorm_weight is not None:
+        out = rmsnorm_fn(out, rmsnorm_weight, None, z, rmsnorm_eps, dim // ngroups, norm_before_gate)
+    if of_mlp:
+        opened, values = mlp.to(torch.promote_types(mlp.dtype, torch.float32)).chunk(2, -1)
+        out = torch.cat([(F.silu(opened) * values).to(out.dtype), out], -1)
+    if outproj_weight is not None:
+        out = F.linear(out, outproj_weight, outproj_bias)
+    return (out, states) if return_final_states else out
+
+
 def _real_scan(
     u: Tensor, delta: Tensor, z: Tensor | None, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
     delta_softplus: bool,
@@ -390,14 +493,8 @@ def _projected(
     if constant is not None:
         return constant
     t = projected if bias is None else projected + bias.to(projected.dtype)
-    t = t if weight is None else _rms_norm(t, weight, eps)
+    t = t if weight is None else rmsnorm_fn(t, weight, None, eps=eps)
     return t.reshape(*t.shape[:2], -1, 2).permute(0, 2, 1, 3).flatten(2) if A.is_complex() else t.transpose(1, 2)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Over the last axis, in float32 at least, rounded to the dtype of `x`."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(wide), (x.shape[-1],), weight.to(wide), eps).to(x.dtype)
 
 
 def _row_by_row(

@@ -14,8 +14,13 @@ from torch import Tensor
 
 from madkernels.compat import mamba_ssm as compat
 from madkernels.compat.mamba_ssm import (
+    LayerNorm,
+    RMSNorm,
+    layernorm_fn,
     mamba_chunk_scan_combined,
     mamba_inner_fn,
+    mamba_split_conv1d_scan_combined,
+    rmsnorm_fn,
     selective_scan_fn,
     selective_state_update,
 )
@@ -28,13 +33,20 @@ SIGNATURES = {
     "selective_state_update": "state x dt A B C D z dt_bias dt_softplus state_batch_indices",
     "mamba_chunk_scan_combined": "x dt A B C chunk_size D z dt_bias initial_states seq_idx cu_seqlens dt_softplus dt_limit "
     "return_final_states return_varlen_states state_dtype",
+    "mamba_split_conv1d_scan_combined": "zxbcdt conv1d_weight conv1d_bias dt_bias A D chunk_size initial_states seq_idx "
+    "dt_limit return_final_states activation rmsnorm_weight rmsnorm_eps outproj_weight outproj_bias headdim ngroups "
+    "norm_before_gate state_dtype",
+    "layernorm_fn": "x weight bias z eps group_size norm_before_gate is_rms_norm",
+    "rmsnorm_fn": "x weight bias z eps group_size norm_before_gate",
+    "LayerNorm": "hidden_size eps group_size norm_before_gate device dtype",
+    "RMSNorm": "hidden_size eps group_size norm_before_gate device dtype",
 }
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_names_and_order_of_parameters(name: str) -> None:
     assert list(inspect.signature(getattr(compat, name)).parameters) == SIGNATURES[name].split()
-    assert name in compat.__all__
+    assert sorted(SIGNATURES) == sorted(compat.__all__)
 
 
 def at_step(t: Tensor, step: int, dim: int) -> Tensor:
@@ -529,6 +541,151 @@ def test_dtypes_of_states(state_dtype: torch.dtype | None) -> None:
     assert states.dtype == (state_dtype or torch.bfloat16)
 
 
+# ---- norms with a gate, and the layer of Mamba-2 ----
+
+
+def gated_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, z: Tensor | None = None, *, eps: float = 1e-6,
+    group_size: int | None = None, norm_before_gate: bool = True, is_rms_norm: bool = False,
+) -> Tensor:  # fmt: skip
+    """In float32 at least, group by group."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    given, gate = x.to(wide), 1 if z is None else z.to(wide) * torch.sigmoid(z.to(wide))
+    given = given if norm_before_gate else given * gate
+    parts = []
+    for group in given.split(group_size or x.shape[-1], -1):
+        centred = group if is_rms_norm else group - group.mean(-1, keepdim=True)
+        parts.append(centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps))
+    y = torch.cat(parts, -1) * weight.to(wide) + (0 if bias is None else bias.to(wide))
+    return (y * gate if norm_before_gate else y).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+@pytest.mark.parametrize("group_size", [None, 6])
+@pytest.mark.parametrize("given", ["z bias", "bias", "z", ""])
+def test_gated_norms_and_their_gradients(
+    given: str, group_size: int | None, norm_before_gate: bool, is_rms_norm: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    inputs: dict[str, Tensor | None] = {"x": torch.randn(3, 5, 24).to(dtype) + 1, "weight": torch.randn(24), "bias": None}
+    if "bias" in given:
+        inputs["bias"] = torch.randn(24)
+    if "z" in given:
+        inputs["z"] = torch.randn(24, 5, 3).to(dtype).transpose(0, 2)
+    options: dict[str, Any] = {"eps": 1e-3, "group_size": group_size, "norm_before_gate": norm_before_gate}
+    named = rmsnorm_fn if is_rms_norm else layernorm_fn
+
+    def told(**given: Any) -> tuple[Tensor]:
+        return (gated_norm(**given, is_rms_norm=is_rms_norm),)
+
+    check(lambda **t: (named(**t),), told, inputs, **options, slack=1e-6)
+    check(lambda **t: (layernorm_fn(**t, is_rms_norm=is_rms_norm),), told, inputs, **options, slack=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "names"), [(LayerNorm, ["weight", "bias"]), (RMSNorm, ["weight"])])
+def test_norms_as_modules(kind: Any, names: list[str]) -> None:
+    norm = kind(24, group_size=8, norm_before_gate=False, dtype=torch.bfloat16)
+    assert list(norm.state_dict()) == names
+    assert norm.bias is None or not norm.bias.any()
+    torch.nn.init.normal_(norm.weight)
+    x, z = torch.randn(2, 7, 24), torch.randn(2, 7, 24)
+    options: dict[str, Any] = {"eps": 1e-5, "group_size": 8, "is_rms_norm": kind is RMSNorm}
+    for gate in (None, z):
+        told = gated_norm(x, norm.weight, norm.bias, gate, norm_before_gate=False, **options)
+        assert relative_error(norm(x, gate), told) < 1e-6
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(norm(x, gate), norm(x, z=gate))
+            assert norm(x, gate).dtype == torch.float32
+
+
+HEADS, HEADDIM, DSTATE = 4, 6, 5
+
+
+def draw_split(groups: int, dtype: torch.dtype, of_mlp: int = 0) -> dict[str, Tensor | None]:
+    torch.manual_seed(0)
+    dim, channels = HEADS * HEADDIM, HEADS * HEADDIM + 2 * groups * DSTATE
+    inputs: dict[str, Tensor | None] = {"zxbcdt": torch.randn(2, 70, 2 * of_mlp + dim + channels + HEADS).to(dtype)}
+    inputs |= {"conv1d_weight": torch.randn(channels, 4), "conv1d_bias": torch.randn(channels)}
+    return inputs | {"dt_bias": torch.randn(HEADS) - 2, "A": -torch.rand(HEADS) - 0.5, "D": torch.randn(HEADS, HEADDIM)}
+
+
+def split_layer(
+    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
+    initial_states: Tensor | None = None, rmsnorm_weight: Tensor | None = None, outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None, *, groups: int, seq_idx: Tensor | None = None, activation: str | None = "silu",
+    dt_limit: tuple[float, float] = (0.0, float("inf")), rmsnorm_eps: float = 1e-6, norm_before_gate: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype, dim, channels = zxbcdt.dtype, HEADS * HEADDIM, conv1d_weight.shape[0]
+    of_mlp = (zxbcdt.shape[2] - dim - channels - HEADS) // 2
+    mlp, z, xBC, dt = zxbcdt.split([2 * of_mlp, dim, channels, HEADS], -1)
+    wide = torch.promote_types(dtype, torch.float32)
+    before = F.pad(xBC.to(wide), (0, 0, 3, 0))
+    numbers = torch.zeros(xBC.shape[:2]) if seq_idx is None else seq_idx
+    padded = F.pad(numbers, (3, 0), value=-1)
+    xBC = torch.zeros_like(before[:, 3:]) + (0 if conv1d_bias is None else conv1d_bias)
+    for tap in range(4):
+        same = (padded[:, tap : tap + 70] == numbers).unsqueeze(2)
+        xBC = xBC + before[:, tap : tap + 70] * conv1d_weight[:, tap] * same
+    xBC = (xBC if activation is None else F.silu(xBC)).to(dtype)
+    x, B, C = xBC.split([dim, groups * DSTATE, groups * DSTATE], -1)
+    x, gate = (t.unflatten(2, (HEADS, HEADDIM)) for t in (x, z))
+    B, C = (t.unflatten(2, (groups, DSTATE)) for t in (B, C))
+    options: dict[str, Any] = {"seq_idx": seq_idx, "dt_softplus": True, "dt_limit": dt_limit}
+    gate = gate if rmsnorm_weight is None else None
+    out, states = chunk_scan(x, dt, A, B, C, D, gate, dt_bias, initial_states, **options)
+    out = out.flatten(2)
+    if rmsnorm_weight is not None:
+        norm = {"eps": rmsnorm_eps, "group_size": dim // groups, "norm_before_gate": norm_before_gate, "is_rms_norm": True}
+        out = gated_norm(out, rmsnorm_weight, None, z, **norm)  # type: ignore[arg-type]
+    opened, values = mlp.to(wide).chunk(2, -1)
+    out = torch.cat([(F.silu(opened) * values).to(dtype), out], -1)
+    return out if outproj_weight is None else F.linear(out, outproj_weight, outproj_bias), states
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "case", ["bare", "sequences", "norm", "norm behind the gate", "projection", "all, with an MLP", "no activation"]
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_split_layer_and_its_gradients(groups: int, case: str, dtype: torch.dtype) -> None:
+    of_mlp = 3 if "MLP" in case else 0
+    inputs, options = draw_split(groups, dtype, of_mlp), {}
+    if case == "bare":
+        inputs["conv1d_bias"] = None
+    if case in ("sequences", "all, with an MLP"):
+        options["seq_idx"] = (torch.arange(70) // torch.tensor([[25], [50]])).int()
+        inputs["initial_states"] = torch.randn(2, HEADS, HEADDIM, DSTATE)
+        options["dt_limit"] = (0.05, 0.3)
+    if case.startswith(("norm", "all")):
+        inputs["rmsnorm_weight"] = torch.randn(HEADS * HEADDIM)
+        options |= {"norm_before_gate": case == "norm", "rmsnorm_eps": 1e-3}
+    if case.startswith(("projection", "all")):
+        inputs["outproj_weight"] = torch.randn(5, HEADS * HEADDIM + of_mlp).to(dtype) / 5
+        inputs["outproj_bias"] = torch.randn(5).to(dtype)
+    if case == "no activation":
+        options["activation"] = None
+
+    def op(**given: Any) -> Any:
+        return mamba_split_conv1d_scan_combined(**given, ngroups=groups, chunk_size=32, return_final_states=True)
+
+    check(op, lambda **t: split_layer(**t, groups=groups), inputs, **options, slack=1e-6)
+
+
+def test_split_layer_with_one_skip_a_head_and_under_autocast() -> None:
+    inputs = draw_split(2, torch.float32) | {"outproj_weight": torch.randn(5, HEADS * HEADDIM) / 5}
+    told, _ = split_layer(**inputs | {"D": inputs["D"][:, :1].expand(-1, HEADDIM)}, groups=2)
+    options: dict[str, Any] = {"chunk_size": 32, "headdim": HEADDIM, "ngroups": 2}
+    inputs["D"] = inputs["D"][:, 0]
+    out = mamba_split_conv1d_scan_combined(**inputs, **options)
+    assert relative_error(out, told) < 3e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = mamba_split_conv1d_scan_combined(**inputs, **options)
+    assert rounded.dtype == torch.bfloat16
+    assert 1e-5 < relative_error(rounded, told) < 1e-2, "the last projection alone is cast"
+
+
 def test_tensors_without_memory() -> None:
     """Shapes and dtypes are found without numbers."""
 
@@ -549,12 +706,16 @@ def test_tensors_without_memory() -> None:
     alike(selective_state_update(**bare(steps)), selective_state_update(**steps))
     chunks = draw_chunks(9, 2, torch.bfloat16)
     alike(in_chunks(**bare(chunks)), in_chunks(**chunks))
+    layers = draw_split(2, torch.bfloat16, 3) | {"ngroups": 2, "chunk_size": 8, "rmsnorm_weight": torch.randn(24)}
+    alike(mamba_split_conv1d_scan_combined(**bare(layers)), mamba_split_conv1d_scan_combined(**layers))
 
 
 # ---- what is refused ----
 
 _scan, _layer, _chunks = draw_scan(6, dim=4), draw_layer(), draw_chunks(6, 2, torch.float32)
 _step = draw_update(4, (4, 8), 2, torch.float32, False)
+_split = draw_split(2, torch.float32) | {"ngroups": 2}
+_normed = {"x": torch.randn(2, 24), "weight": torch.randn(24), "bias": None}
 _complex = torch.complex(_scan["A"], _scan["A"])
 REFUSED: list[tuple[Any, dict[str, Any], dict[str, Any], type[Exception], str]] = [
     (selective_scan_fn, _scan, {"B": torch.randn(2, 8, 5)}, RuntimeError, r"B has shape \(2, 1, 8, 5\)"),
@@ -573,13 +734,21 @@ REFUSED: list[tuple[Any, dict[str, Any], dict[str, Any], type[Exception], str]] 
     (mamba_chunk_scan_combined, _chunks, {"return_varlen_states": True}, AssertionError, "cu_seqlens must be given"),
     (mamba_chunk_scan_combined, _chunks, {"state_dtype": torch.int32}, RuntimeError, "state_dtype is torch.int32"),
     (mamba_chunk_scan_combined, _chunks, {"dt": torch.randn(2, 6, 3)}, RuntimeError, "dt has shape"),
+    (mamba_split_conv1d_scan_combined, _split, {"activation": "gelu"}, AssertionError, "activation is 'gelu'"),
+    (mamba_split_conv1d_scan_combined, _split, {"D": torch.randn(4)}, AssertionError, "headdim must be given"),
+    (mamba_split_conv1d_scan_combined, _split, {"ngroups": 3}, AssertionError, "4 heads do not divide into 3"),
+    (mamba_split_conv1d_scan_combined, _split, {"outproj_bias": torch.randn(5)}, AssertionError, "without outproj_weight"),
+    (mamba_split_conv1d_scan_combined, _split, {"zxbcdt": torch.randn(2, 70, 73)}, RuntimeError, "zxbcdt has 73 channels"),
+    (rmsnorm_fn, _normed, {"group_size": 5}, AssertionError, "group_size is 5; expected a divisor of 24"),
+    (layernorm_fn, _normed, {"z": torch.randn(2, 12)}, RuntimeError, r"z has shape \(2, 12\); expected \(2, 24\)"),
+    (layernorm_fn, _normed, {"weight": torch.randn(6)}, RuntimeError, r"weight has shape \(6,\)"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", range(len(REFUSED)))
 def test_what_is_refused_is_named(case: int) -> None:
     function, inputs, changed, kind, message = REFUSED[case]
-    chunked = {"chunk_size": 8} if function is mamba_chunk_scan_combined else {}
+    chunked = {"chunk_size": 8} if "chunk_size" in inspect.signature(function).parameters else {}
     with pytest.raises(kind, match=message):
         function(**inputs | changed | chunked)
 
