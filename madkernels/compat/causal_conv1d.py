@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from madkernels import causal_conv, causal_conv_step
-from madkernels.compat.autocast import without_autocast
+from madkernels.compat.dtypes import beside, without_autocast
 from madkernels.compat.shapes import check_shape
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"]
@@ -57,7 +57,7 @@ def causal_conv1d_fn(
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
     """
     silu = _activation(activation)
-    weight, bias = _beside(x, weight), None if bias is None else _beside(x, bias)
+    weight, bias = beside(x, weight), None if bias is None else beside(x, bias)
     if seq_idx is not None:
         if initial_states is not None or return_final_states:
             raise ValueError("causal_conv1d_fn: seq_idx is given together with states; expected one of them")
@@ -157,7 +157,7 @@ def causal_conv1d_update(
         out[there] = causal_conv1d_update(x[there], chosen, weight, bias, activation, positions)
         conv_state[rows] = chosen
         return out
-    weight, bias = _beside(x, weight), None if bias is None else _beside(x, bias)
+    weight, bias = beside(x, weight), None if bias is None else beside(x, bias)
     turned = conv_state.transpose(1, 2)
     if x.dim() == 2 and cache_seqlens is None and conv_state.shape[2] == needed and turned.is_contiguous():
         with without_autocast(x):
@@ -205,14 +205,6 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     if not len(x):
         return x.new_zeros(len(ends), state_len, x.shape[1]).transpose(1, 2)
     return x[rows.clamp(0, len(x) - 1)].masked_fill(missing.unsqueeze(2), 0.0).transpose(1, 2)
-
-
-def _beside(x: Tensor, parameter: Tensor) -> Tensor:
-    """A parameter in a dtype that the op takes beside that of x: another one is widened to that of its sums. One that is no
-    floating point, or would be rounded, is left to the op, which refuses it."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    widened = parameter.dtype != x.dtype and parameter.is_floating_point()
-    return parameter.to(wide) if widened and torch.promote_types(parameter.dtype, wide) == wide else parameter
 
 
 def _activation(name: str | None) -> str | None:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from madkernels import attention, attention_step
-from madkernels.compat.autocast import without_autocast
+from madkernels.compat.dtypes import without_autocast
 from madkernels.compat.shapes import check_shape
 
 

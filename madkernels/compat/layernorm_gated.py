@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madkernels.compat.autocast import without_autocast
+from madkernels.compat.dtypes import without_autocast
 from madkernels.compat.shapes import check_shape
 
 

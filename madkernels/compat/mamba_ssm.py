@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from madkernels import selective_scan, selective_scan_step
-from madkernels.compat.autocast import without_autocast
 from madkernels.compat.causal_conv1d import causal_conv1d_fn
+from madkernels.compat.dtypes import without_autocast
 from madkernels.compat.layernorm_gated import LayerNorm, RMSNorm, layernorm_fn, rmsnorm_fn
 from madkernels.compat.shapes import check_shape
 from madkernels.models.layers.recurrence import linear_recurrence
