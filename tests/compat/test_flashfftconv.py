@@ -96,6 +96,14 @@ def test_views_and_autocast_change_nothing() -> None:
     )
 
 
+def test_compiled_in_one_graph() -> None:
+    inputs = draw(256, 256, torch.bfloat16, gates=True, per_sequence=True)
+    short = FlashDepthWiseConv1d(3, 3, 1, torch.randn(3, 1, 3), torch.randn(3))
+    for module, given in ((FlashFFTConv(256), list(inputs.values())), (short, [inputs["u"]])):
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(*given), module(*given))
+
+
 def test_tables_of_the_package_are_passed_over() -> None:
     model = nn.Sequential(FlashFFTConv(256, dtype=torch.bfloat16), nn.Linear(2, 2))
     assert list(model.state_dict()) == ["1.weight", "1.bias"]

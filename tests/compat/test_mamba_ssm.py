@@ -673,6 +673,14 @@ def test_split_layer_and_its_gradients(groups: int, case: str, dtype: torch.dtyp
     check(op, lambda **t: split_layer(**t, groups=groups), inputs, **options, slack=1e-6)
 
 
+def test_split_layer_compiled_in_one_graph() -> None:
+    inputs = draw_split(2, torch.bfloat16, 3) | {"rmsnorm_weight": torch.randn(HEADS * HEADDIM)}
+    options: dict[str, Any] = {"chunk_size": 32, "ngroups": 2, "return_final_states": True}
+    compiled = torch.compile(mamba_split_conv1d_scan_combined, backend="aot_eager", fullgraph=True)
+    told = mamba_split_conv1d_scan_combined(**inputs, **options)
+    assert all(map(torch.equal, compiled(**inputs, **options), told))
+
+
 def test_split_layer_with_one_skip_a_head_and_under_autocast() -> None:
     inputs = draw_split(2, torch.float32) | {"outproj_weight": torch.randn(5, HEADS * HEADDIM) / 5}
     told, _ = split_layer(**inputs | {"D": inputs["D"][:, :1].expand(-1, HEADDIM)}, groups=2)
