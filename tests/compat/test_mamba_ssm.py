@@ -256,6 +256,15 @@ def test_layer_under_autocast() -> None:
     assert 1e-5 < relative_error(out, layer(**inputs)) < 3e-2
 
 
+def test_autocast_leaves_the_convolution_and_the_scan_of_a_layer_alone() -> None:
+    """Where no projection makes steps, B and C, and the last one changes nothing, its output is all that is rounded."""
+    inputs = draw_layer(constant="BC") | {"delta_proj_weight": torch.zeros(DIM, RANK)}
+    inputs |= {"out_proj_weight": torch.eye(DIM), "out_proj_bias": None}
+    told = mamba_inner_fn(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mamba_inner_fn(**inputs), told.bfloat16())
+
+
 # ---- decoding ----
 
 
