@@ -6,16 +6,21 @@ Names, order of arguments, layouts and results are those of causal-conv1d 1.6; n
 there with float64 as well; any width; final states of any layout; derivatives of all of these. Rows are (batch, dim, seqlen)
 and read in place; those whose channels are dense in memory are the faster ones.
 
-`activation` is None, "silu" or "swish", which are the same; weight and bias have the dtype of x, or float32.
+`activation` is None, "silu" or "swish", which are the same. weight and bias have one dtype, of x or another. Autocast casts
+nothing here.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from madkernels import causal_conv, causal_conv_step
+from madkernels.compat.dtypes import beside, without_autocast
 from madkernels.compat.shapes import check_shape
+
+__all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"]
 
 
 def causal_conv1d_fn(
@@ -34,8 +39,10 @@ def causal_conv1d_fn(
         x: (batch, dim, seqlen).
         weight: (dim, width).
         bias: (dim,).
-        seq_idx: (batch, seqlen) integers: a new number begins a new sequence, and a negative one is padding, whose `out` is
-            0. Without states. On a GPU the host waits to learn how many sequences there are.
+        seq_idx: (batch, seqlen) integers, the number of each position's sequence: positions of another one are not seen. A
+            negative one is padding, whose `out` is 0. Without states. On a GPU the host waits to learn how many sequences
+            there are. Where a number comes back while the filter still reaches its earlier positions, these are seen, and
+            all is summed tap by tap, by torch's operations.
         initial_states: (batch, dim, width - 1): the inputs before the first; zero if absent.
         return_final_states: return the last width - 1 inputs, too.
         final_states_out: (batch, dim, width - 1), where they are written to.
@@ -50,6 +57,7 @@ def causal_conv1d_fn(
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
     """
     silu = _activation(activation)
+    weight, bias = beside(x, weight), None if bias is None else beside(x, bias)
     if seq_idx is not None:
         if initial_states is not None or return_final_states:
             raise ValueError("causal_conv1d_fn: seq_idx is given together with states; expected one of them")
@@ -64,7 +72,8 @@ def _rows(x: Tensor, weight: Tensor, bias: Tensor | None, silu: str | None, befo
     """out (batch, dim, seqlen) and the states behind it, from those before it (batch, dim, width - 1)."""
     state = None if before is None else before.transpose(1, 2)
     rows = x.transpose(1, 2)
-    out, states = causal_conv(rows, weight, bias, activation=silu, initial_state=state, return_final_state=True)
+    with without_autocast(x):
+        out, states = causal_conv(rows, weight, bias, activation=silu, initial_state=state, return_final_state=True)
     return out.transpose(1, 2), states.transpose(1, 2)
 
 
@@ -74,12 +83,37 @@ def _of_sequences(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tenso
     check_shape("causal_conv1d_fn: seq_idx", seq_idx, batch, seqlen)
     begins = torch.ones(batch, seqlen, dtype=torch.bool, device=x.device)
     begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    if _comes_back(seq_idx, begins, weight.shape[1]):
+        return _tap_by_tap(x, weight, bias, seq_idx, silu)
     ends = torch.full((1,), batch * seqlen, device=x.device)
     offsets = torch.cat([begins.flatten().nonzero().squeeze(1), ends]).int()
     row = x.transpose(1, 2).reshape(1, batch * seqlen, dim)
-    out = causal_conv(row, weight, bias, activation=silu, cu_seqlens=offsets if len(offsets) > 1 else None)
+    with without_autocast(x):
+        out = causal_conv(row, weight, bias, activation=silu, cu_seqlens=offsets if len(offsets) > 1 else None)
     assert isinstance(out, Tensor)
     return out.view(batch, seqlen, dim).masked_fill((seq_idx < 0).unsqueeze(2), 0.0).transpose(1, 2)
+
+
+def _comes_back(seq_idx: Tensor, begins: Tensor, width: int) -> bool:
+    """Whether a filter reaches positions of the same number with others between: two runs of it, nearer than its width."""
+    run, there = begins.cumsum(1), seq_idx >= 0
+    found = torch.zeros((), dtype=torch.bool, device=seq_idx.device)
+    for lag in range(2, min(width, seq_idx.shape[1])):
+        same = (seq_idx[:, lag:] == seq_idx[:, :-lag]) & there[:, lag:]
+        found = found | (same & (run[:, lag:] != run[:, :-lag])).any()
+    return bool(found)
+
+
+def _tap_by_tap(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, silu: str | None) -> Tensor:
+    """Each position sees those of its own number within the filter, whatever lies between."""
+    width, seqlen, wide = weight.shape[1], x.shape[2], torch.promote_types(x.dtype, torch.float32)
+    before, numbers = F.pad(x, (width - 1, 0)), F.pad(seq_idx, (width - 1, 0), value=-1)
+    y = torch.zeros_like(x, dtype=wide) if bias is None else bias.to(wide)[:, None].expand(x.shape)
+    for tap in range(width):
+        unseen = (numbers[:, tap : tap + seqlen] != seq_idx).unsqueeze(1)
+        y = y + before[:, :, tap : tap + seqlen].to(wide).masked_fill(unseen, 0.0) * weight[:, tap, None].to(wide)
+    y = F.silu(y) if silu else y
+    return y.masked_fill((seq_idx < 0).unsqueeze(1), 0.0).to(x.dtype)
 
 
 @torch.no_grad()
@@ -123,9 +157,11 @@ def causal_conv1d_update(
         out[there] = causal_conv1d_update(x[there], chosen, weight, bias, activation, positions)
         conv_state[rows] = chosen
         return out
+    weight, bias = beside(x, weight), None if bias is None else beside(x, bias)
     turned = conv_state.transpose(1, 2)
     if x.dim() == 2 and cache_seqlens is None and conv_state.shape[2] == needed and turned.is_contiguous():
-        return causal_conv_step(turned, x, weight, bias, activation=silu)
+        with without_autocast(x):
+            return causal_conv_step(turned, x, weight, bias, activation=silu)
     slots = _slots(cache_seqlens, -needed, 0, conv_state)
     past = conv_state[:, :, conv_state.shape[2] - needed :] if slots is None else conv_state.gather(2, slots)
     out, _ = _rows(tokens, weight, bias, silu, past)

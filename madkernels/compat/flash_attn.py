@@ -14,6 +14,7 @@ What all functions share:
 - `softcap` of 0 or below is none. `alibi_slopes`, float32, are (heads,) or (batch, heads): scores get
   -slope |i + seqlen_k - seqlen_q - j|.
 - `deterministic`, `num_splits` and the longest lengths are taken and change nothing.
+- Autocast casts nothing.
 - With `return_attn_probs` the result is (out, softmax_lse, S_dmask), the last of no element, as it is without dropout.
 
 And :mod:`flash_attn.bert_padding`'s `index_first_axis`, `unpad_input` and `pad_input`.
@@ -22,6 +23,7 @@ And :mod:`flash_attn.bert_padding`'s `index_first_axis`, `unpad_input` and `pad_
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from madkernels import attention, attention_step
+from madkernels.compat.dtypes import without_autocast
+from madkernels.compat.shapes import check_shape
 
 
 def flash_attn_func(
@@ -56,7 +60,7 @@ def flash_attn_func(
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
     """
     options = _options("flash_attn_func", dropout_p, softmax_scale, causal, window_size, softcap)
-    out, lse = attention(q, k, v, alibi_slopes=alibi_slopes, return_lse=True, **options)
+    out, lse = _attention(q, k, v, alibi_slopes, options)
     return (out, _as_theirs(lse), q.new_empty(0)) if return_attn_probs else out
 
 
@@ -73,7 +77,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_func` with kv (batch, seqlen_k, 2, kv_heads, head_dim)."""
-    _expect("flash_attn_kvpacked_func", "kv", kv, 5, "(batch, seqlen, 2, kv_heads, head_dim)", parts=2)
+    check_shape("flash_attn_kvpacked_func: kv", kv, "batch", "seqlen", 2, "kv_heads", "head_dim")
     k, v = kv.unbind(2)
     return flash_attn_func(
         q, k, v,
@@ -94,7 +98,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_func` with qkv (batch, seqlen, 3, heads, head_dim)."""
-    _expect("flash_attn_qkvpacked_func", "qkv", qkv, 5, "(batch, seqlen, 3, heads, head_dim)", parts=3)
+    check_shape("flash_attn_qkvpacked_func: qkv", qkv, "batch", "seqlen", 3, "heads", "head_dim")
     q, k, v = qkv.unbind(2)
     return flash_attn_func(
         q, k, v,
@@ -143,16 +147,16 @@ def flash_attn_varlen_func(
     """
     op = "flash_attn_varlen_func"
     options = _options(op, dropout_p, softmax_scale, causal, window_size, softcap)
-    _expect(op, "q", q, 3, "(total, heads, head_dim)")
-    layout = "(total, kv_heads, head_dim)" if block_table is None else "(pages, page_size, kv_heads, head_dim)"
+    check_shape(f"{op}: q", q, "total", "heads", "head_dim")
+    places = ("total",) if block_table is None else ("pages", "page_size")
     for name, t in (("k", k), ("v", v)):
-        _expect(op, name, t, 3 if block_table is None else 4, layout)
+        check_shape(f"{op}: {name}", t, *places, "kv_heads", "head_dim")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         shapes = f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
         raise RuntimeError(f"{op}: cu_seqlens_q and cu_seqlens_k have shapes {shapes}; expected (batch + 1,), both")
     if block_table is None and (alibi_slopes is None or alibi_slopes.dim() == 1):
         offsets = _with_rest(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
-        out, lse = attention(q[None], k[None], v[None], alibi_slopes=alibi_slopes, return_lse=True, **options, **offsets)
+        out, lse = _attention(q[None], k[None], v[None], alibi_slopes, options, **offsets)
     else:
         out, lse = _by_sequence(op, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, block_table, options)
     return (out[0], _as_theirs(lse)[0], q.new_empty(0)) if return_attn_probs else out[0]
@@ -175,7 +179,7 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_varlen_func` with kv (total_k, 2, kv_heads, head_dim)."""
-    _expect("flash_attn_varlen_kvpacked_func", "kv", kv, 4, "(total, 2, kv_heads, head_dim)", parts=2)
+    check_shape("flash_attn_varlen_kvpacked_func: kv", kv, "total", 2, "kv_heads", "head_dim")
     k, v = kv.unbind(1)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -198,7 +202,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_varlen_func` with qkv (total, 3, heads, head_dim)."""
-    _expect("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 4, "(total, 3, heads, head_dim)", parts=3)
+    check_shape("flash_attn_varlen_qkvpacked_func: qkv", qkv, "total", 3, "heads", "head_dim")
     q, k, v = qkv.unbind(1)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
@@ -230,9 +234,10 @@ def flash_attn_with_kvcache(
 ) -> Any:
     """Attention over a cache, which takes `k` and `v` in first, in place. No derivative.
 
-    One query a sequence, without `cache_leftpad`, is :func:`madkernels.attention_step`. Others are done sequence by
-    sequence, and their lengths read on the host. On a GPU nobody reads them where one query brings one key at most: what the
-    cache cannot hold gives NaN.
+    One query a sequence, without `cache_leftpad`, is :func:`madkernels.attention_step`. Others are one call of
+    :func:`madkernels.attention` over the cache as it lies, and their lengths read on the host; with pages, `alibi_slopes` of
+    (batch, heads), `cache_batch_idx` that does not ascend or a cache with gaps between its rows they are one call a
+    sequence. On a GPU nobody reads the lengths where one query brings one key at most: what the cache cannot hold gives NaN.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim). The last query stands at the last key, the new ones included.
@@ -278,12 +283,9 @@ def flash_attn_with_kvcache(
             out, lse = _one_query(q, k_cache, v_cache, k, v, lengths, pages, alibi_slopes, options)
         else:
             rows = table.tolist()
-            parts = [
-                (q[b : b + 1], _range_of(k_cache, rows[b], *ranges[b]), _range_of(v_cache, rows[b], *ranges[b]))
-                for b in range(q.shape[0])
-            ]
-            found = _each(parts, alibi_slopes, options) or [attention(q, k_cache[:0], v_cache[:0], return_lse=True)]
-            out, lse = torch.cat([o for o, _ in found]), torch.cat([s for _, s in found])
+            one = _in_one_row(k_cache, v_cache, rows) and (alibi_slopes is None or alibi_slopes.dim() == 1)
+            several = _as_one_row if one else _one_by_one
+            out, lse = several(q, k_cache, v_cache, rows, ranges, alibi_slopes, options)
     return (out, _as_theirs(lse)) if return_softmax_lse else out
 
 
@@ -330,9 +332,12 @@ def _options(
     return {"softmax_scale": softmax_scale, "window": window, "softcap": max(softcap, 0.0)}
 
 
-def _expect(op: str, name: str, t: Tensor, dim: int, layout: str, parts: int | None = None) -> None:
-    if t.dim() != dim or (parts is not None and t.shape[-3] != parts):
-        raise RuntimeError(f"{op}: {name} has shape {tuple(t.shape)}; expected {layout}")
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, options: dict[str, Any], **offsets: Any
+) -> tuple[Tensor, Tensor]:
+    """The op: out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads, seqlen_q)."""
+    with without_autocast(q):
+        return attention(q, k, v, alibi_slopes=alibi_slopes, return_lse=True, **options, **offsets)
 
 
 def _as_theirs(lse: Tensor) -> Tensor:
@@ -340,7 +345,7 @@ def _as_theirs(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
-def _with_rest(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int) -> dict[str, Any]:
+def _with_rest(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int) -> dict[str, Tensor]:
     """Offsets up to the end: the queries behind the last sequence are one that sees no key, the keys one without a query."""
     q = F.pad(cu_seqlens_q, (0, 2), value=total_q)
     k = F.pad(torch.cat((cu_seqlens_k, cu_seqlens_k[-1:])), (0, 1), value=total_k)
@@ -375,10 +380,7 @@ def _each(
 ) -> list[tuple[Tensor, Tensor]]:
     """Attention of sequences (1, steps, heads, head_dim) one by one, with slopes (heads,) or (sequences, heads)."""
     slopes = [alibi_slopes] * len(parts) if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes
-    return [
-        attention(q, k, v, alibi_slopes=slope, return_lse=True, **options)
-        for (q, k, v), slope in zip(parts, slopes, strict=True)
-    ]
+    return [_attention(*part, slope, options) for part, slope in zip(parts, slopes, strict=True)]
 
 
 def _check_kvcache(
@@ -388,13 +390,11 @@ def _check_kvcache(
 ) -> None:  # fmt: skip
     """What goes wrong before an op could say it."""
     op = "flash_attn_with_kvcache"
-    _expect(op, "q", q, 4, "(batch, seqlen, heads, head_dim)")
-    layout = "(batch, capacity, kv_heads, head_dim)" if block_table is None else "(pages, page_size, kv_heads, head_dim)"
+    check_shape(f"{op}: q", q, "batch", "seqlen", "heads", "head_dim")
+    places = ("batch", "capacity") if block_table is None else ("pages", "page_size")
     for name, t, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        _expect(op, f"{name}_cache", cache, 4, layout)
-        if t is not None and (t.dim() != 4 or (t.shape[0], *t.shape[2:]) != (q.shape[0], *cache.shape[2:])):
-            expected = f"({q.shape[0]}, seqlen_new, {cache.shape[2]}, {cache.shape[3]})"
-            raise RuntimeError(f"{op}: {name} has shape {tuple(t.shape)}; expected {expected}")
+        check_shape(f"{op}: {name}_cache", cache, *places, "kv_heads", "head_dim")
+        check_shape(f"{op}: {name}", t, q.shape[0], "seqlen_new", *cache.shape[2:])
     if (k is None) != (v is None):
         raise RuntimeError(f"{op}: k and v come together")
     if k is not None and v is not None and k.shape[1] != v.shape[1]:
@@ -472,6 +472,42 @@ def _check_pages(op: str, b: int, pages: list[int], end: int, cache: Tensor) -> 
     wrong = [page for page in pages[:needed] if not 0 <= page < cache.shape[0]]
     if wrong:
         raise RuntimeError(f"{op}: sequence {b} has page or row {wrong[0]} of the cache, which has {cache.shape[0]}")
+
+
+def _in_one_row(k_cache: Tensor, v_cache: Tensor, rows: list[list[int]]) -> bool:
+    """Whether the cache can be seen as one row in which the sequences, a page each, follow one another."""
+    pages = [page for row in rows for page in row[:1]]
+    in_order = all(len(row) == 1 for row in rows) and all(a < b for a, b in pairwise(pages))
+    return in_order and all(cache.stride(0) == cache.shape[1] * cache.stride(1) for cache in (k_cache, v_cache))
+
+
+def _as_one_row(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, rows: list[list[int]], ranges: list[tuple[int, int]],
+    alibi_slopes: Tensor | None, options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """All sequences in one call: the cache as one row of documents, of which those between two sequences have no query."""
+    batch, queries, capacity = q.shape[0], q.shape[1], k_cache.shape[1]
+    ends_q, ends_k = [0], [0]
+    for b, ((page,), (first, end)) in enumerate(zip(rows, ranges, strict=True)):
+        ends_q += [b * queries, (b + 1) * queries]
+        ends_k += [page * capacity + first, page * capacity + end]
+    ends = torch.tensor([[*ends_q, batch * queries], [*ends_k, k_cache.shape[0] * capacity]], dtype=torch.int32)
+    cu_q, cu_k = ends.to(q.device)
+    row, keys, values = (t.flatten(0, 1)[None] for t in (q, k_cache, v_cache))
+    out, lse = _attention(row, keys, values, alibi_slopes, options, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    return out.view(batch, queries, *out.shape[2:]), lse.view(q.shape[2], batch, queries).transpose(0, 1)
+
+
+def _one_by_one(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, rows: list[list[int]], ranges: list[tuple[int, int]],
+    alibi_slopes: Tensor | None, options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    parts = [
+        (q[b : b + 1], _range_of(k_cache, rows[b], *ranges[b]), _range_of(v_cache, rows[b], *ranges[b]))
+        for b in range(q.shape[0])
+    ]
+    found = _each(parts, alibi_slopes, options) or [_attention(q, k_cache[:0], v_cache[:0], None, options)]
+    return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found])
 
 
 def _range_of(cache: Tensor, pages: list[int], first: int, end: int) -> Tensor:

@@ -1,16 +1,18 @@
 """The functions of the package mamba_ssm, under its names and with its arguments, on :func:`madkernels.selective_scan`.
 
     from madkernels.compat.mamba_ssm import mamba_inner_fn, selective_scan_fn, selective_state_update
-    from madkernels.compat.mamba_ssm import mamba_chunk_scan_combined
+    from madkernels.compat.mamba_ssm import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+    from madkernels.compat.mamba_ssm import RMSNorm, LayerNorm, rmsnorm_fn, layernorm_fn  # with a gate
 
 They run wherever the op does. Tensors whose dtypes differ are taken to the widest of them, so none is rounded, and the
 output is rounded once, to the dtype of its input; arithmetic and states are in float32 at least. As in the package, autocast
-casts nothing here but in the projections of :func:`mamba_inner_fn`.
+casts nothing here but in projections: those of :func:`mamba_inner_fn`, the last of :func:`mamba_split_conv1d_scan_combined`.
 """
 
 from __future__ import annotations
 
 from functools import reduce
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,22 @@ from torch import Tensor
 
 from madkernels import selective_scan, selective_scan_step
 from madkernels.compat.causal_conv1d import causal_conv1d_fn
+from madkernels.compat.dtypes import without_autocast
+from madkernels.compat.layernorm_gated import LayerNorm, RMSNorm, layernorm_fn, rmsnorm_fn
 from madkernels.compat.shapes import check_shape
 from madkernels.models.layers.recurrence import linear_recurrence
 
-__all__ = ["mamba_chunk_scan_combined", "mamba_inner_fn", "selective_scan_fn", "selective_state_update"]
+__all__ = [
+    "LayerNorm",
+    "RMSNorm",
+    "layernorm_fn",
+    "mamba_chunk_scan_combined",
+    "mamba_inner_fn",
+    "mamba_split_conv1d_scan_combined",
+    "rmsnorm_fn",
+    "selective_scan_fn",
+    "selective_state_update",
+]
 
 
 def selective_scan_fn(
@@ -71,7 +85,7 @@ def selective_scan_fn(
         B, C = _for_each_channel(B, dim), _for_each_channel(C, dim)
     gate = None if z is None else z.transpose(1, 2)
     scan = _complex_scan if A.is_complex() else _real_scan
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u):
         out, state = scan(u.transpose(1, 2), delta.transpose(1, 2), gate, A, B, C, D, delta_bias, bool(delta_softplus))
     out = out.transpose(1, 2).to(u.dtype)
     return (out, state) if return_last_state else out
@@ -115,8 +129,7 @@ def mamba_inner_fn(
         B, C: constant, (dim, dstate). None: projected.
         B_proj_bias, C_proj_bias: added to what is projected, (states,).
         checkpoint_lvl: 0 or 1. The package computes the convolution and delta again in the backward at 1, to save memory.
-            Here
-            both are kept at either: :mod:`torch.utils.checkpoint` around the layer is what saves memory.
+            Here both are kept at either: :mod:`torch.utils.checkpoint` around the layer is what saves memory.
         b_rms_weight, c_rms_weight: of an RMS norm of projected B and C, (dstate,).
         dt_rms_weight: of one of delta, before its bias, (dim,).
         b_c_dt_rms_eps: of these.
@@ -141,7 +154,7 @@ def mamba_inner_fn(
     rank = delta_proj_weight.shape[1]
     delta = F.linear(projected[..., :rank], delta_proj_weight)
     if dt_rms_weight is not None:
-        delta = _rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
+        delta = rmsnorm_fn(delta, dt_rms_weight, None, eps=b_c_dt_rms_eps)
     of_B, of_C = projected[..., rank : rank + states], projected[..., projected.shape[2] - states :]
     B = _projected("b_rms_weight", B, of_B, A, B_proj_bias, b_rms_weight, b_c_dt_rms_eps)
     C = _projected("c_rms_weight", C, of_C, A, C_proj_bias, c_rms_weight, b_c_dt_rms_eps)
@@ -214,7 +227,7 @@ def selective_state_update(
     gate = None if z is None else z.flatten(1).to(dtype)
     D, dt_bias = (None if t is None else t.flatten().to(wide) for t in (D, dt_bias))
     states = state.flatten(1, -2).to(wide).contiguous()  # a view, where it is all this already
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         out = selective_scan_step(states, *rows, *matrices, D, gate, dt_bias, bool(dt_softplus))
     if state.dtype != wide or not state.is_contiguous():
         state.copy_(states.view_as(state))
@@ -245,38 +258,43 @@ def mamba_chunk_scan_combined(
     Made of torch's operations (:func:`madkernels.models.layers.recurrence.linear_recurrence`), not of a kernel of its own:
     in float32, so tensors in half precision are copied, with dt x, the scores within chunks of 64 steps, (batch, heads,
     seqlen, 64), and a state for each chunk, (batch, heads, seqlen / 64, dstate, headdim), in memory. B and C of several
-    groups are copied for each head. With `seq_idx` each row of the batch is a call of its own.
+    groups are copied for each head. With `seq_idx` each row of the batch is a call of its own; where a number comes back,
+    each of its sequences.
 
     Args:
         x: (batch, seqlen, heads, headdim).
         dt: step sizes, (batch, seqlen, heads).
         A: (heads,), negative.
         B: (batch, seqlen, groups, dstate), where groups divides heads; likewise `C`.
-        chunk_size: how the package cuts the sequence; without effect here.
+        chunk_size: how the package cuts the sequence. It has an effect only where the package's results depend on it: on
+            numbers of `seq_idx` that come back, and on states of packed sequences that something enters.
         D: (heads,) or (heads, headdim).
         z: gate, through SiLU, (batch, seqlen, heads, headdim).
         dt_bias: (heads,).
-        initial_states: (batch, heads, headdim, dstate). Zero if absent. With `seq_idx` they are of the first sequence of
-            each row.
-        seq_idx: number of each position's sequence, (batch, seqlen); nothing passes from one to the next.
+        initial_states: (batch, heads, headdim, dstate). Zero if absent. With `seq_idx` they are of sequence 0, and of none
+            where a row begins with another number.
+        seq_idx: number of each position's sequence, (batch, seqlen); nothing passes from one to the next. If a number comes
+            back, its positions see each other within a chunk of `chunk_size`, and past its border where the number is that
+            of the last position before it.
         cu_seqlens: where sequences begin, and where the last ends, (num_sequences + 1,): read with `return_varlen_states`
             alone.
         dt_softplus: whether softplus is applied to the biased `dt`.
         dt_limit: least and greatest step size, after that.
         return_final_states: whether to return the state after the last step of each row.
         return_varlen_states: whether to return the state after each sequence of `cu_seqlens`; batch must be 1, and `seq_idx`
-            tell the same sequences apart. They have their gradient here; the package has none then.
-        state_dtype: what the package keeps states between chunks in; here they are in float32 at least.
+            tell the same sequences apart if given. What enters a sequence (initial states; without `seq_idx` all that comes
+            before) is in its state if it begins before the chunk in which it ends. They have their gradient here; the
+            package has none then.
+        state_dtype: dtype of these states, that of `C` if absent. The package rounds states between chunks to it; here they
+            are in float32 at least.
 
     Returns:
         out (batch, seqlen, heads, headdim), dtype of `x`; then, if asked for, the final states, (batch, heads, headdim,
-        dstate), and those of the sequences, (num_sequences, heads, headdim, dstate), in float32 at least.
+        dstate), in float32 at least, and those of the sequences, (num_sequences, heads, headdim, dstate).
 
     Raises:
         AssertionError: groups do not divide heads; `return_varlen_states` without `cu_seqlens`, or with a batch.
-        NotImplementedError: a `state_dtype` in half precision; `return_varlen_states` with `initial_states`, or without
-            `seq_idx`.
-        ValueError: `seq_idx` comes back to a number, or differs from `cu_seqlens`.
+        ValueError: `seq_idx` differs from `cu_seqlens`.
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
 
     Differentiable in all tensors.
@@ -294,26 +312,114 @@ def mamba_chunk_scan_combined(
     check_shape("seq_idx", seq_idx, batch, seqlen)
     if heads % B.shape[2]:
         raise AssertionError(f"{heads} heads do not divide into {B.shape[2]} groups")
-    if state_dtype is not None and state_dtype.itemsize < 4:
-        raise NotImplementedError(f"state_dtype is {state_dtype}; states between chunks are in float32 at least")
+    if state_dtype is not None and not state_dtype.is_floating_point:
+        raise RuntimeError(f"state_dtype is {state_dtype}; expected one of floating point")
     _, wide = _dtypes([x, dt, B, C, z], [A, D, dt_bias, initial_states])
     steps = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias
     steps = (F.softplus(steps) if dt_softplus else steps).clamp(*dt_limit).unsqueeze(-1)
     states = None if initial_states is None else initial_states.mT.to(wide)
     given = (_for_each_head(C, heads), _for_each_head(B, heads), steps * x, steps * A.to(wide)[:, None])
-    after: tuple[Tensor, ...]
     if return_varlen_states:
-        document, ends = _sequences_of(seq_idx, cu_seqlens, batch, seqlen, initial_states)
-        y, at_ends = linear_recurrence(*given, document=document, ends=torch.cat([ends, ends.new_tensor([seqlen])]))
-        after = (at_ends[document[-1:]], at_ends[:-1])
+        y, *after = _packed(given, states, seq_idx, cu_seqlens, chunk_size)
+        after[1] = after[1].to(C.dtype if state_dtype is None else state_dtype)
     else:
-        y, final = _row_by_row(given, states, seq_idx) if seq_idx is not None else linear_recurrence(*given, states)
-        after = (final,)
+        y, *after = _row_by_row(given, states, seq_idx, chunk_size)
     if D is not None:
         y = y + x * D.to(wide).view(heads, -1)
     out = (y if z is None else y * F.silu(z.to(wide))).to(x.dtype)
     asked = [states.mT for states, wanted in zip(after, (return_final_states, return_varlen_states), strict=False) if wanted]
     return (out, *asked) if asked else out
+
+
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    activation: str | None = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+    state_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A Mamba-2 layer after its first projection: short convolution, recurrence, gate or gated norm, last projection.
+    Composed of :func:`madkernels.compat.causal_conv1d.causal_conv1d_fn`, :func:`mamba_chunk_scan_combined` and
+    :func:`rmsnorm_fn`; all between them is kept for the backward, of which the package computes some again.
+
+    Args:
+        zxbcdt: (batch, seqlen, 2 mlp_dim + 2 dim + 2 groups dstate + heads), one after another: an MLP's gate and values,
+            mostly none; the gate z; x, B and C, which are convolved; dt. dim is heads times headdim.
+        conv1d_weight: (dim + 2 groups dstate, width).
+        conv1d_bias: (dim + 2 groups dstate,).
+        dt_bias: (heads,); likewise `A`.
+        D: (heads,) or (heads, headdim).
+        chunk_size, initial_states, seq_idx, dt_limit, state_dtype: as of :func:`mamba_chunk_scan_combined`; the convolution
+            keeps to `seq_idx` too, and begins with zeros.
+        return_final_states: whether to return the state after the last step of each row.
+        activation: of the convolution: None, "silu" or "swish".
+        rmsnorm_weight: (dim,). If absent, z gates without a norm.
+        rmsnorm_eps, norm_before_gate: as of :func:`rmsnorm_fn`, whose groups are those of B and C.
+        outproj_weight: (out_dim, mlp_dim + dim).
+        outproj_bias: (out_dim,).
+        headdim: needed if `D` is (heads,).
+        ngroups: groups of B and C.
+
+    Returns:
+        (batch, seqlen, out_dim), or (batch, seqlen, mlp_dim + dim) without `outproj_weight`, the MLP's first; if asked for,
+        also the final states, (batch, heads, headdim, dstate), in float32 at least.
+
+    Raises:
+        AssertionError: another activation; `D` of one axis without `headdim`; groups do not divide heads; `outproj_bias`
+            without `outproj_weight`.
+        RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
+    """
+    if activation not in (None, "silu", "swish"):
+        raise AssertionError(f'activation is {activation!r}; it takes None, "silu" or "swish"')
+    if outproj_bias is not None and outproj_weight is None:
+        raise AssertionError("outproj_bias is given without outproj_weight")
+    headdim = D.shape[1] if D.dim() == 2 else headdim
+    if headdim is None:
+        raise AssertionError("headdim must be given if D is (heads,)")
+    heads = D.shape[0]
+    dim, channels = heads * headdim, conv1d_weight.shape[0]
+    if heads % ngroups:
+        raise AssertionError(f"{heads} heads do not divide into {ngroups} groups")
+    check_shape("zxbcdt", zxbcdt, "batch", "seqlen", "2 mlp_dim + 2 dim + 2 groups dstate + heads")
+    of_mlp, odd = divmod(zxbcdt.shape[2] - dim - channels - heads, 2)
+    dstate, left = divmod(channels - dim, 2 * ngroups)
+    if of_mlp < 0 or odd or dstate < 0 or left:
+        told = f"zxbcdt has {zxbcdt.shape[2]} channels, of which conv1d_weight has {channels}"
+        raise RuntimeError(f"{told}; dim is {dim}, with {heads} heads and {ngroups} groups")
+    mlp, z, xBC, dt = torch.split(zxbcdt, [2 * of_mlp, dim, channels, heads], -1)
+    convolved = causal_conv1d_fn(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation)
+    assert isinstance(convolved, Tensor)
+    x, B, C = torch.split(convolved.transpose(1, 2), [dim, ngroups * dstate, ngroups * dstate], -1)
+    x, gate = (t.view(*t.shape[:2], heads, headdim) for t in (x, z))
+    B, C = (t.view(*t.shape[:2], ngroups, dstate) for t in (B, C))
+    out, states = mamba_chunk_scan_combined(
+        x, dt, A, B, C, chunk_size, D, gate if rmsnorm_weight is None else None, dt_bias, initial_states, seq_idx,
+        dt_softplus=True, dt_limit=dt_limit, return_final_states=True, state_dtype=state_dtype,
+    )  # fmt: skip
+    out = out.flatten(2)
+    if rmsnorm_weight is not None:
+        out = rmsnorm_fn(out, rmsnorm_weight, None, z, rmsnorm_eps, dim // ngroups, norm_before_gate)
+    if of_mlp:
+        opened, values = mlp.to(torch.promote_types(mlp.dtype, torch.float32)).chunk(2, -1)
+        out = torch.cat([(F.silu(opened) * values).to(out.dtype), out], -1)
+    if outproj_weight is not None:
+        out = F.linear(out, outproj_weight, outproj_bias)
+    return (out, states) if return_final_states else out
 
 
 def _real_scan(
@@ -387,52 +493,109 @@ def _projected(
     if constant is not None:
         return constant
     t = projected if bias is None else projected + bias.to(projected.dtype)
-    t = t if weight is None else _rms_norm(t, weight, eps)
+    t = t if weight is None else rmsnorm_fn(t, weight, None, eps=eps)
     return t.reshape(*t.shape[:2], -1, 2).permute(0, 2, 1, 3).flatten(2) if A.is_complex() else t.transpose(1, 2)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Over the last axis, in float32 at least, rounded to the dtype of `x`."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(wide), (x.shape[-1],), weight.to(wide), eps).to(x.dtype)
-
-
-def _row_by_row(given: tuple[Tensor, ...], states: Tensor | None, seq_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence, each row of the batch with its own sequences."""
+def _row_by_row(
+    given: tuple[Tensor, ...], states: Tensor | None, seq_idx: Tensor | None, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, each row of the batch with its own sequences: y and the states after the rows."""
+    if seq_idx is None:
+        return linear_recurrence(*given, states)
     rows = []
-    for i, document in enumerate(_numbered(seq_idx)):
-        state = None if states is None else states.narrow(0, i, 1)
-        rows.append(linear_recurrence(*(t.narrow(0, i, 1) for t in given), state, document=document))
+    for i, numbers in enumerate(seq_idx):
+        row = tuple(t.narrow(0, i, 1) for t in given)
+        rows.append(_of_numbers(row, None if states is None else states.narrow(0, i, 1), numbers, chunk_size))
     y, final = (torch.cat(parts) for parts in zip(*rows, strict=True))
     return y, final
 
 
-def _numbered(seq_idx: Tensor) -> Tensor:
-    """Sequences of each row (batch, seqlen) counted from 0 on."""
-    document = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))
-    for numbers, counted in zip(seq_idx, document, strict=True):
-        if len(numbers.unique()) != int(counted[-1:].sum()) + 1:
-            raise ValueError("seq_idx comes back to a number that it had before")
-    return document
+def _of_numbers(row: tuple[Tensor, ...], state: Tensor | None, seq_idx: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """A row of sequences with these numbers, (seqlen,); what is before it has number 0."""
+    numbers = seq_idx.tolist()
+    if _comes_back(numbers if state is None else [0, *numbers]):
+        return _chain_by_chain(row, state, _chains(numbers, chunk_size))
+    if any(numbers[:1]):
+        state = None
+    return linear_recurrence(*row, state, document=F.pad((seq_idx[1:] != seq_idx[:-1]).cumsum(0), (1, 0)))
 
 
-def _sequences_of(
-    seq_idx: Tensor | None, cu_seqlens: Tensor | None, batch: int, seqlen: int, initial_states: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """For states of packed sequences: the number of each position's, (seqlen,), one more behind the last; where they end."""
+def _comes_back(numbers: list[int]) -> bool:
+    """Whether one of the numbers comes again after others."""
+    runs = [number for number, _ in groupby(numbers)]
+    return len(set(runs)) < len(runs)
+
+
+def _chains(numbers: list[int], chunk_size: int) -> list[int]:
+    """For each position a number of what the package sees as one sequence: positions of one number in a chunk, and what they
+    continue of the chunk before, which passes on the state of its last number alone. 0 continues what is before the row."""
+    known, count = {0: 0}, 1
+    chains: list[int] = []
+    for at, number in enumerate(numbers):
+        if at and at % chunk_size == 0:
+            known = {numbers[at - 1]: chains[-1]}
+        if number not in known:
+            known[number], count = count, count + 1
+        chains.append(known[number])
+    return chains
+
+
+def _chain_by_chain(row: tuple[Tensor, ...], state: Tensor | None, chains: list[int]) -> tuple[Tensor, Tensor]:
+    """Each chain on its own. What others have between two of its positions is no part of it but decays it too."""
+    sums = row[3].double().cumsum(1)
+    places: dict[int, list[int]] = {}
+    for at, chain in enumerate(chains):
+        places.setdefault(chain, []).append(at)
+    parts, finals = [], {}
+    for chain, positions in places.items():
+        index = torch.tensor(positions, device=sums.device)
+        q, k, v, since_start = (t.index_select(1, index) for t in (*row[:3], sums))
+        decay = since_start.diff(dim=1, prepend=torch.zeros_like(since_start[:, :1])).to(row[3].dtype)
+        y, finals[chain] = linear_recurrence(q, k, v, decay, state if chain == 0 else None)
+        parts.append(y)
+    order = torch.tensor([at for positions in places.values() for at in positions], device=sums.device)
+    return torch.cat(parts, 1).index_select(1, order.argsort()), finals[chains[-1]]
+
+
+def _packed(
+    given: tuple[Tensor, ...], state: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence over packed sequences: y, the state after the row, and those after the sequences."""
     if cu_seqlens is None:
         raise AssertionError("cu_seqlens must be given if return_varlen_states is True")
+    batch, seqlen = given[3].shape[:2]
     if batch != 1:
         raise AssertionError(f"return_varlen_states takes batch 1; got {batch}")
-    if initial_states is not None:
-        raise NotImplementedError("return_varlen_states takes no initial_states")
-    if seq_idx is None:
-        raise NotImplementedError("return_varlen_states takes seq_idx beside cu_seqlens, which keeps the sequences apart")
     ends = cu_seqlens[1:].long()
     document = torch.searchsorted(ends, torch.arange(seqlen, device=ends.device), right=True)
-    if not torch.equal(document[1:] != document[:-1], seq_idx[0, 1:] != seq_idx[0, :-1]):
+    if seq_idx is not None and not torch.equal(document[1:] != document[:-1], seq_idx[0, 1:] != seq_idx[0, :-1]):
         raise ValueError("seq_idx and cu_seqlens tell different sequences")
-    return document, ends
+    y, own = linear_recurrence(*given, document=document, ends=torch.cat([ends, ends.new_tensor([seqlen])]))
+    if state is None and seq_idx is not None and not _comes_back(seq_idx[0].tolist()):
+        return y, own[document[-1:]], own[:-1]
+    y, final = _row_by_row(given, state, seq_idx, chunk_size)
+    chains = [0] * seqlen if seq_idx is None else _chains(seq_idx[0].tolist(), chunk_size)
+    return y, final, _with_what_enters(own[:-1], given[3], state, chains, cu_seqlens.tolist(), chunk_size)
+
+
+def _with_what_enters(
+    own: Tensor, log_decay: Tensor, state: Tensor | None, chains: list[int], bounds: list[int], chunk_size: int
+) -> Tensor:
+    """States after sequences, (num_sequences, heads, dstate, headdim), from what each leaves by its own steps: with what
+    enters it from its chain, if it begins before the chunk in which it ends."""
+    sums = F.pad(log_decay[0].double().cumsum(0), (0, 0, 0, 0, 1, 0))  # before each position, (seqlen + 1, heads, 1)
+    left = {} if state is None else {0: (0, state[0])}  # by chain: after which position, and what
+    found = []
+    for after, (begin, end) in zip(own, pairwise(bounds), strict=True):
+        whole = after
+        if begin < end:
+            if chains[begin] in left:
+                since, before = left[chains[begin]]
+                whole = after + (sums[end] - sums[since]).exp().to(own.dtype)[..., None] * before
+            left[chains[begin]] = end, whole
+        found.append(whole if begin < (end - 1) // chunk_size * chunk_size else after)
+    return torch.stack(found)
 
 
 def _dtypes(activations: list[Tensor | None], parameters: list[Tensor | None]) -> tuple[torch.dtype, torch.dtype]:

@@ -86,8 +86,81 @@ def test_sequences_in_a_row(dtype: torch.dtype) -> None:
     assert torch.equal(poisoned[0], out[0])
 
 
+@pytest.mark.parametrize("width", [2, 3, 4, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_number_that_comes_back_is_seen_again(dtype: torch.dtype, width: int) -> None:
+    """Within the filter's width the earlier positions of that number count, those between do not."""
+    back = [0, 0, 1, 0, 1, 1, -1, -1, 1, 2, 3, 4, 2, -1, 5, -1, 5]
+    seq_idx = torch.tensor([back, [7] * 17], dtype=torch.int32)
+    x, weight, bias = drawn(2, 5, 17, dtype=dtype), drawn(5, width, dtype=dtype), drawn(5, dtype=dtype)
+    out = causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu")
+    assert isinstance(out, Tensor)
+    close(out, expected_rows(x, weight, bias, "silu", None, seq_idx), dtype)
+    close(causal_conv1d_fn(x, weight, None, seq_idx), expected_rows(x, weight, None, None, None, seq_idx), dtype)  # type: ignore[arg-type]
+    x[:, :, [6, 7, 13, 15]] = torch.nan  # padding, between positions of one number
+    poisoned = causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu")
+    assert torch.equal(poisoned[0], out[0])
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, *HALVES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize("case", ["rows", "sequences", "a number comes back", "one token", "several tokens"])
+def test_parameters_of_any_dtype(case: str, dtype: torch.dtype, parameters: torch.dtype) -> None:
+    """As if they were given in the dtype of the sums, to the bit; their gradients come in their own dtype."""
+    x, weight, bias = drawn(2, 8, 6).to(dtype), drawn(8, 4).to(parameters), drawn(8).to(parameters)
+    state = drawn(2, 8, 3).to(dtype)
+    numbers = {"sequences": [0, 0, 1, 1, 1, 2], "a number comes back": [0, 1, 0, 1, 1, 2]}.get(case)
+
+    def found(weight: Tensor, bias: Tensor) -> Tensor:
+        if "token" in case:
+            return causal_conv1d_update(x if "several" in case else x[:, :, 0], state.clone(), weight, bias, "silu")
+        seq_idx = None if numbers is None else torch.tensor([numbers] * 2)
+        out = causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu")
+        assert isinstance(out, Tensor)
+        return out
+
+    given = [t.clone().requires_grad_() for t in (weight, bias)]
+    widened = [t.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for t in (weight, bias)]
+    if dtype == parameters:  # what the op takes as it is
+        widened = given
+    out = found(*given)
+    assert out.dtype == dtype
+    assert torch.equal(out, found(*widened))
+    if "token" not in case:
+        for own, wide in zip(*(torch.autograd.grad(found(*ps).sum(), ps) for ps in (given, widened)), strict=True):
+            assert own.dtype == parameters
+            assert torch.equal(own, wide.to(parameters))
+
+
+def test_autocast_is_ignored() -> None:
+    x, weight, bias, before = drawn(2, 5, 9), drawn(5, 4), drawn(5), drawn(2, 5, 3)
+
+    def found() -> list[Any]:
+        results: list[Any] = [*causal_conv1d_fn(x, weight, bias, None, before, True, None, "silu")]
+        for numbers in ([0] * 4 + [1] * 5, [0, 1, 0] * 3):
+            results.append(causal_conv1d_fn(x, weight, bias, torch.tensor([numbers] * 2), activation="silu"))
+        results += [causal_conv1d_update(x[:, :, 0], before.clone(), weight, bias, "silu")]
+        dense = before.transpose(1, 2).contiguous().transpose(1, 2)
+        return [*results, causal_conv1d_update(x[:, :, 0], dense, weight, bias, "silu"), dense]
+
+    alone = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        again = found()
+    assert [t.dtype for t in again] == [torch.float32] * len(alone)
+    assert all(map(torch.equal, again, alone))
+
+
+def test_tensors_without_memory() -> None:
+    x, weight = torch.zeros(2, 5, 9, device="meta"), torch.zeros(5, 4, device="meta", dtype=torch.bfloat16)
+    out, states = causal_conv1d_fn(x, weight, return_final_states=True, activation="silu")
+    assert (out.shape, states.shape, out.device.type) == ((2, 5, 9), (2, 5, 3), "meta")
+
+
 def test_gradients() -> None:
-    seq_idx = torch.tensor([[0] * 3 + [1] * 4 + [-1], [0] * 8])
+    seq_idx, back = torch.tensor([[0] * 3 + [1] * 4 + [-1], [0] * 8]), torch.tensor([[0, 1, 0, 1, 1, 2, 1, -1], [0] * 8])
     x, weight, bias, before = (drawn(*s, dtype=torch.float64).requires_grad_() for s in ((2, 3, 8), (3, 4), (3,), (2, 3, 3)))
 
     def of_states(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Any:
@@ -95,8 +168,10 @@ def test_gradients() -> None:
 
     assert torch.autograd.gradcheck(of_states, (x, weight, bias, before))
     assert torch.autograd.gradcheck(lambda x, w, b: causal_conv1d_fn(x, w, b, seq_idx, activation="silu"), (x, weight, bias))
-    (dx,) = torch.autograd.grad(causal_conv1d_fn(x, weight, bias, seq_idx).sum(), x)  # type: ignore[union-attr]
-    assert (dx[0, :, 7] == 0).all(), "padding"
+    assert torch.autograd.gradcheck(lambda x, w, b: causal_conv1d_fn(x, w, b, back, activation="silu"), (x, weight, bias))
+    for numbers in (seq_idx, back):
+        (dx,) = torch.autograd.grad(causal_conv1d_fn(x, weight, bias, numbers).sum(), x)  # type: ignore[union-attr]
+        assert (dx[0, :, 7] == 0).all(), "padding"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -182,3 +257,4 @@ def test_arguments_have_the_published_names_and_order() -> None:
     }
     for name, names in published.items():
         assert " ".join(inspect.signature(getattr(causal_conv1d, name)).parameters) == names
+    assert sorted(causal_conv1d.__all__) == sorted(published)

@@ -359,6 +359,65 @@ def test_decoding_token_by_token_is_causal_attention() -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("change", ["", "rows that ascend", "rows in any order", "slopes of sequences", "gaps between rows"])
+def test_several_queries_or_padding_are_one_call_where_they_can_be(
+    change: str, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what lies between the sequences is not seen: it is NaN."""
+    calls: list[tuple[int, ...]] = []
+    op = flash_attn.attention
+
+    def counted(q: Tensor, *args: Any, **options: Any) -> Any:
+        calls.append(tuple(q.shape))
+        return op(q, *args, **options)
+
+    monkeypatch.setattr(flash_attn, "attention", counted)
+    rows = {"rows that ascend": [0, 2, 4], "rows in any order": [4, 0, 2]}.get(change, [0, 1, 2])
+    firsts, lengths, entries = [3, 0, 19], [17, 20, 19], 5 if "rows" in change.split() else 3
+    q, held_k, held_v = drawn((3, queries, 4, 16), (3, 20, 2, 16), (3, 20, 2, 16))
+    caches = torch.full((2, entries, 24 if "gaps" in change else 20, 2, 16), torch.nan)[:, :, :20]
+    for b, row in enumerate(rows):
+        for cache, held in zip(caches, (held_k, held_v), strict=True):
+            cache[row, firsts[b] : lengths[b]] = held[b, firsts[b] : lengths[b]]
+    padding = dict(zip(("cache_leftpad", "cache_seqlens"), torch.tensor([firsts, lengths], dtype=torch.int32), strict=True))
+    options: dict[str, Any] = {"causal": True, "window_size": (9, 0), "alibi_slopes": slopes_of(4)}
+    if change == "slopes of sequences":
+        options["alibi_slopes"] = slopes_of(3, 4)
+    if entries == 5:
+        padding["cache_batch_idx"] = torch.tensor(rows, dtype=torch.int32)
+    out, lse = flash_attn_with_kvcache(q, *caches, **padding, **options, return_softmax_lse=True)
+    alone = change in ("", "rows that ascend")
+    assert calls == ([(1, 3 * queries, 4, 16)] if alone else [(1, queries, 4, 16)] * 3)
+    for b, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
+        slopes = options["alibi_slopes"].expand(3, 4)[b]
+        part = (held[b, first:length] for held in (held_k, held_v))
+        told, told_lse = attend(q[b], *part, slopes, causal=True, window_size=(9, 0))
+        torch.testing.assert_close(out[b], told)
+        torch.testing.assert_close(lse[b], told_lse)
+
+
+def test_autocast_is_ignored() -> None:
+    q, k, v = drawn((2, 5, 4, 16), (2, 5, 2, 16), (2, 5, 2, 16))
+    ends, slopes = offsets([4, 6]), slopes_of(2, 4)
+
+    def found() -> list[Tensor]:
+        packed = [t.flatten(0, 1) for t in (q, k, v)]
+        results = [flash_attn_func(q, k, v, causal=True), flash_attn_varlen_func(*packed, ends, ends, 6, 6)]
+        results += [flash_attn_varlen_func(*packed, ends, ends, 6, 6, alibi_slopes=slopes)]
+        return results + [flash_attn_with_kvcache(q[:, :n], k, v, cache_seqlens=4, causal=True) for n in (1, 3)]
+
+    alone = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, found(), alone))
+
+
+def test_tensors_without_memory() -> None:
+    q = torch.zeros(2, 5, 4, 16, device="meta")
+    out, lse, _ = flash_attn_func(q, q, q, causal=True, return_attn_probs=True)
+    assert (out.shape, lse.shape, out.device.type) == (q.shape, (2, 4, 5), "meta")
+
+
+@pytest.mark.parametrize("queries", [1, 3])
 def test_no_sequence(queries: int) -> None:
     q, k, cache = torch.zeros(0, queries, 4, 8), torch.zeros(0, 2, 2, 8), torch.zeros(0, 9, 2, 8)
     options = {"cache_seqlens": 3, "alibi_slopes": slopes_of(4), "return_softmax_lse": True}

@@ -14,8 +14,13 @@ from torch import Tensor
 
 from madkernels.compat import mamba_ssm as compat
 from madkernels.compat.mamba_ssm import (
+    LayerNorm,
+    RMSNorm,
+    layernorm_fn,
     mamba_chunk_scan_combined,
     mamba_inner_fn,
+    mamba_split_conv1d_scan_combined,
+    rmsnorm_fn,
     selective_scan_fn,
     selective_state_update,
 )
@@ -28,13 +33,20 @@ SIGNATURES = {
     "selective_state_update": "state x dt A B C D z dt_bias dt_softplus state_batch_indices",
     "mamba_chunk_scan_combined": "x dt A B C chunk_size D z dt_bias initial_states seq_idx cu_seqlens dt_softplus dt_limit "
     "return_final_states return_varlen_states state_dtype",
+    "mamba_split_conv1d_scan_combined": "zxbcdt conv1d_weight conv1d_bias dt_bias A D chunk_size initial_states seq_idx "
+    "dt_limit return_final_states activation rmsnorm_weight rmsnorm_eps outproj_weight outproj_bias headdim ngroups "
+    "norm_before_gate state_dtype",
+    "layernorm_fn": "x weight bias z eps group_size norm_before_gate is_rms_norm",
+    "rmsnorm_fn": "x weight bias z eps group_size norm_before_gate",
+    "LayerNorm": "hidden_size eps group_size norm_before_gate device dtype",
+    "RMSNorm": "hidden_size eps group_size norm_before_gate device dtype",
 }
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_names_and_order_of_parameters(name: str) -> None:
     assert list(inspect.signature(getattr(compat, name)).parameters) == SIGNATURES[name].split()
-    assert name in compat.__all__
+    assert sorted(SIGNATURES) == sorted(compat.__all__)
 
 
 def at_step(t: Tensor, step: int, dim: int) -> Tensor:
@@ -144,10 +156,17 @@ def test_autocast_is_ignored_and_layouts_kept() -> None:
     inputs = draw_scan(20)
     out, state = selective_scan_fn(**inputs, return_last_state=True)
     assert out.is_contiguous()
+
+    def step() -> Tensor:
+        return selective_state_update(**draw_update(4, (4, 8), 2, torch.float32, False))
+
     with torch.autocast("cpu", torch.bfloat16):
         again, state_again = selective_scan_fn(**inputs, return_last_state=True)
+        chunks_again, steps_again = in_chunks(**draw_chunks(70, 2, torch.float32)), step()
     assert torch.equal(again, out)
     assert torch.equal(state_again, state)
+    assert all(map(torch.equal, chunks_again, in_chunks(**draw_chunks(70, 2, torch.float32))))
+    assert torch.equal(steps_again, step())
 
 
 # ---- the layer ----
@@ -235,6 +254,15 @@ def test_layer_under_autocast() -> None:
         out = mamba_inner_fn(**inputs)
     assert out.dtype == torch.bfloat16
     assert 1e-5 < relative_error(out, layer(**inputs)) < 3e-2
+
+
+def test_autocast_leaves_the_convolution_and_the_scan_of_a_layer_alone() -> None:
+    """Where no projection makes steps, B and C, and the last one changes nothing, its output is all that is rounded."""
+    inputs = draw_layer(constant="BC") | {"delta_proj_weight": torch.zeros(DIM, RANK)}
+    inputs |= {"out_proj_weight": torch.eye(DIM), "out_proj_bias": None}
+    told = mamba_inner_fn(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mamba_inner_fn(**inputs), told.bfloat16())
 
 
 # ---- decoding ----
@@ -415,10 +443,296 @@ def test_states_of_packed_sequences(offsets: list[int]) -> None:
         assert relative_error(states[i], state) < 1e-6
 
 
+def chunk_by_chunk(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_states: Tensor | None = None, *, chunk_size: int,
+    seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As mamba_ssm cuts a row into chunks: within one, positions of one number see each other; a border passes on the state
+    of the last number before it, which is 0 before the row. And states of packed sequences. Pair by pair."""
+    batch, seqlen, heads, headdim = x.shape
+    dtype, numbers = x.dtype, torch.zeros(batch, seqlen) if seq_idx is None else seq_idx
+    B, C = (t.repeat_interleave(heads // t.shape[2], 2) for t in (B, C))
+    step = F.softplus(dt)
+    written = torch.einsum("blhp,blhn->blhpn", step.unsqueeze(-1) * x, B)
+    border = torch.zeros(batch, heads, headdim, B.shape[3], dtype=dtype) if initial_states is None else initial_states
+    last, out, borders, sums = numbers.new_zeros(batch), [], [], []
+
+    def seen(begin: int, at: int, number: Tensor) -> Tensor:
+        """The state that positions of this number see, in the chunk that begins there."""
+        h = sums[at].exp()[..., None, None] * border * (number == last)[:, None, None, None]
+        for before in range(begin, at + 1):
+            same = (numbers[:, before] == number)[:, None, None, None]
+            h = h + (sums[at] - sums[before]).exp()[..., None, None] * written[:, before] * same
+        return h
+
+    for begin in range(0, seqlen, chunk_size):
+        end = min(begin + chunk_size, seqlen)
+        sums += (step[:, begin:end] * A).cumsum(1).unbind(1)
+        borders.append(border)
+        for at in range(begin, end):
+            out.append(torch.einsum("bhpn,bhn->bhp", seen(begin, at, numbers[:, at]), C[:, at]))
+        border, last = seen(begin, end - 1, numbers[:, end - 1]), numbers[:, end - 1]
+    found = [torch.stack(out, 1), border]
+    if cu_seqlens is not None:
+        states = []
+        for begin, end in pairwise(cu_seqlens.tolist()):
+            chunk = max(end - 1, 0) // chunk_size
+            h = torch.zeros_like(border[0])
+            if begin < chunk * chunk_size:
+                h = sums[end - 1][0].exp()[..., None, None] * borders[chunk][0]
+            for at in range(max(begin, chunk * chunk_size), end):
+                h = h + (sums[end - 1] - sums[at])[0].exp()[..., None, None] * written[0, at]
+            states.append(h)
+        found.append(torch.stack(states))
+    return tuple(found)
+
+
+BACK = [0] * 5 + [1] * 6 + [0] * 2 + [2] * 9 + [1] + [2] * 3 + [0] * 12 + [3] + [0]  # 40 positions
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, 16, 64])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("continued", [False, True])
+def test_numbers_that_come_back(continued: bool, first: int, chunk_size: int) -> None:
+    """first: what the package takes for the sequence before the row is 0, so that initial states may be of none."""
+    drawn = draw_chunks(40, 2, torch.float32)
+    inputs = {name: drawn[name] for name in ("x", "dt", "A", "B", "C")}
+    if continued:
+        inputs["initial_states"] = torch.randn(2, 4, 6, 8)
+    back = torch.tensor(BACK)
+    seq_idx = torch.stack([(back + first) % 4, torch.arange(40) // 15 + first]).int()
+    options = {"seq_idx": seq_idx, "chunk_size": chunk_size}
+
+    def op(**given: Any) -> Any:
+        return mamba_chunk_scan_combined(**given, dt_softplus=True, return_final_states=True)
+
+    check(op, chunk_by_chunk, inputs, **options, slack=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [8, 16, 64])
+@pytest.mark.parametrize("numbers", [None, "in order", "coming back", "not from 0"])
+@pytest.mark.parametrize("continued", [False, True])
+@pytest.mark.parametrize("offsets", [[0, 5, 11, 13, 22, 23, 26, 38, 39, 40], [0, 5, 5, 40], [0, 40]])
+def test_states_of_packed_sequences_that_something_enters(
+    offsets: list[int], continued: bool, numbers: str | None, chunk_size: int
+) -> None:
+    drawn = draw_chunks(40, 2, torch.float32, batch=1)
+    inputs = {name: drawn[name] for name in ("x", "dt", "A", "B", "C")}
+    if continued:
+        inputs["initial_states"] = torch.randn(1, 4, 6, 8)
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
+    order = torch.bucketize(torch.arange(40), cu_seqlens[1:], right=True)
+    run = (order[1:] != order[:-1]).cumsum(0)
+    back = torch.tensor([0, 1, 0, 2, 1, 2, 0, 3, 0])[F.pad(run, (1, 0))]
+    seq_idx = {"in order": order, "coming back": back, "not from 0": order + 1}.get(numbers or "")
+    options = {"seq_idx": None if seq_idx is None else seq_idx[None].int(), "cu_seqlens": cu_seqlens}
+
+    def op(**given: Any) -> Any:
+        asked = {"dt_softplus": True, "return_final_states": True, "return_varlen_states": True}
+        return mamba_chunk_scan_combined(**given, **asked)
+
+    check(op, chunk_by_chunk, inputs, **options, chunk_size=chunk_size, slack=1e-6)
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_of_states(state_dtype: torch.dtype | None) -> None:
+    """Those of packed sequences have the dtype that is asked for, or that of C; nothing else is rounded to it."""
+    inputs, cu_seqlens = draw_chunks(40, 2, torch.bfloat16, batch=1), torch.tensor([0, 11, 40], dtype=torch.int32)
+    seq_idx = (torch.arange(40) >= 11).int()[None]
+    asked: dict[str, Any] = {"chunk_size": 8, "seq_idx": seq_idx, "dt_softplus": True, "return_final_states": True}
+    asked |= {"cu_seqlens": cu_seqlens, "return_varlen_states": True}
+    out, final, states = mamba_chunk_scan_combined(**inputs, **asked, state_dtype=state_dtype)
+    told = mamba_chunk_scan_combined(**inputs, **asked, state_dtype=torch.float32)
+    assert torch.equal(out, told[0])
+    assert torch.equal(final, told[1])
+    assert final.dtype == torch.float32
+    assert torch.equal(states, told[2].to(state_dtype or torch.bfloat16))
+    assert states.dtype == (state_dtype or torch.bfloat16)
+
+
+# ---- norms with a gate, and the layer of Mamba-2 ----
+
+
+def gated_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, z: Tensor | None = None, *, eps: float = 1e-6,
+    group_size: int | None = None, norm_before_gate: bool = True, is_rms_norm: bool = False,
+) -> Tensor:  # fmt: skip
+    """In float32 at least, group by group."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    given, gate = x.to(wide), 1 if z is None else z.to(wide) * torch.sigmoid(z.to(wide))
+    given = given if norm_before_gate else given * gate
+    parts = []
+    for group in given.split(group_size or x.shape[-1], -1):
+        centred = group if is_rms_norm else group - group.mean(-1, keepdim=True)
+        parts.append(centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps))
+    y = torch.cat(parts, -1) * weight.to(wide) + (0 if bias is None else bias.to(wide))
+    return (y * gate if norm_before_gate else y).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+@pytest.mark.parametrize("group_size", [None, 6])
+@pytest.mark.parametrize("given", ["z bias", "bias", "z", ""])
+def test_gated_norms_and_their_gradients(
+    given: str, group_size: int | None, norm_before_gate: bool, is_rms_norm: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    inputs: dict[str, Tensor | None] = {"x": torch.randn(3, 5, 24).to(dtype) + 1, "weight": torch.randn(24), "bias": None}
+    if "bias" in given:
+        inputs["bias"] = torch.randn(24)
+    if "z" in given:
+        inputs["z"] = torch.randn(24, 5, 3).to(dtype).transpose(0, 2)
+    options: dict[str, Any] = {"eps": 1e-3, "group_size": group_size, "norm_before_gate": norm_before_gate}
+    named = rmsnorm_fn if is_rms_norm else layernorm_fn
+
+    def told(**given: Any) -> tuple[Tensor]:
+        return (gated_norm(**given, is_rms_norm=is_rms_norm),)
+
+    check(lambda **t: (named(**t),), told, inputs, **options, slack=1e-6)
+    check(lambda **t: (layernorm_fn(**t, is_rms_norm=is_rms_norm),), told, inputs, **options, slack=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "names"), [(LayerNorm, ["weight", "bias"]), (RMSNorm, ["weight"])])
+def test_norms_as_modules(kind: Any, names: list[str]) -> None:
+    norm = kind(24, group_size=8, norm_before_gate=False, dtype=torch.bfloat16)
+    assert list(norm.state_dict()) == names
+    assert norm.bias is None or not norm.bias.any()
+    torch.nn.init.normal_(norm.weight)
+    x, z = torch.randn(2, 7, 24), torch.randn(2, 7, 24)
+    options: dict[str, Any] = {"eps": 1e-5, "group_size": 8, "is_rms_norm": kind is RMSNorm}
+    for gate in (None, z):
+        told = gated_norm(x, norm.weight, norm.bias, gate, norm_before_gate=False, **options)
+        assert relative_error(norm(x, gate), told) < 1e-6
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(norm(x, gate), norm(x, z=gate))
+            assert norm(x, gate).dtype == torch.float32
+
+
+HEADS, HEADDIM, DSTATE = 4, 6, 5
+
+
+def draw_split(groups: int, dtype: torch.dtype, of_mlp: int = 0) -> dict[str, Tensor | None]:
+    torch.manual_seed(0)
+    dim, channels = HEADS * HEADDIM, HEADS * HEADDIM + 2 * groups * DSTATE
+    inputs: dict[str, Tensor | None] = {"zxbcdt": torch.randn(2, 70, 2 * of_mlp + dim + channels + HEADS).to(dtype)}
+    inputs |= {"conv1d_weight": torch.randn(channels, 4), "conv1d_bias": torch.randn(channels)}
+    return inputs | {"dt_bias": torch.randn(HEADS) - 2, "A": -torch.rand(HEADS) - 0.5, "D": torch.randn(HEADS, HEADDIM)}
+
+
+def split_layer(
+    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
+    initial_states: Tensor | None = None, rmsnorm_weight: Tensor | None = None, outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None, *, groups: int, seq_idx: Tensor | None = None, activation: str | None = "silu",
+    dt_limit: tuple[float, float] = (0.0, float("inf")), rmsnorm_eps: float = 1e-6, norm_before_gate: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype, dim, channels = zxbcdt.dtype, HEADS * HEADDIM, conv1d_weight.shape[0]
+    of_mlp = (zxbcdt.shape[2] - dim - channels - HEADS) // 2
+    mlp, z, xBC, dt = zxbcdt.split([2 * of_mlp, dim, channels, HEADS], -1)
+    wide = torch.promote_types(dtype, torch.float32)
+    before = F.pad(xBC.to(wide), (0, 0, 3, 0))
+    numbers = torch.zeros(xBC.shape[:2]) if seq_idx is None else seq_idx
+    padded = F.pad(numbers, (3, 0), value=-1)
+    xBC = torch.zeros_like(before[:, 3:]) + (0 if conv1d_bias is None else conv1d_bias)
+    for tap in range(4):
+        same = (padded[:, tap : tap + 70] == numbers).unsqueeze(2)
+        xBC = xBC + before[:, tap : tap + 70] * conv1d_weight[:, tap] * same
+    xBC = (xBC if activation is None else F.silu(xBC)).to(dtype)
+    x, B, C = xBC.split([dim, groups * DSTATE, groups * DSTATE], -1)
+    x, gate = (t.unflatten(2, (HEADS, HEADDIM)) for t in (x, z))
+    B, C = (t.unflatten(2, (groups, DSTATE)) for t in (B, C))
+    options: dict[str, Any] = {"seq_idx": seq_idx, "dt_softplus": True, "dt_limit": dt_limit}
+    gate = gate if rmsnorm_weight is None else None
+    out, states = chunk_scan(x, dt, A, B, C, D, gate, dt_bias, initial_states, **options)
+    out = out.flatten(2)
+    if rmsnorm_weight is not None:
+        norm = {"eps": rmsnorm_eps, "group_size": dim // groups, "norm_before_gate": norm_before_gate, "is_rms_norm": True}
+        out = gated_norm(out, rmsnorm_weight, None, z, **norm)  # type: ignore[arg-type]
+    opened, values = mlp.to(wide).chunk(2, -1)
+    out = torch.cat([(F.silu(opened) * values).to(dtype), out], -1)
+    return out if outproj_weight is None else F.linear(out, outproj_weight, outproj_bias), states
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "case", ["bare", "sequences", "norm", "norm behind the gate", "projection", "all, with an MLP", "no activation"]
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_split_layer_and_its_gradients(groups: int, case: str, dtype: torch.dtype) -> None:
+    of_mlp = 3 if "MLP" in case else 0
+    inputs, options = draw_split(groups, dtype, of_mlp), {}
+    if case == "bare":
+        inputs["conv1d_bias"] = None
+    if case in ("sequences", "all, with an MLP"):
+        options["seq_idx"] = (torch.arange(70) // torch.tensor([[25], [50]])).int()
+        inputs["initial_states"] = torch.randn(2, HEADS, HEADDIM, DSTATE)
+        options["dt_limit"] = (0.05, 0.3)
+    if case.startswith(("norm", "all")):
+        inputs["rmsnorm_weight"] = torch.randn(HEADS * HEADDIM)
+        options |= {"norm_before_gate": case == "norm", "rmsnorm_eps": 1e-3}
+    if case.startswith(("projection", "all")):
+        inputs["outproj_weight"] = torch.randn(5, HEADS * HEADDIM + of_mlp).to(dtype) / 5
+        inputs["outproj_bias"] = torch.randn(5).to(dtype)
+    if case == "no activation":
+        options["activation"] = None
+
+    def op(**given: Any) -> Any:
+        return mamba_split_conv1d_scan_combined(**given, ngroups=groups, chunk_size=32, return_final_states=True)
+
+    check(op, lambda **t: split_layer(**t, groups=groups), inputs, **options, slack=1e-6)
+
+
+def test_split_layer_compiled_in_one_graph() -> None:
+    inputs = draw_split(2, torch.bfloat16, 3) | {"rmsnorm_weight": torch.randn(HEADS * HEADDIM)}
+    options: dict[str, Any] = {"chunk_size": 32, "ngroups": 2, "return_final_states": True}
+    compiled = torch.compile(mamba_split_conv1d_scan_combined, backend="aot_eager", fullgraph=True)
+    told = mamba_split_conv1d_scan_combined(**inputs, **options)
+    assert all(map(torch.equal, compiled(**inputs, **options), told))
+
+
+def test_split_layer_with_one_skip_a_head_and_under_autocast() -> None:
+    inputs = draw_split(2, torch.float32) | {"outproj_weight": torch.randn(5, HEADS * HEADDIM) / 5}
+    told, _ = split_layer(**inputs | {"D": inputs["D"][:, :1].expand(-1, HEADDIM)}, groups=2)
+    options: dict[str, Any] = {"chunk_size": 32, "headdim": HEADDIM, "ngroups": 2}
+    inputs["D"] = inputs["D"][:, 0]
+    out = mamba_split_conv1d_scan_combined(**inputs, **options)
+    assert relative_error(out, told) < 3e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = mamba_split_conv1d_scan_combined(**inputs, **options)
+    assert rounded.dtype == torch.bfloat16
+    assert 1e-5 < relative_error(rounded, told) < 1e-2, "the last projection alone is cast"
+
+
+def test_tensors_without_memory() -> None:
+    """Shapes and dtypes are found without numbers."""
+
+    def bare(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+    def alike(found: Any, told: Any) -> None:
+        for f, t in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, told)), strict=True):
+            assert (f.shape, f.dtype, f.device.type) == (t.shape, t.dtype, "meta")
+
+    scans = draw_scan(9, dtype=torch.bfloat16)
+    alike(scan_fn(**bare(scans)), scan_fn(**scans))
+    turning = scans | {"A": torch.complex(scans["A"], scans["A"]), "B": torch.randn(2, 8, 18), "C": torch.randn(2, 8, 18)}
+    alike(scan_fn(**bare(turning)), scan_fn(**turning))
+    layers = draw_layer(dtype=torch.bfloat16)
+    alike(mamba_inner_fn(**bare(layers)), mamba_inner_fn(**layers))
+    steps = draw_update(4, (4, 8), 2, torch.bfloat16, False)
+    alike(selective_state_update(**bare(steps)), selective_state_update(**steps))
+    chunks = draw_chunks(9, 2, torch.bfloat16)
+    alike(in_chunks(**bare(chunks)), in_chunks(**chunks))
+    layers = draw_split(2, torch.bfloat16, 3) | {"ngroups": 2, "chunk_size": 8, "rmsnorm_weight": torch.randn(24)}
+    alike(mamba_split_conv1d_scan_combined(**bare(layers)), mamba_split_conv1d_scan_combined(**layers))
+
+
 # ---- what is refused ----
 
 _scan, _layer, _chunks = draw_scan(6, dim=4), draw_layer(), draw_chunks(6, 2, torch.float32)
 _step = draw_update(4, (4, 8), 2, torch.float32, False)
+_split = draw_split(2, torch.float32) | {"ngroups": 2}
+_normed = {"x": torch.randn(2, 24), "weight": torch.randn(24), "bias": None}
 _complex = torch.complex(_scan["A"], _scan["A"])
 REFUSED: list[tuple[Any, dict[str, Any], dict[str, Any], type[Exception], str]] = [
     (selective_scan_fn, _scan, {"B": torch.randn(2, 8, 5)}, RuntimeError, r"B has shape \(2, 1, 8, 5\)"),
@@ -434,27 +748,32 @@ REFUSED: list[tuple[Any, dict[str, Any], dict[str, Any], type[Exception], str]] 
     (selective_state_update, _step, {"A": torch.complex(_step["A"], _step["A"])}, RuntimeError, "complex64"),
     (selective_state_update, _step, {"dt": torch.randn(4, 4)}, RuntimeError, r"dt has shape \(4, 4\)"),
     (selective_state_update, _step, {"state_batch_indices": torch.tensor([0, 1, 2, 4])}, IndexError, "4"),
-    (mamba_chunk_scan_combined, _chunks, {"seq_idx": torch.tensor([[0, 0, 1, 1, 0, 0]] * 2)}, ValueError, "comes back"),
     (mamba_chunk_scan_combined, _chunks, {"return_varlen_states": True}, AssertionError, "cu_seqlens must be given"),
-    (mamba_chunk_scan_combined, _chunks, {"state_dtype": torch.bfloat16}, NotImplementedError, "state_dtype"),
+    (mamba_chunk_scan_combined, _chunks, {"state_dtype": torch.int32}, RuntimeError, "state_dtype is torch.int32"),
     (mamba_chunk_scan_combined, _chunks, {"dt": torch.randn(2, 6, 3)}, RuntimeError, "dt has shape"),
+    (mamba_split_conv1d_scan_combined, _split, {"activation": "gelu"}, AssertionError, "activation is 'gelu'"),
+    (mamba_split_conv1d_scan_combined, _split, {"D": torch.randn(4)}, AssertionError, "headdim must be given"),
+    (mamba_split_conv1d_scan_combined, _split, {"ngroups": 3}, AssertionError, "4 heads do not divide into 3"),
+    (mamba_split_conv1d_scan_combined, _split, {"outproj_bias": torch.randn(5)}, AssertionError, "without outproj_weight"),
+    (mamba_split_conv1d_scan_combined, _split, {"zxbcdt": torch.randn(2, 70, 73)}, RuntimeError, "zxbcdt has 73 channels"),
+    (rmsnorm_fn, _normed, {"group_size": 5}, AssertionError, "group_size is 5; expected a divisor of 24"),
+    (layernorm_fn, _normed, {"z": torch.randn(2, 12)}, RuntimeError, r"z has shape \(2, 12\); expected \(2, 24\)"),
+    (layernorm_fn, _normed, {"weight": torch.randn(6)}, RuntimeError, r"weight has shape \(6,\)"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", range(len(REFUSED)))
 def test_what_is_refused_is_named(case: int) -> None:
     function, inputs, changed, kind, message = REFUSED[case]
-    chunked = {"chunk_size": 8} if function is mamba_chunk_scan_combined else {}
+    chunked = {"chunk_size": 8} if "chunk_size" in inspect.signature(function).parameters else {}
     with pytest.raises(kind, match=message):
         function(**inputs | changed | chunked)
 
 
-def test_packed_states_ask_for_what_keeps_sequences_apart() -> None:
+def test_packed_states_ask_for_the_same_sequences() -> None:
     inputs, cu_seqlens = draw_chunks(6, 2, torch.float32, batch=1), torch.tensor([0, 2, 6])
     options: dict[str, Any] = {"chunk_size": 8, "cu_seqlens": cu_seqlens, "return_varlen_states": True}
-    with pytest.raises(NotImplementedError, match="takes seq_idx beside cu_seqlens"):
-        mamba_chunk_scan_combined(**inputs, **options)
     with pytest.raises(ValueError, match="tell different sequences"):
         mamba_chunk_scan_combined(**inputs, **options, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]))
-    with pytest.raises(NotImplementedError, match="no initial_states"):
-        mamba_chunk_scan_combined(**inputs, **options, initial_states=torch.zeros(1, 4, 6, 8))
+    with pytest.raises(AssertionError, match="takes batch 1; got 2"):
+        mamba_chunk_scan_combined(**draw_chunks(6, 2, torch.float32), **options)
