@@ -159,7 +159,7 @@ def _activation_of(experts: Any) -> str | None:
     name = ACTIVATIONS.get(type(function).__name__)
     if name == "gelu" and function.act is not torch.nn.functional.gelu:  # an approximation
         return None
-    if experts._is_expert_parallel or getattr(experts, "has_post_expert_norm", False):
+    if getattr(experts, "_is_expert_parallel", False) or getattr(experts, "has_post_expert_norm", False):
         return None
     if name is None or not experts.has_gate:
         return name
