@@ -42,7 +42,8 @@ def make_mask(
 ) -> Tensor | None:  # fmt: skip
     """What `forward` gets as a mask: nothing where causality and a window say it all, (batch, keys) where a batch is padded,
     else (batch, 1, queries, keys)."""
-    if not allow_is_causal_skip or (local_size is not None and _in_chunks(options["mask_function"], local_size)):
+    in_chunks = local_size is not None and _in_chunks(options["mask_function"], local_size)
+    if not allow_is_causal_skip or in_chunks or (attention_mask is None and _with_room(**options)):
         whole = import_module("transformers.masking_utils").sdpa_mask
         found: Tensor | None = whole(*args, attention_mask=attention_mask, allow_is_causal_skip=False, **options)
         return found
@@ -50,6 +51,11 @@ def make_mask(
         return None
     padding = attention_mask[:, -options["kv_length"] :]
     return None if padding.shape[1] == options["kv_length"] and bool(padding.all()) else padding
+
+
+def _with_room(q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int, **further: Any) -> bool:
+    """Whether a cache is one of fixed size, of which the keys after the last query are still empty."""
+    return isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length
 
 
 def _in_chunks(mask_function: Any, size: int) -> bool:
@@ -153,7 +159,7 @@ def _activation_of(experts: Any) -> str | None:
     name = ACTIVATIONS.get(type(function).__name__)
     if name == "gelu" and function.act is not torch.nn.functional.gelu:  # an approximation
         return None
-    if experts._is_expert_parallel or getattr(experts, "has_post_expert_norm", False):
+    if getattr(experts, "_is_expert_parallel", False) or getattr(experts, "has_post_expert_norm", False):
         return None
     if name is None or not experts.has_gate:
         return name
