@@ -12,6 +12,7 @@
 #   make site      the pages and the API as a site, in build/site
 #   make documents  runs the commands and the Python of README.md and docs/, from the pages
 #   make pictures  draws docs/pictures and the reports of docs/studies, from the data there and in benchmarks/results
+#   make wheels    a source distribution, and wheels for PYTHONS (default: PYTHON), in dist (docs/packaging.md)
 #   make sanitize  the op tests over kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 #
 #   make gpu-training  on a machine with a GPU, offline: training steps of presets of 70M and 1B and of a slice of 7B, against plain
@@ -28,7 +29,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 OP_TESTS = $(shell $(BIN)/python -c 'import madkernels; print(*(f"$(CURDIR)/tests/test_{name}.py" for name in ("op_contract", *madkernels.OPS)))')
 PTX_TESTS := $(addprefix tests/test_,$(addsuffix .py,simulator device gpu_kernels gpu_check views))
 
-.PHONY: install demo test lint format documents pictures site sanitize cuda-check ptx-check gpu-check gpu-training wheel clean
+.PHONY: install demo test lint format documents pictures site sanitize cuda-check ptx-check gpu-check gpu-training wheels clean
 
 install: .venv/installed
 
@@ -99,11 +100,8 @@ gpu-check:
 gpu-training:
 	PYTHONPATH=. $(PYTHON) tools/gpu_training.py --json $(or $(OUT),out)/training.json
 
-# The wheel is built from the source distribution, so that both are known to work.
-wheel: install
-	rm -rf dist
-	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
-	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist dist/madkernels-*.tar.gz
+wheels:
+	$(PYTHON) tools/wheels.py build $(or $(PYTHONS),$(PYTHON))
 
 clean:
 	rm -rf build dist .venv *.egg-info madkernels/_C*.so

@@ -4,16 +4,20 @@ Environment variables: MADKERNELS_CUDA=auto|on|off (auto: where nvcc is found an
 MADKERNELS_CUDA_ARCHS="80;90a" (if absent: those of the GPUs here, else these two), MADKERNELS_SANITIZE=ON.
 """
 
+import gzip
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "madkernels" / "_version.py").read_text()).group(1)
@@ -87,5 +91,31 @@ class CMakeBuild(build_ext):
         subprocess.run([*cmake, "--install", str(build), "--prefix", str(destination)], check=True)
 
 
+class DatedSdist(sdist):
+    """Packs the source distribution with times of SOURCE_DATE_EPOCH, if set: the same sources give the same bytes."""
+
+    def make_archive(self, base_name: str, format: str, root_dir: Any = None, base_dir: Any = None, **owner: Any) -> str:
+        date = os.environ.get("SOURCE_DATE_EPOCH")
+        if date is None:
+            return super().make_archive(base_name, format, root_dir, base_dir, **owner)
+        packed = f"{base_name}.tar.gz"
+        self.mkpath(os.path.dirname(packed))
+        with (
+            gzip.GzipFile(packed, "wb", mtime=int(date)) as file,
+            tarfile.open(fileobj=file, mode="w", dereference=True) as tar,
+        ):
+            for path in sorted(Path(base_dir).rglob("*")):
+                if path.is_file():
+                    tar.add(path, filter=lambda member: nobody_s(member, int(date)))
+        return packed
+
+
+def nobody_s(member: tarfile.TarInfo, date: int) -> tarfile.TarInfo:
+    """A file of an archive without what tells who packed it, and when."""
+    member.mtime, member.uid, member.gid, member.uname, member.gname = date, 0, 0, "", ""
+    member.mode = 0o755 if member.mode & 0o100 else 0o644
+    return member
+
+
 MODULES = [Extension("madkernels._C", sources=[]), Extension("madkernels._C_cuda", sources=[], optional=True)]
-setup(ext_modules=MODULES, cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=MODULES, cmdclass={"build_ext": CMakeBuild, "sdist": DatedSdist})

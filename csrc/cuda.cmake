@@ -12,14 +12,14 @@ endif()
 if(MADKERNELS_CUDA STREQUAL off)
   return()
 endif()
-ask_python(TORCH_CUDA "import torch; print(torch.version.cuda or '')" "torch does not say its CUDA version")
+ask_torch(TORCH_CUDA cuda)
 if(MADKERNELS_CUDA STREQUAL auto AND NOT (NVCC AND TORCH_CUDA))
   message(STATUS "No CUDA part: nvcc is \"${NVCC}\", the CUDA version of torch \"${TORCH_CUDA}\"")
   return()
 endif()
 if(NOT NVCC)
   message(FATAL_ERROR "MADKERNELS_CUDA=on, but there is no nvcc on PATH, in CUDA_HOME, in /usr/local/cuda or among the \
-packages of ${Python_EXECUTABLE}: install the CUDA toolkit or madkernels[cuda-dev], or set CUDA_HOME, or build with \
+packages of ${Python_EXECUTABLE}: install the CUDA toolkit or madkernels[cuda-build], or set CUDA_HOME, or build with \
 MADKERNELS_CUDA=off.")
 endif()
 

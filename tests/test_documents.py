@@ -54,7 +54,7 @@ def test_blocks_are_run_in_order_and_smaller(page: Path, capsys: pytest.CaptureF
         ("```bash\nfalse | cat\n```\n", "docs/page.md:2 ended with 1"),
         ("```python\nraise SystemExit(3)\n```\n", "docs/page.md:2 ended with 3"),
         ("<!-- smaller: 10 => 1 -->\n```bash\necho 20\n```\n", "docs/page.md:3: the block has no '10' to replace"),
-        ("<!-- later: -->\n```bash\ntrue\n```\n", "is neither"),
+        ("<!-- later: -->\n```bash\ntrue\n```\n", "is not `smaller: ...`"),
         ("Run it:\n\n    madkernels doctor\n", "docs/page.md:3: madkernels d... stands outside of a fence"),
     ],
 )
@@ -62,6 +62,15 @@ def test_what_is_wrong_is_said(text: str, complaint: str, page: Path, capsys: py
     page.write_text(text)
     assert documents.main([str(page)]) == 1
     assert complaint in capsys.readouterr().err
+
+
+def test_what_installs_is_run_alone_and_in_the_checkout(page: Path) -> None:
+    page.write_text("```bash\necho >>others\n```\n\n<!-- installs: it -->\n```bash\necho >>docs/installed\n```\n")
+    assert documents.main([str(page)]) == 0
+    assert not (page.parent / "installed").exists()
+    assert documents.main([str(page), "--installs"]) == 0
+    assert (page.parent / "installed").read_text() == "\n"
+    assert not (documents.ROOT / "others").exists()
 
 
 def test_every_page_is_fenced_and_reasons_are_given() -> None:

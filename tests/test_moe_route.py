@@ -313,26 +313,44 @@ def test_opcheck_of_rows() -> None:
 
 
 class Layer(torch.nn.Module):
-    """As a model has it: every result of the plan is used."""
+    """As a model has it: every result of the plan is used, those that are properties where it is told so."""
+
+    def __init__(self, properties: bool):
+        super().__init__()
+        self.properties = properties
 
     def forward(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         plan = moe_route(logits, 2, score="sigmoid", groups=(3, 2), capacity=9)
         out = moe_combine(moe_dispatch(x, plan) * 2, plan)
-        return out, plan.load_balance_loss + plan.z_loss + plan.dropped
+        more = plan.load_balance_loss + plan.dropped if self.properties else plan.mean_probs.square().sum()
+        return out, more + plan.z_loss
 
 
+@pytest.mark.parametrize(
+    "properties",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(
+                torch.__version__.startswith("2.10."), reason="torch 2.10 compiles no property of a NamedTuple"
+            ),
+        ),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_compile_and_export_of_a_layer(dtype: torch.dtype) -> None:
+def test_compile_and_export_of_a_layer(dtype: torch.dtype, properties: bool) -> None:
     torch.compiler.reset()
+    layer = Layer(properties)
     inputs = tuple(drawn(40, n, dtype=dtype).requires_grad_() for n in (8, 12))
-    plain = Layer()(*inputs)
-    compiled = torch.compile(Layer(), fullgraph=True, backend="aot_eager")(*inputs)
+    plain = layer(*inputs)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs)
     grads = [torch.autograd.grad(out.square().sum() + loss, inputs) for out, loss in (plain, compiled)]
     for a, b in zip((*plain, *grads[0]), (*compiled, *grads[1]), strict=True):
         rounding = 8 * torch.finfo(a.dtype).eps
         torch.testing.assert_close(a, b, rtol=rounding, atol=rounding)
     with torch.no_grad():
-        exported = torch.export.export(Layer(), inputs).module()(*inputs)
+        exported = torch.export.export(layer, inputs).module()(*inputs)
     assert torch.equal(exported[0], plain[0])
 
 

@@ -169,7 +169,7 @@ def main() -> int:
     if find_nvcc() is None:
         print(
             "cuda-check: no nvcc on PATH, in CUDA_HOME, in /usr/local/cuda or among the packages of this Python: install the"
-            " CUDA toolkit or madkernels[cuda-dev]",
+            " CUDA toolkit or madkernels[cuda-build]",
             file=sys.stderr,
         )
         return 2

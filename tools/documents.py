@@ -5,6 +5,8 @@ link to docs/ and what earlier blocks of the page left. The line before a fence 
 
     <!-- smaller: FROM => TO; FROM => TO -->   run with these replacements, so that it ends in seconds
     <!-- not run: REASON -->                   left out
+    <!-- installs: WHAT -->                    left out; with --installs these alone are run, in the checkout, whose package
+                                               they install over the one that is there
 
 Exit code 1 where a block fails, a replacement does not apply, or a command stands outside of a fence.
 """
@@ -47,17 +49,21 @@ class Block:
     def skipped(self) -> bool:
         return self.how.startswith("not run: ")
 
+    @property
+    def installs(self) -> bool:
+        return self.how.startswith("installs: ")
+
     def smaller(self) -> str:
         """The text with its replacements.
 
         Raises:
             ValueError: the comment is not understood, or what it replaces is not there.
         """
-        if not self.how:
+        if not self.how or self.installs:
             return self.text
         kind, _, rules = self.how.partition(": ")
         if kind != "smaller":
-            raise ValueError(f"{self.place}: <!-- {self.how} --> is neither `smaller: ...` nor `not run: ...`")
+            raise ValueError(f"{self.place}: <!-- {self.how} --> is not `smaller: ...`, `not run: ...` or `installs: ...`")
         text = self.text
         for rule in rules.split("; "):
             before, arrow, after = rule.partition(" => ")
@@ -112,12 +118,12 @@ def run(block: Block, folder: Path) -> str:
 
 
 def run_page(page: Path) -> list[str]:
-    """What went wrong on a page; blocks after one that failed are not run."""
+    """What went wrong on a page, without what installs; blocks after one that failed are not run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "docs").symlink_to(ROOT / "docs")
         for block in blocks(page):
-            if block.skipped:
+            if block.skipped or block.installs:
                 print(f"{block.place:40}           {block.how}")
                 continue
             try:
@@ -129,13 +135,20 @@ def run_page(page: Path) -> list[str]:
     return []
 
 
+def run_installs(page: Path) -> list[str]:
+    """What went wrong in the blocks of a page that install."""
+    return [failure for block in blocks(page) if block.installs and (failure := run(block, ROOT))]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("pages", nargs="*", type=Path, help="pages to run (default: all)")
-    chosen = [page.resolve() for page in parser.parse_args(arguments).pages] or pages()
+    parser.add_argument("--installs", action="store_true", help="run the blocks that install, and no others")
+    options = parser.parse_args(arguments)
+    chosen = [page.resolve() for page in options.pages] or pages()
     failures = [f"{where} stands outside of a fence" for page in chosen for where in outside_of_fences(page)]
     for page in chosen:
-        failures += run_page(page)
+        failures += run_installs(page) if options.installs else run_page(page)
     print("\n".join(failures), file=sys.stderr)
     return int(bool(failures))
 
