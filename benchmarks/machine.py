@@ -73,6 +73,11 @@ def last_level_cache() -> int:
     return max(sizes)
 
 
+def memory_bytes() -> int:
+    """Of the machine, whoever uses them."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def commit() -> str:
     """The commit of the checkout this file is in, "-dirty" if tracked files differ; empty if it is in none."""
     file = Path(__file__).resolve()
