@@ -13,7 +13,7 @@ from madkernels.models.spec import LayerSpec, parse
 from madkernels.names import did_you_mean
 from madkernels.synthetics.protocol import load_protocol
 
-TOKENS = {"cpu": 2048, "cuda": 16384}  # of a call at a model's size: a CPU has no time for more
+TOKENS = {"cpu": 1024, "cuda": 16384}  # of a call at a model's size: a CPU has no time for more
 MAD = "mad"
 NAMES = (MAD, *SIZES)
 

@@ -30,8 +30,8 @@ def bench(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            help=f"Ops, of {', '.join(OPS)}; or layer LAYER..., such as attention:heads=8; or layers, for all of them; or model "
-            "PRESET... Default: all ops, at a --preset."
+            help=f"Ops, of {', '.join(OPS)}; or layer LAYER..., such as attention:heads=8; or layers, for all of them; or "
+            "model PRESET... Default: all ops, at a --preset."
         ),
     ] = None,
     shapes: Annotated[
@@ -71,8 +71,8 @@ def bench(
         Path | None,
         typer.Option(
             "--baseline",
-            help="A file of --json to compare with, of the same device. Exit code 1 where a pass is slower and the quartiles "
-            "of both runs lie apart.",
+            help="A file of --json to compare with, of the same device. Exit code 1 where a pass is slower and the "
+            "quartiles of both runs lie apart; 2 where the file does not fit.",
         ),
     ] = None,
     warm: Annotated[
