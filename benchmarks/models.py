@@ -222,5 +222,5 @@ def check_memory(case: Case, dtypes: Sequence[torch.dtype], device: torch.device
     there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory_bytes()
     if needed > there:
         raise ValueError(
-            f"{case.name} needs {needed >> 30} GiB to be trained and more for activations; there are {there >> 30}"
+            f"{case.name} needs {needed >> 30} GiB to be trained, and more for activations; there are {there >> 30} GiB"
         )
