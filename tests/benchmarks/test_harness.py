@@ -194,7 +194,7 @@ def test_wrong_contender_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured.absent == {"nowhere": "no_such_thing is not installed"}
     assert not next(result for result in measured.results if result.contender == "off-by-one").right
     console = Console(file=io.StringIO(), width=100)
-    report.show("causal_conv", measured, console)
+    report.show(measured, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(r"off-by-one +\d\.\de.\d\d +wrong +not +timed", text)
     assert "not run: nowhere: no_such_thing is not installed" in text
