@@ -32,6 +32,7 @@ CPU = torch.device("cpu")
 PASSES = ("forward", "backward")
 OURS = "madkernels"
 MAX_COPIES = 32
+SEVERAL = 4  # times the last-level cache, beyond which inputs drive themselves out of it
 MIN_RUNS = 5
 SECONDS = 3.0  # spent on a contender before it drops out of the rounds
 
@@ -239,9 +240,10 @@ def peak_bytes(call: Callable[[], Any], inputs: Inputs) -> int:
 
 
 def rotated(inputs: Inputs) -> list[Inputs]:
-    """Enough copies that between two turns of one the others fill the last-level cache; at most MAX_COPIES."""
-    size = sum(value.nbytes for value in inputs.values())
-    count = min(2 + cache_bytes(inputs) // size, MAX_COPIES)
+    """Enough copies that between two turns of one the others fill the last-level cache; at most MAX_COPIES. Of what is
+    several times as large as the cache, the inputs alone: the cache holds a small part of them."""
+    size, cache = sum(value.nbytes for value in inputs.values()), cache_bytes(inputs)
+    count = 1 if size > SEVERAL * cache else min(2 + cache // size, MAX_COPIES)
     return [inputs, *({name: value.clone() for name, value in inputs.items()} for _ in range(count - 1))]
 
 

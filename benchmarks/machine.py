@@ -101,6 +101,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, -1)
 
 
+def give_back_memory() -> None:
+    """Gives what was kept back to the system, where another case is to come."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Rates:
     """The rates of the machine, measured again and again between the timings, so that they share the machine's ups and
     downs.

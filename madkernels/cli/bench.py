@@ -128,6 +128,7 @@ def bench(
                 harness.measure(job.benchmark, job.case, dtypes, job.passes, others, runs, place, warm, job.limit)
             )
             report.show(measured[-1], console, baseline)
+            machine.give_back_memory()
         if len(jobs) > 1:
             report.overview(measured, console, baseline)
     finally:

@@ -81,6 +81,7 @@ def test_copies_fill_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({copy["x"].data_ptr() for copy in copies}) == 4
     assert all(torch.equal(copy["x"], inputs["x"]) for copy in copies)
     assert len(rotated({"x": torch.zeros(1)})) == harness.MAX_COPIES
+    assert len(rotated({"x": torch.zeros(1001)})) == 1  # 4004 bytes
 
 
 def test_contender_takes_the_copies_in_turn() -> None:
