@@ -95,7 +95,7 @@ def bench(
     if names[0] in WHOLE:
         if shapes or warm:
             raise ValueError(f"{names[0]}: --shapes and --warm are of ops")
-        place = _device(device, dtypes)
+        place = _device(None, device, dtypes)
         jobs = _whole_jobs(names, preset, seqlen, place, dtypes, quick)
     else:
         benchmarks = [_benchmark(op) for op in names]
@@ -105,7 +105,7 @@ def bench(
             raise ValueError("--seqlen: lengths go with a --preset; the cases of --shapes have their own")
         if preset and shapes:
             raise ValueError("--preset and --shapes: expected one of them")
-        place = _device(device, dtypes, *names)
+        place = [_device(op, device, dtypes) for op in names][-1]
         jobs = [job for benchmark in benchmarks for job in _op_jobs(benchmark, shapes, preset, seqlen, place.type, quick)]
     jobs = [job.limited_to(PASSES[direction]) for job in jobs]
     jobs = [job for job in jobs if job.passes]
@@ -279,8 +279,8 @@ def _peers(benchmark: Benchmark, names: str, device: str, all_of_them: bool) -> 
     return [known[name] for name in names.split(",")]
 
 
-def _device(name: str, dtypes: Sequence[torch.dtype], *ops: str) -> torch.device:
-    """The device of a name, made the current one if it is a GPU that the ops can run on."""
+def _device(op: str | None, name: str, dtypes: Sequence[torch.dtype]) -> torch.device:
+    """The device of a name, made the current one if it is a GPU, and one that the op can run on."""
     import torch
 
     from madkernels import cuda
@@ -289,11 +289,10 @@ def _device(name: str, dtypes: Sequence[torch.dtype], *ops: str) -> torch.device
     if (index := gpu_of(name)) is None:
         return torch.device("cpu")
     part, _ = cuda.load()
-    for op in ops:
-        if part is None or op not in cuda.ops_with_kernels():
-            raise ValueError(f"--device {name}: {cuda.why_not(op)}")
+    if op and (part is None or op not in cuda.ops_with_kernels()):
+        raise ValueError(f"--device {name}: {cuda.why_not(op)}")
     if torch.float64 in dtypes:
-        raise ValueError("--dtype: ops take float64 on the CPU only")
+        raise ValueError(f"--dtype: {op or 'a layer'} takes float64 on the CPU only")
     check_gpu(name, index)
     if part and (problem := part.device_problem(index)):
         raise ValueError(f"--device {name}: {problem}")
