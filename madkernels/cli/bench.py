@@ -266,7 +266,7 @@ def _dtypes(names: str) -> list[torch.dtype]:
     return [getattr(torch, name) for name in names.split(",")]
 
 
-def _peers(benchmark: Benchmark, names: str, device: str, all_of_them: bool) -> list[Peer]:
+def _peers(benchmark: Benchmark, names: str, device: str, all_of_them: bool = False) -> list[Peer]:
     if names == "none":
         return []
     if names == "auto":
