@@ -55,7 +55,8 @@ def plain_fft_conv(
 
 # Outside of graphs: one would hold every step of a scan, and torch.compile makes no code for complex numbers.
 _OWN = {"selective_scan": plain_scan, "fft_conv": plain_fft_conv}
-PLAIN: dict[str, Callable[..., Any]] = {name: torch.compiler.disable(function) for name, function in _OWN.items()}
+_disable: Any = torch.compiler.disable  # it has no types
+PLAIN: dict[str, Callable[..., Any]] = {name: _disable(function) for name, function in _OWN.items()}
 # Not RoutingPlan, which is the reference's own.
 FUNCTIONS = [n for names in OPS.values() for n in names if getattr(madkernels, n) is not getattr(reference, n)]
 
