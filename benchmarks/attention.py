@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from madkernels import attention, reference
 from madkernels.benchmarks.cases import Argument, Arguments, Axes, Case, Inputs
 from madkernels.benchmarks.harness import Benchmark, Peer
+from madkernels.benchmarks.sizes import Size
+from madkernels.models.layers.attention import Attention
 
 SCORES = 1 << 26  # up to which peers are timed that keep all of them in memory: some ten tensors of 256 MiB of float32
 
@@ -133,6 +135,13 @@ CASES = (
 TRAINING = _case("training", 8192, heads=32, head_dim=128, causal=True, batch=2)
 
 
+def case_of(size: Size) -> AttentionCase:
+    """The attention of a model."""
+    layer = size.layer("attention")
+    assert isinstance(layer, Attention)
+    return _case(size.name, size.seqlen, heads=layer.heads, head_dim=layer.head_dim, causal=True, batch=size.batch)
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """torch's attention, by whichever of its ways it takes itself. It has heads before the sequence: views of ours."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -246,6 +255,7 @@ BENCHMARK = Benchmark(
     reference=reference.attention,
     cases=CASES,
     training=TRAINING,
+    of_model=case_of,
     peers=(
         Peer("sdpa", sdpa, backward=True, accepts=_whole),
         Peer(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 Inputs = dict[str, Tensor]
 Axes = tuple[str, ...]
+LARGEST_CHECKED = 1 << 28  # weights that the reference has in float64, with their gradients
 ROWS: Axes = ("batch", "seqlen", "dim")
 
 
@@ -45,6 +46,12 @@ class Case:
     arguments: ClassVar[Arguments]
     out: ClassVar[Axes] = ROWS
     formula: ClassVar[str] = ""  # of `flops`, in words
+    share: ClassVar[str] = "multiply"  # what the rate of `flops` over that of multiplying is called
+    called: ClassVar[Mapping[str, str]] = {}  # what its passes are called, where not forward and backward
+    rotates: ClassVar[bool] = True  # whether contenders take copies of the inputs in turn
+    leeway: ClassVar[float] = 1.0  # times the tolerance of an op that errors may have
+    tells_tokens: ClassVar[bool] = False  # whether tokens per second are told
+    tells_memory: ClassVar[bool] = False  # whether the memory of every contender is
     name: str
     batch: int
     seqlen: int
@@ -102,6 +109,10 @@ class Case:
         not products that take its time."""
         return 0
 
+    def arithmetic(self, direction: str) -> float:
+        """All floating-point operations of a pass as its formula has them, products or not: what a roofline counts."""
+        return self.flops(direction)
+
     @property
     def independent(self) -> Axes:
         """The axes along which the op computes each index by itself, so that some of them can be checked without the rest.
@@ -130,6 +141,19 @@ class Case:
     def scale(self, inputs: Inputs, generator: torch.Generator) -> Inputs:
         """Inputs as a model has them, from normal ones."""
         return inputs
+
+    @property
+    def checked_as(self) -> Case:
+        """The case that contenders are compared with the reference on: this one, unless that would take too long."""
+        return self
+
+    def shortened(self) -> Case:
+        """The same on an eighth of the sequence, from whose time that of this one is estimated."""
+        return replace(self, seqlen=max(self.seqlen // 8, 1))
+
+    def work(self) -> float:
+        """What the time of a forward is about in proportion to."""
+        return self.flops("forward") or self.exponentials or self.tokens
 
     def __str__(self) -> str:
         return describe(asdict(self))

@@ -12,6 +12,8 @@ from torch import Tensor
 from madkernels import causal_conv, reference
 from madkernels.benchmarks.cases import ROWS, Argument, Arguments, Axes, Case
 from madkernels.benchmarks.harness import Benchmark, Peer
+from madkernels.benchmarks.sizes import Size
+from madkernels.models.layers.mamba import Mamba
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,10 @@ class ConvCase(Case):
     width: int
     bias: bool = False
     activation: str | None = None
+
+    def arithmetic(self, direction: str) -> float:
+        """A multiply and add a tap; backward for x and for the taps."""
+        return {"forward": 2, "backward": 4}[direction] * self.tokens * self.dim * self.width
 
     @property
     def independent(self) -> Axes:
@@ -50,6 +56,14 @@ CASES = (
     ConvCase(name="thousand", batch=1, seqlen=1000, dim=130, width=4, activation="silu", quick=True),
 )
 TRAINING = ConvCase(name="training", batch=8, seqlen=2048, dim=8192, width=4, activation="silu")
+
+
+def case_of(size: Size) -> ConvCase:
+    """The short convolution of a Mamba layer of a model."""
+    layer = size.layer("mamba")
+    assert isinstance(layer, Mamba)
+    sizes: dict[str, Any] = {"batch": size.batch, "seqlen": size.seqlen, "dim": layer.inner, "width": layer.width}
+    return ConvCase(name=size.name, bias=True, activation="silu", **sizes)
 
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
@@ -99,6 +113,7 @@ BENCHMARK = Benchmark(
     reference=reference.causal_conv,
     cases=CASES,
     training=TRAINING,
+    of_model=case_of,
     peers=(
         Peer("reference", reference.causal_conv, backward=True),
         Peer("conv1d", conv1d, backward=True),

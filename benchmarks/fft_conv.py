@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from madkernels import fft_conv
 from madkernels.benchmarks.cases import ROWS, Argument, Arguments, Axes, Case, Inputs
 from madkernels.benchmarks.harness import Benchmark, Peer
+from madkernels.benchmarks.sizes import Size
+from madkernels.models.layers.hyena import LongConvLayer
 
 Gate = Tensor | None
 
@@ -37,9 +39,17 @@ class LongConvCase(Case):
     skip: bool = False
     gates: bool = False
 
+    def arithmetic(self, direction: str) -> float:
+        """10 L log2 L a channel, as the layers count a convolution; backward twice as many."""
+        by_row = 10 * self.seqlen * math.log2(max(self.seqlen, 2))
+        return {"forward": 1, "backward": 2}[direction] * self.batch * self.dim * by_row
+
     @property
     def independent(self) -> Axes:
         return ("dim",)
+
+    def shortened(self) -> Case:
+        return replace(self, seqlen=max(self.seqlen // 8, 1), filter_len=max(self.filter_len // 8, 1))
 
     def has(self, argument: str) -> bool:
         return self.gates if argument in ("pre_gate", "post_gate") else super().has(argument)
@@ -71,6 +81,14 @@ CASES = (
     LongConvCase(name="thousand", batch=1, seqlen=1000, dim=33, filter_len=1000, gates=True, quick=True),
 )
 TRAINING = LongConvCase(name="training", batch=8, seqlen=8192, dim=2048, filter_len=8192, gates=True)
+
+
+def case_of(size: Size) -> LongConvCase:
+    """The long convolution of a Hyena layer of a model, as long as the sequence."""
+    layer = size.layer("hyena")
+    assert isinstance(layer, LongConvLayer)
+    sizes: dict[str, Any] = {"batch": size.batch, "seqlen": size.seqlen, "dim": layer.channels, "filter_len": size.seqlen}
+    return LongConvCase(name=size.name, skip=True, gates=True, **sizes)
 
 
 def _gated(v: Tensor, y: Tensor, skip: Gate, post_gate: Gate) -> Tensor:
@@ -152,6 +170,7 @@ BENCHMARK = Benchmark(
     reference=torch_fft,  # in float64; that of the op takes a step for each lag
     cases=CASES,
     training=TRAINING,
+    of_model=case_of,
     peers=(
         Peer("torch.fft", torch_fft, backward=True),
         Peer("torch.fft-last", torch_fft_last, backward=True),

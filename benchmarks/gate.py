@@ -26,6 +26,13 @@ def with_graph(function: Function, inputs: Inputs) -> tuple[Inputs, Tensor]:
     return leaves, function(**leaves)
 
 
+def output(function: Function, inputs: Inputs) -> Tensor:
+    """The output of the function on the inputs, without a graph."""
+    with torch.no_grad():
+        out: Tensor = function(**{name: value for name, value in inputs.items() if name != "out"})
+    return out
+
+
 def gradients(function: Function, inputs: Inputs) -> Inputs:
     """The output as `out` and the gradient of each input, with the gradient of the output in `inputs`."""
     leaves, out = with_graph(function, inputs)
@@ -65,10 +72,10 @@ class Gate:
     the gradients of what they share, so those channels alone give the reference all it needs.
     """
 
-    def __init__(self, case: Case, reference: Function, inputs: Inputs):
+    def __init__(self, case: Case, reference: Function, inputs: Inputs, checked: str = "all of it"):
         self.axes = case.axes
         self.index = {axis: index.to(inputs["out"].device) for axis, index in picked(case).items()}
-        self.checked = "all of it"
+        self.checked = checked
         if self.index:
             counts = {axis: f"{len(index)} of {getattr(case, axis)}" for axis, index in self.index.items()}
             self.checked = ", ".join(f"{count} {NAMES.get(axis, axis)}" for axis, count in counts.items())
@@ -95,11 +102,7 @@ class Gate:
     def errors(self, function: Function, backward: bool, arrange: Callable[[Tensor], Tensor]) -> list[float]:
         """The error of the forward and, if wanted, the worst of the gradients."""
         inputs = {name: arrange(value) for name, value in self.inputs.items()}
-        if backward:
-            found = gradients(function, inputs)
-        else:
-            with torch.no_grad():
-                found = {"out": function(**{name: value for name, value in inputs.items() if name != "out"})}
+        found = gradients(function, inputs) if backward else {"out": output(function, inputs)}
         each = {name: relative_rms(self.pick(name, value), self.exact[name]) for name, value in found.items()}
         forward = each.pop("out")
         return [forward, max(each.values())] if backward else [forward]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from madkernels import grouped_gemm, reference
-from madkernels.benchmarks.cases import Argument, Arguments, Axes, Case, Inputs
+from madkernels.benchmarks.cases import LARGEST_CHECKED, Argument, Arguments, Axes, Case, Inputs
 from madkernels.benchmarks.harness import Benchmark, Peer
+from madkernels.benchmarks.sizes import Size
 from madkernels.models.layers.grouped import grouped_linear
+from madkernels.models.layers.moe import MoE
 from madkernels.reference.activations import GATED, activate
 
 
@@ -47,6 +49,14 @@ class GroupedGemmCase(Case):
     def flops(self, direction: str) -> int:
         return {"forward": 2, "backward": 4}[direction] * self.tokens * self.inputs * self.outputs
 
+    @property
+    def checked_as(self) -> Case:
+        """With fewer groups and rows where the weights are so large that there is no room for them in float64."""
+        if self.count(("groups", "outputs", "inputs")) <= LARGEST_CHECKED:
+            return self
+        groups = max(1, self.groups // 4)
+        return replace(self, name="fewer groups and rows", groups=groups, seqlen=min(self.seqlen, 256))
+
     def scale(self, inputs: Inputs, generator: torch.Generator) -> Inputs:
         return inputs | {"weight": inputs["weight"] / self.inputs**0.5}
 
@@ -69,6 +79,14 @@ CASES = (
 TRAINING = _case("training", 65536, 2048, 2048, 64, activation="swiglu")
 
 
+def case_of(size: Size) -> GroupedGemmCase:
+    """The first product of a mixture of experts of a model."""
+    layer = size.layer("moe")
+    assert isinstance(layer, MoE)
+    rows = size.batch * size.seqlen * layer.top_k
+    return _case(size.name, rows, size.dim, 2 * layer.hidden, layer.experts, activation="swiglu")
+
+
 def loop(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, offsets: Tensor, activation: str | None = None) -> Tensor:
     """One product after another, between groups that the host knows."""
     biases = [None] * len(weight) if bias is None else bias
@@ -87,6 +105,7 @@ BENCHMARK = Benchmark(
     reference=reference.grouped_gemm,
     cases=CASES,
     training=TRAINING,
+    of_model=case_of,
     peers=(
         Peer("grouped-mm", grouped_mm, backward=True, accepts=lambda case: not case.has("bias")),
         Peer("loop", loop, backward=True),

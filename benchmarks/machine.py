@@ -73,6 +73,11 @@ def last_level_cache() -> int:
     return max(sizes)
 
 
+def memory_bytes() -> int:
+    """Of the machine, whoever uses them."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def commit() -> str:
     """The commit of the checkout this file is in, "-dirty" if tracked files differ; empty if it is in none."""
     file = Path(__file__).resolve()
@@ -94,6 +99,12 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)
+
+
+def give_back_memory() -> None:
+    """Gives what was kept back to the system, where another case is to come."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Rates:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
@@ -13,9 +13,11 @@ from torch import Tensor
 
 import madkernels
 from madkernels import reference
-from madkernels.benchmarks.cases import Argument, Arguments, Axes, Case, Inputs
+from madkernels.benchmarks.cases import LARGEST_CHECKED, Argument, Arguments, Axes, Case, Inputs
 from madkernels.benchmarks.harness import Benchmark, Peer
+from madkernels.benchmarks.sizes import Size
 from madkernels.models.layers.grouped import grouped_linear
+from madkernels.models.layers.moe import MoE
 from madkernels.reference.activations import GATED
 
 
@@ -76,6 +78,14 @@ class MoeCase(Case):
         return products * self.tokens * self.top_k * self.dim * (self.outputs + self.hidden)
 
     @property
+    def checked_as(self) -> Case:
+        """With fewer experts and tokens where the weights are so large that there is no room for them in float64."""
+        if self.count(("experts", "outputs", "dim")) <= LARGEST_CHECKED:
+            return self
+        experts = max(self.top_k, self.experts // 4)
+        return replace(self, name="fewer experts and tokens", experts=experts, seqlen=min(self.seqlen, 256))
+
+    @property
     def exponentials(self) -> int:
         return self.tokens * self.top_k * self.hidden if self.activation in ("silu", "swiglu") else 0
 
@@ -102,6 +112,13 @@ CASES = (
     _case("all", 20, 40, 24, 4, 4, activation="reglu", down_bias=True, quick=True),
 )
 TRAINING = _case("training", 16384, 2048, 1024, 64, 8)
+
+
+def case_of(size: Size) -> MoeCase:
+    """A mixture of experts of a model."""
+    layer = size.layer("moe")
+    assert isinstance(layer, MoE)
+    return _case(size.name, size.batch * size.seqlen, size.dim, layer.hidden, layer.experts, layer.top_k)
 
 
 def moe_mlp(
@@ -174,6 +191,7 @@ BENCHMARK = Benchmark(
     reference=plainly,
     cases=CASES,
     training=TRAINING,
+    of_model=case_of,
     peers=(
         Peer("grouped-mm", grouped_mm, backward=True, accepts=_plain),
         Peer("loop", loop, backward=True, accepts=_plain),

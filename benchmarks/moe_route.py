@@ -11,6 +11,8 @@ from torch import Tensor
 from madkernels import moe_route
 from madkernels.benchmarks.cases import Argument, Arguments, Axes, Case
 from madkernels.benchmarks.harness import Benchmark, Peer
+from madkernels.benchmarks.sizes import Size
+from madkernels.models.layers.moe import MoE
 from madkernels.reference.moe_route import moe_route as reference_route
 
 
@@ -31,6 +33,10 @@ class RouteCase(Case):
         groups = (self.groups, self.top_groups)
         return {"top_k": self.top_k, "score": "sigmoid" if self.sigmoid else "softmax", "groups": groups}
 
+    def arithmetic(self, direction: str) -> float:
+        """An exponential, a sum and a comparison a score; backward a multiply and add."""
+        return {"forward": 3, "backward": 2}[direction] * self.tokens * self.experts
+
     @property
     def exponentials(self) -> int:
         return self.tokens * self.experts * (2 if self.sigmoid else 1)
@@ -48,6 +54,14 @@ CASES = (
     RouteCase(name="groups", batch=1, seqlen=130, experts=24, top_k=3, groups=6, top_groups=2, quick=True),
 )
 TRAINING = RouteCase(name="training", batch=8, seqlen=2048, experts=128, top_k=8)
+
+
+def case_of(size: Size) -> RouteCase:
+    """The routing of a mixture of experts of a model."""
+    layer = size.layer("moe")
+    assert isinstance(layer, MoE)
+    sizes: dict[str, Any] = {"batch": size.batch, "seqlen": size.seqlen, "experts": layer.experts, "top_k": layer.top_k}
+    return RouteCase(name=size.name, **sizes)
 
 
 def weights_of_op(logits: Tensor, **options: Any) -> Tensor:
@@ -85,6 +99,7 @@ BENCHMARK = Benchmark(
     reference=weights_of_reference,
     cases=CASES,
     training=TRAINING,
+    of_model=case_of,
     peers=(
         Peer("reference", weights_of_reference, backward=True),
         Peer("topk-and-sort", topk_and_sort, accepts=_without_groups),

@@ -19,6 +19,8 @@ from torch import Tensor
 from madkernels import reference, selective_scan
 from madkernels.benchmarks.cases import ROWS, Argument, Arguments, Axes, Case, Inputs
 from madkernels.benchmarks.harness import Benchmark, Peer
+from madkernels.benchmarks.sizes import Size
+from madkernels.models.layers.mamba import Mamba
 
 COMPILED_STEPS = 8  # steps of one compiled call: as fast as more of them, and compiled sooner
 TRANSFORMERS_MAMBA = "transformers.models.mamba.modeling_mamba"
@@ -68,6 +70,10 @@ class ScanCase(Case):
     def independent(self) -> Axes:
         return ("dim",) if self.groups == 1 else ("groups", "dim")
 
+    def arithmetic(self, direction: str) -> float:
+        """A state and step: exp(delta A), delta u B, h's multiply and add, and C's; backward twice as many."""
+        return {"forward": 7, "backward": 14}[direction] * self.exponentials
+
     @property
     def exponentials(self) -> int:
         return self.batch * self.seqlen * self.dim * self.dstate
@@ -99,6 +105,14 @@ CASES = (
     ScanCase(name="thousand", batch=1, seqlen=1000, dim=130, dstate=16, quick=True, D=True, delta_softplus=True),
 )
 TRAINING = ScanCase(name="training", batch=8, seqlen=2048, dim=8192, dstate=16)
+
+
+def case_of(size: Size) -> ScanCase:
+    """The scan of a Mamba layer of a model."""
+    layer = size.layer("mamba")
+    assert isinstance(layer, Mamba)
+    sizes: dict[str, Any] = {"batch": size.batch, "seqlen": size.seqlen, "dim": layer.inner, "dstate": layer.dstate}
+    return ScanCase(name=size.name, **sizes, **_MAMBA)
 
 
 def step_loop(steps: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -147,10 +161,16 @@ def blocked(steps: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, length: i
     return y
 
 
-def chunked(steps: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, length: int = 8) -> Tensor:
-    """As `blocked` over all channels, without updates in place: autograd can follow. Splits and unbinds, since the gradient
-    of a slice is as large as what it was cut from."""
-    h = x.new_zeros(x.shape[0], *A.shape)
+def chunked(steps: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """As `blocked` over all channels, without updates in place: autograd can follow."""
+    return chunked_from(x.new_zeros(x.shape[0], *A.shape), steps, x, A, B, C)[0]
+
+
+def chunked_from(
+    h: Tensor, steps: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, length: int = 8
+) -> tuple[Tensor, Tensor]:
+    """The same from a state (batch, dstate, dim), with the state at the end. Splits and unbinds, since the gradient of a
+    slice is as large as what it was cut from."""
     ys = []
     for s, v, b, c in zip(*(torch.split(rows, length, dim=1) for rows in (steps, x, B, C)), strict=True):
         states = []
@@ -159,7 +179,7 @@ def chunked(steps: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, length: i
             h = torch.addcmul(added_t, decay_t, h)
             states.append(h)
         ys.append(torch.matmul(c.unsqueeze(2), torch.stack(states, 1)).squeeze(2))
-    return torch.cat(ys, 1)
+    return torch.cat(ys, 1), h
 
 
 def doubling(steps: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, length: int = 8) -> Tensor:
@@ -258,6 +278,7 @@ BENCHMARK = Benchmark(
     reference=reference.selective_scan,
     cases=CASES,
     training=TRAINING,
+    of_model=case_of,
     peers=(
         # No backward: that of a slice a step writes a gradient of the whole sequence every step.
         Peer("reference", reference.selective_scan),

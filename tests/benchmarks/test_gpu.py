@@ -87,7 +87,7 @@ def text_of(states: list[dict[str, Any]]) -> str:
     measured.rates.measure()
     measured.rates.states = states
     console = Console(file=io.StringIO(), width=200)
-    report.show("causal_conv", measured, console)
+    report.show(measured, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

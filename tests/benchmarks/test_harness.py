@@ -81,6 +81,7 @@ def test_copies_fill_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({copy["x"].data_ptr() for copy in copies}) == 4
     assert all(torch.equal(copy["x"], inputs["x"]) for copy in copies)
     assert len(rotated({"x": torch.zeros(1)})) == harness.MAX_COPIES
+    assert len(rotated({"x": torch.zeros(1001)})) == 1  # 4004 bytes
 
 
 def test_contender_takes_the_copies_in_turn() -> None:
@@ -194,7 +195,7 @@ def test_wrong_contender_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured.absent == {"nowhere": "no_such_thing is not installed"}
     assert not next(result for result in measured.results if result.contender == "off-by-one").right
     console = Console(file=io.StringIO(), width=100)
-    report.show("causal_conv", measured, console)
+    report.show(measured, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(r"off-by-one +\d\.\de.\d\d +wrong +not +timed", text)
     assert "not run: nowhere: no_such_thing is not installed" in text
