@@ -296,6 +296,11 @@ VARIANTS = [
     ("hyena-experts", {"sparse": True}),
     ("hyena-experts", {"sparse": True, "taps": 6}),
     ("sliding-attention", {"window": 90}),
+    ("attention", {"heads": 6, "kv_heads": 2, "head_dim": 10, "bias": False, "rope_factor": 2.0, "original_length": 20}),
+    ("sliding-attention", {"heads": 6, "kv_heads": 1, "head_dim": 10, "window": 90, "rope_theta": 100.0}),
+    ("swiglu", {"bias": True}),
+    ("mamba", {"rank": 3, "bias": True, "conv_bias": False, "projection_norm_eps": 1e-6}),
+    ("mamba2", {"groups": 2, "D_per_channel": True, "delta_min": 0.01, "delta_max": 0.1, "norm_before_gate": True}),
 ]
 every_variant = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
 

@@ -214,6 +214,9 @@ def test_parameter_groups(lm: HybridLM) -> None:
         # the published layers' counts at width 128
         ("attention", 66_048),
         ("sliding-attention", 66_048),
+        ("attention:heads=8,kv_heads=2,head_dim=32,bias=false", 128 * (8 + 2 * 2) * 32 + 8 * 32 * 128),
+        ("swiglu:hidden=64,bias=true", 3 * 128 * 64 + 2 * 64 + 128),
+        ("mamba:dstate=4,rank=2,bias=true,conv_bias=false", 107_264 + (512 + 128) - 256 + (2 - 8) * 2 * 256),
         ("mamba:dstate=4", 107_264),
         ("mlp", 131_072),
         ("swiglu", 135_168),
@@ -262,6 +265,7 @@ def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
     ("arch", "not_matrices"),
     [
         ("attention", lambda n: 2 * 16 * n * n),  # softmax
+        ("attention:heads=8,kv_heads=2,head_dim=32,bias=false", lambda n: 2 * 8 * n * n),
         ("mlp", lambda n: 0),
         ("swiglu", lambda n: 0),
         ("moe", lambda n: 0),
@@ -295,6 +299,7 @@ def test_flops_against_torchs_count(arch: str, not_matrices: object) -> None:
         ("deltanet", 2 * (4 * 128 * 128 + 128 * 8 + 384 * 4) + 6 * 8 * 16 * 16),
         ("gated-deltanet", 2 * (2 * 128 * 128 + 3 * 128 * 256 + 2 * 128 * 8 + 512 * 4) + 6 * 8 * 16 * 32),
         ("mamba2", 2 * (128 * (512 + 256 + 4) + 256 * 128 + 512 * 4) + 4 * 256 * 128),
+        ("mamba2:groups=2,bias=true", 2 * (128 * (512 + 2 * 256 + 4) + 256 * 128 + 768 * 4) + 4 * 256 * 128),
         ("rwkv5-time-mixer", 2 * (5 * 128 * 128 + 4 * 128) + 4 * 8 * 16 * 16),
         ("rwkv6-time-mixer", 2 * (5 * 128 * 128 + 5 * 128 + 10 * 32 * 128 + 2 * 64 * 128) + 4 * 8 * 16 * 16),
     ],
@@ -310,6 +315,7 @@ def test_flops_of_recurrences(arch: str, a_token: int) -> None:
     [
         ("attention", ("k", "v")),
         ("sliding-attention:window=9", ("k", "v")),
+        ("attention:heads=8,kv_heads=2,head_dim=32", ("k", "v")),
         ("linear-attention:normalise=false", ("matrix",)),
         ("gated-deltanet", ("matrix",)),
         ("hyena-mr", ("past",)),
