@@ -292,6 +292,7 @@ DOCUMENTS = (7, 130, 1, 0, 65, 64, 2)  # chunks of recurrences are 16 and 64
 VARIANTS = [
     *((name, {}) for name in LAYERS),
     ("hyena", {"taps": 6}),
+    ("hyena", {"modal": True}),
     ("mh-hyena", {"taps": 200}),
     ("hyena-experts", {"sparse": True}),
     ("hyena-experts", {"sparse": True, "taps": 6}),
@@ -312,6 +313,8 @@ def trained(name: str, options: dict[str, Any], dtype: torch.dtype = torch.float
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.5 * parameter.std(correction=0).clamp_min(0.2) * torch.randn_like(parameter))
+        if options.get("modal"):
+            layer.filter.log_poles[..., 0].clamp_(max=-0.01)  # whose sums stay finite
     return layer
 
 

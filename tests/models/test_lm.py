@@ -234,6 +234,7 @@ def test_parameter_groups(lm: HybridLM) -> None:
             "hyena",
             (128 * 384 + 384) + (512 * 128 + 128) + 1536 * (3 + 1) + (3 * 4 + 4) + 2 * (4 * 4 + 4) + 4 + 4 * 512 + 512,
         ),
+        ("hyena:modal=true", (128 * 384 + 384) + (512 * 128 + 128) + 1536 * (3 + 1) + 512 * (4 * 2 + 4 * 2 + 1)),
         ("mh-hyena", 4 * (128 * 128 + 128) + 384 * (3 + 1) + (3 * 2 + 2) + 2 * (2 * 2 + 2) + 2 + 2 * 16 + 16),
         (
             "hyena-experts",
@@ -271,6 +272,7 @@ def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
         ("moe", lambda n: 0),
         ("mamba:dstate=4", lambda n: n * (2 * 256 * 4 + 2 * 256 * 4)),  # short convolution, scan
         ("hyena", lambda n: 10 * n * math.log2(n) * 512 + n * 512 * (6 * 3 + 4)),  # transforms, short convolution, gates
+        ("hyena:modal=true", lambda n: 10 * n * math.log2(n) * 512 + n * 512 * (6 * 3 + 4)),
         ("mh-hyena", lambda n: 10 * n * math.log2(n) * 1024 + n * (128 * 6 * 3 + 4 * 1024)),
         ("hyena-experts", lambda n: 10 * n * math.log2(n) * 128 + n * 128 * (6 * 3 + 4)),
         ("hyena-se", lambda n: n * 128 * (6 * 3 + 2 * 7 + 4)),
@@ -319,6 +321,7 @@ def test_flops_of_recurrences(arch: str, a_token: int) -> None:
         ("linear-attention:normalise=false", ("matrix",)),
         ("gated-deltanet", ("matrix",)),
         ("hyena-mr", ("past",)),
+        ("hyena:modal=true,expand=1,groups=1", ("modes",)),
         ("mamba", ("scan",)),
         ("mamba2", ("matrix",)),
         ("rwkv6-time-mixer", ("matrix",)),
