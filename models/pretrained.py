@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE, FORMAT = "madkernels", 1
 PLUGIN = "\nA layer that is not of this package has to be added first: --plugin FILE, or add_layer"
+OPTIONS = ("unembedding_bias", "norm_eps", "float32_residual")  # which folders of older versions do not say
 TIED = "unembedding.weight"  # not stored where it is the embedding
 
 
@@ -35,6 +36,9 @@ def save_pretrained(model: HybridLM, folder: Path, **more: Any) -> None:
         "vocab_size": model.vocab_size,
         "dim": model.dim,
         "tied": model.tied,
+        "unembedding_bias": model.unembedding.bias is not None,
+        "norm_eps": model.norm_eps,
+        "float32_residual": model.float32_residual,
         "madkernels_version": __version__,
     }
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -48,7 +52,8 @@ def from_pretrained(folder: Path) -> HybridLM:
 
     config = config_of(folder)
     try:
-        model = HybridLM(config["arch"], vocab_size=config["vocab_size"], dim=config["dim"], tied=config["tied"])
+        options = {key: config[key] for key in OPTIONS if key in config}
+        model = HybridLM(config["arch"], vocab_size=config["vocab_size"], dim=config["dim"], tied=config["tied"], **options)
     except KeyError as error:
         raise ValueError(f"{folder / CONFIG} does not say {error}") from None
     except ValueError as error:  # such as a layer of a plugin that is not loaded

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from checks import relative_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -114,6 +115,24 @@ def test_learns_a_sequence_by_heart(bfloat16: bool) -> None:
         loss.backward()
         optimizer.step()
     assert loss < 0.3  # a guess is log 16 = 2.8
+
+
+@torch.no_grad()
+def test_a_residual_in_float32_keeps_what_bfloat16_loses() -> None:
+    """16 layers that each add little to the embedding; steps, too."""
+    errors = []
+    for float32 in (False, True):
+        torch.manual_seed(0)
+        lm = HybridLM("16*mlp", vocab_size=16, dim=32, float32_residual=float32)
+        lm.embedding.weight.mul_(500)
+        text = tokens(1, 9)
+        logits = lm.bfloat16()(text)
+        step = lm.step(text[:, 0], lm.init_state(1))
+        exact = lm.double()(text)
+        assert logits.dtype == torch.bfloat16
+        errors.append(relative_error(logits.double(), exact))
+        assert relative_error(step.double(), exact[:, 0]) < 1.5 * errors[-1]
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_tied_embeddings_are_one_parameter() -> None:
