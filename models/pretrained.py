@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 if TYPE_CHECKING:
     from madkernels.models.lm import HybridLM
@@ -24,7 +26,6 @@ def save_pretrained(model: HybridLM, folder: Path, **more: Any) -> None:
     """Raises OSError where the folder cannot be written."""
     from madkernels import __version__
 
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     if model.tied:
         del weights[TIED]
@@ -41,8 +42,14 @@ def save_pretrained(model: HybridLM, folder: Path, **more: Any) -> None:
         "float32_residual": model.float32_residual,
         "madkernels_version": __version__,
     }
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config | more, indent=2) + "\n")
+    write(folder, config | more, weights)
+
+
+def write(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """A folder's two files; raises OSError where they cannot be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(weights), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # the library lets only the user read it
 
 
