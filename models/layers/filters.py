@@ -121,7 +121,10 @@ class ModalFilter(nn.Module):
         real, imag = multiply(amounts.unsqueeze(-2), starts).transpose(-2, -3).unbind(-1)  # (..., channels, blocks, order)
         with torch.autocast(amounts.device.type, enabled=False):
             values = torch.stack([real, -imag], -1).flatten(-2) @ steps.mT.flatten(1, 2)
-        return values.flatten(-2)[..., :length]
+        taps = values.flatten(-2)
+        if torch.compiler.is_compiling():  # of a slice torch would ask, for any length, whether there are so many
+            return taps.index_select(-1, torch.arange(length, device=taps.device))
+        return taps[..., :length]
 
     def gather(self, u: Tensor) -> Tensor:
         """What u (batch, seqlen, channels) leaves in the modes, (batch, channels, order, 2)."""
@@ -139,8 +142,8 @@ class ModalFilter(nn.Module):
     def within_and_between(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Powers at the tokens of a block, (channels, order, tokens, 2), and where blocks begin, (channels, order, blocks,
         2)."""
-        block = 1 if length == 1 else self.block
-        return self.powers(0, block, 1, dtype), self.powers(0, -(-length // block), block, dtype)
+        block, blocks = (1, 1) if length == 1 else (self.block, length // self.block + 2)  # a graph of 2 serves any number
+        return self.powers(0, block, 1, dtype), self.powers(0, blocks, block, dtype)
 
     def powers(self, first: int, count: int, by: int, dtype: torch.dtype) -> Tensor:
         """The poles' powers first, first + by, ..., (channels, order, count, 2)."""

@@ -46,8 +46,8 @@ class Rope:
         if not self.original_length:
             return plain / self.factor
         turns = self.original_length / (2 * math.pi / plain)
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        return torch.lerp(plain / self.factor, plain, kept.clamp(0, 1))
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return (1 - kept) * plain / self.factor + kept * plain
 
 
 def rotate(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:

@@ -152,6 +152,13 @@ def test_back_again(case: str, folder: Path, tmp_path: Path) -> None:
             assert torch.equal(model.state_dict()[name], parameter), name
 
 
+@pytest.mark.parametrize("case", ["llama", "llama 3", "llama, linear", "mixtral"])
+def test_frequencies_are_the_same_bits(case: str) -> None:
+    """So that angles are the same however long a sequence is."""
+    theirs, ours = fresh(case), from_hf(fresh(case)).backbone.layers[0]
+    assert torch.equal(ours.rope.frequencies(ours.head_dim, torch.zeros(1)), theirs.model.rotary_emb.inv_freq)
+
+
 # ---- our own models as theirs
 
 OURS = {
