@@ -142,7 +142,10 @@ class ModalFilter(nn.Module):
     def within_and_between(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Powers at the tokens of a block, (channels, order, tokens, 2), and where blocks begin, (channels, order, blocks,
         2)."""
-        block, blocks = (1, 1) if length == 1 else (self.block, length // self.block + 2)  # a graph of 2 serves any number
+        block = 1 if length == 1 else self.block
+        blocks = -(-length // block)
+        if block > 1 and torch.compiler.is_compiling():
+            blocks = length // block + 2  # never one, for which torch would make a graph of its own
         return self.powers(0, block, 1, dtype), self.powers(0, blocks, block, dtype)
 
     def powers(self, first: int, count: int, by: int, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,9 @@ from madkernels.models.published.checkpoint import Config
 from madkernels.models.published.family import Entry, Family, only, repeated, rows, same, stack
 from madkernels.models.spec import Architecture, LayerSpec, Value, layer_spec
 
-THETA = {"mixtral": 1e6}  # where a configuration does not say it; 1e4 in the others
+# Where a configuration does not say them.
+THETA = {"mixtral": 1e6}  # 1e4 in the others
+WINDOW = {"mistral": 4096}  # none in the others
 
 
 def _read(config: Config) -> tuple[Architecture, dict[str, Any]]:
@@ -41,8 +43,9 @@ def _read_attention(config: Config) -> LayerSpec:
         "bias": config.get("attention_bias", False),
         **_read_rope(config),
     }
-    window = config.get("sliding_window", None)
-    if window is None or config.required("model_type") == "llama":
+    model_type = config.required("model_type")
+    window = config.values.get("sliding_window", WINDOW.get(model_type))
+    if window is None or model_type == "llama":
         return layer_spec("attention", options)
     if window < 2:
         raise ValueError(f"{config.where}: sliding_window is {window}; expected 2 at least")
@@ -55,9 +58,9 @@ def _unless(usual: int, value: int) -> int:
 
 
 def _read_rope(config: Config) -> dict[str, Value]:
-    rope = config.get("rope_parameters", None) or config.get("rope_scaling", None) or {}
+    rope = Config(config.get("rope_parameters", None) or config.get("rope_scaling", None) or {}, config.where)
     usual = THETA.get(config.required("model_type"), 1e4)
-    options: dict[str, Value] = {"rope_theta": float(rope.get("rope_theta") or config.get("rope_theta", usual))}
+    options: dict[str, Value] = {"rope_theta": float(rope.get("rope_theta", config.get("rope_theta", usual)))}
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1:
         raise ValueError(f"{config.where}: partial_rotary_factor is not 1; positions here turn whole heads")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -65,10 +68,10 @@ def _read_rope(config: Config) -> dict[str, Value]:
         return options
     if kind not in ("linear", "llama3"):
         raise ValueError(f"{config.where}: rope_type {kind!r} is not known; default, linear and llama3 are")
-    options["rope_factor"] = float(rope["factor"])
+    options["rope_factor"] = float(rope.required("factor"))
     if kind == "llama3":
-        options["original_length"] = int(rope["original_max_position_embeddings"])
-        options |= {key: float(rope[key]) for key in ("low_freq_factor", "high_freq_factor")}
+        options["original_length"] = int(rope.required("original_max_position_embeddings"))
+        options |= {key: float(rope.required(key)) for key in ("low_freq_factor", "high_freq_factor")}
     return options
 
 

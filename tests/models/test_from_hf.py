@@ -229,6 +229,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "lama"}, "model_type 'lama' is not known; expected one of llama, .*llama"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; the layers here know 'silu' alone"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not known; default, linear and llama3"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "does not say 'original_max_position_embeddings'"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is not 1"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
     ({"num_hidden_layers": 4}, "the weights lack model.layers.3.input_layernorm.weight"),
@@ -279,6 +280,17 @@ def test_a_folder_as_older_versions_wrote_it(tmp_path: Path) -> None:
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
     save_file(weights, tmp_path / "model.safetensors")
     assert relative_error(from_hf(tmp_path)(tokens()), logits_of(theirs, tokens())) < 1e-5
+
+
+def test_a_mistral_that_does_not_name_its_window(tmp_path: Path) -> None:
+    fresh("mistral").save_pretrained(tmp_path)
+    for window, expected in (("absent", 4095), (None, None), (7, 6)):
+        config = json.loads((tmp_path / "config.json").read_text())
+        config.pop("sliding_window", None)
+        config |= {} if window == "absent" else {"sliding_window": window}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        read = transformers.AutoConfig.from_pretrained(tmp_path).sliding_window
+        assert dict(from_hf(tmp_path).arch.layers[0].options).get("window") == expected == (read and read - 1)
 
 
 def test_a_folder_is_read_without_transformers(tmp_path: Path) -> None:
