@@ -16,6 +16,7 @@
 | RWKV mix, decay, bonus        | of a first layer of the published models                | no      |
 | RWKV-6 low-rank factors       | uniform, +-1e-4                                         | yes     |
 | Hyena skip, filter frequency  | standard normal, 10                                     | no      |
+| Hyena modal log_poles         | rates as of the windows, angles of a half circle        | no      |
 | Hyena filters                 | of norm about 1 (models/layers/filters.py)              | yes     |
 
 Layers initialise themselves, and nothing here touches them afterwards: a recurrence's start is part of the layer.

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from madkernels.models.generation import new_tokens
 from madkernels.models.init import init_embedding
 from madkernels.models.layers import Layer, State
-from madkernels.models.layers.base import check_positive
+from madkernels.models.layers.base import check_positive, wide
 from madkernels.models.pretrained import from_pretrained, save_pretrained
 from madkernels.models.spec import Architecture, parse
 
@@ -29,40 +29,50 @@ Place = Callable[[nn.Module, nn.Module], None]
 class Backbone(nn.Module):
     """x = x + layer(norm(x)), layer after layer, then a last norm: (batch, seqlen, dim) to (batch, seqlen, dim).
 
-    `recompute` makes the contexts of torch.utils.checkpoint where the backward is to compute layers again.
+    `recompute` makes the contexts of torch.utils.checkpoint where the backward is to compute layers again. With
+    `float32_residual` the sum x is in float32 at least, whatever the dtype that norms and layers compute in.
     """
 
     recompute: Callable[[], Contexts] | None = None
 
-    def __init__(self, arch: Architecture, dim: int, place: Place | None = None) -> None:
+    def __init__(
+        self, arch: Architecture, dim: int, place: Place | None = None, *, norm_eps: float = NORM_EPS,
+        float32_residual: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.float32_residual = float32_residual
         self.layers, self.norms = nn.ModuleList(), nn.ModuleList()
         for spec in arch.layers:
-            norm, layer = nn.RMSNorm(dim, eps=NORM_EPS), spec.build(dim)
+            norm, layer = nn.RMSNorm(dim, eps=norm_eps), spec.build(dim)
             if place:
                 place(norm, layer)
             self.layers.append(layer)
             self.norms.append(norm)
-        self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.norm = nn.RMSNorm(dim, eps=norm_eps)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, states: list[State] | None = None) -> Tensor:
+        x, dtype = self.residual(x), x.dtype
         for norm, layer, state in zip(self.norms, self.layers, states or repeat(None), strict=states is not None):
 
             def branch(x: Tensor, norm: nn.Module = norm, layer: nn.Module = layer, state: State | None = state) -> Tensor:
-                y: Tensor = layer(norm(x), cu_seqlens=cu_seqlens, state=state)
+                y: Tensor = layer(norm(x.to(dtype)), cu_seqlens=cu_seqlens, state=state)
                 return y
 
             again = self.recompute
             x = x + (branch(x) if again is None else checkpoint(branch, x, use_reentrant=False, context_fn=again))
-        y: Tensor = self.norm(x)
+        y: Tensor = self.norm(x.to(dtype))
         return y
 
     def step(self, x: Tensor, states: list[State]) -> Tensor:
+        x, dtype = self.residual(x), x.dtype
         for norm, layer, state in zip(self.norms, self.layers, states, strict=True):
             assert isinstance(layer, Layer)
-            x = x + layer.step(norm(x), state)
-        y: Tensor = self.norm(x)
+            x = x + layer.step(norm(x.to(dtype)), state)
+        y: Tensor = self.norm(x.to(dtype))
         return y
+
+    def residual(self, x: Tensor) -> Tensor:
+        return wide(x) if self.float32_residual else x
 
     def init_state(self, batch: int) -> list[State]:
         return [layer.init_state(batch) for layer in self.layers if isinstance(layer, Layer)]
@@ -76,6 +86,9 @@ class HybridLM(nn.Module):
         vocab_size: number of tokens.
         dim: width of the residual stream.
         tied: whether the unembedding is the embedding, without a bias; otherwise it is a linear layer of its own.
+        unembedding_bias: whether one of its own has a bias.
+        norm_eps: what norms between layers add to the mean square.
+        float32_residual: whether the sum over layers is in float32 at least, in a model of lower precision too.
         place: called with each layer's norm and the layer as soon as it is made, to move or shard it: a large model is then
             nowhere in one piece.
 
@@ -90,6 +103,9 @@ class HybridLM(nn.Module):
         vocab_size: int,
         dim: int = 128,
         tied: bool = False,
+        unembedding_bias: bool = True,
+        norm_eps: float = NORM_EPS,
+        float32_residual: bool = False,
         place: Place | None = None,
     ) -> None:
         super().__init__()
@@ -98,8 +114,9 @@ class HybridLM(nn.Module):
         self.vocab_size, self.dim, self.tied = vocab_size, dim, tied
         self.embedding = nn.Embedding(vocab_size, dim)
         init_embedding(self.embedding)
-        self.backbone = Backbone(self.arch, dim, place)
-        self.unembedding = nn.Linear(dim, vocab_size, bias=not tied)
+        self.norm_eps, self.float32_residual = norm_eps, float32_residual
+        self.backbone = Backbone(self.arch, dim, place, norm_eps=norm_eps, float32_residual=float32_residual)
+        self.unembedding = nn.Linear(dim, vocab_size, bias=unembedding_bias and not tied)
         self.tie()
 
     def tie(self) -> None:

@@ -16,7 +16,7 @@ import torch
 from madkernels.models import counting
 from madkernels.models.layers import LAYERS, Layer
 from madkernels.models.lm import HybridLM
-from madkernels.models.spec import Architecture, LayerSpec, options_of, parse
+from madkernels.models.spec import Architecture, LayerSpec, layer_spec, options_of, parse
 
 HIDDEN_STEP = 8  # hidden widths are multiples of this
 
@@ -104,9 +104,7 @@ def _parsed(arch: Architecture | str) -> Architecture:
 
 
 def _with_option(spec: LayerSpec, option: str, value: int) -> LayerSpec:
-    options = dict(spec.options) | {option: value}
-    kept = {k: v for k, v in options.items() if v != options_of(spec.name)[k]}
-    return LayerSpec(spec.name, tuple(sorted(kept.items())))
+    return layer_spec(spec.name, dict(spec.options) | {option: value})
 
 
 def _state(spec: LayerSpec, dim: int) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 if TYPE_CHECKING:
     from madkernels.models.lm import HybridLM
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE, FORMAT = "madkernels", 1
 PLUGIN = "\nA layer that is not of this package has to be added first: --plugin FILE, or add_layer"
+OPTIONS = ("unembedding_bias", "norm_eps", "float32_residual")  # which folders of older versions do not say
 TIED = "unembedding.weight"  # not stored where it is the embedding
 
 
@@ -23,7 +26,6 @@ def save_pretrained(model: HybridLM, folder: Path, **more: Any) -> None:
     """Raises OSError where the folder cannot be written."""
     from madkernels import __version__
 
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     if model.tied:
         del weights[TIED]
@@ -35,10 +37,19 @@ def save_pretrained(model: HybridLM, folder: Path, **more: Any) -> None:
         "vocab_size": model.vocab_size,
         "dim": model.dim,
         "tied": model.tied,
+        "unembedding_bias": model.unembedding.bias is not None,
+        "norm_eps": model.norm_eps,
+        "float32_residual": model.float32_residual,
         "madkernels_version": __version__,
     }
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config | more, indent=2) + "\n")
+    write(folder, config | more, weights)
+
+
+def write(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """A folder's two files; raises OSError where they cannot be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(weights), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # the library lets only the user read it
 
 
@@ -48,7 +59,8 @@ def from_pretrained(folder: Path) -> HybridLM:
 
     config = config_of(folder)
     try:
-        model = HybridLM(config["arch"], vocab_size=config["vocab_size"], dim=config["dim"], tied=config["tied"])
+        options = {key: config[key] for key in OPTIONS if key in config}
+        model = HybridLM(config["arch"], vocab_size=config["vocab_size"], dim=config["dim"], tied=config["tied"], **options)
     except KeyError as error:
         raise ValueError(f"{folder / CONFIG} does not say {error}") from None
     except ValueError as error:  # such as a layer of a plugin that is not loaded

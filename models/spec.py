@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from madkernels.models.layers import LAYERS, Layer
@@ -56,6 +56,12 @@ class LayerSpec:
             return self.layer(dim, **dict(self.options))
         except ValueError as error:
             raise ValueError(f"{self}: {error}") from None
+
+
+def layer_spec(name: str, options: Mapping[str, Value]) -> LayerSpec:
+    """A layer with these options."""
+    defaults = options_of(name)
+    return LayerSpec(name, tuple(sorted((key, value) for key, value in options.items() if value != defaults[key])))
 
 
 @dataclass(frozen=True)
@@ -136,8 +142,7 @@ class _Parser:
                 raise SpecError(self.text, at, len(part), f"option {key!r} is given twice")
             options[key] = value
             at += len(part) + 1
-        defaults = options_of(name)
-        return LayerSpec(name, tuple(sorted((key, value) for key, value in options.items() if value != defaults[key])))
+        return layer_spec(name, options)
 
     def option(self, layer: str, part: str, at: int) -> tuple[str, Value]:
         key, equals, value = part.partition("=")

@@ -1,4 +1,5 @@
-"""Multi-head causal attention with rotary positions (Vaswani et al. 2017; Su et al. 2021, arXiv 2104.09864)."""
+"""Multi-head causal attention with rotary positions (Vaswani et al. 2017; Su et al. 2021, arXiv 2104.09864), grouped where
+heads share keys and values (Ainslie et al. 2023, arXiv 2305.13245)."""
 
 from __future__ import annotations
 
@@ -9,15 +10,23 @@ from torch import Tensor, nn
 from madkernels import attention, attention_step
 from madkernels.models.layers import kv_cache
 from madkernels.models.layers.base import Layer, State, can_look, check_positive, document_of, no_narrower
+from madkernels.models.layers.rotary import Rope, rotate
 
-ROTARY_BASE = 10000.0
 DEVICES = {"cpu", "meta"}  # where the op is used; its CUDA kernels have not run on a GPU yet
 
 
 class Attention(Layer):
-    """Softmax attention; rotary over the whole head, biases on all projections.
+    """Softmax attention; rotary over the whole head.
 
-    The state: keys and values, (batch, slots, heads, head_dim) each, the newest first, and `position`, (batch,): how many
+    Args:
+        heads: of the queries.
+        kv_heads: of keys and values, each for neighbouring heads of queries; 0: as many as `heads`.
+        head_dim: width of a head; 0: dim / heads.
+        bias: whether the projections have one.
+        rope_theta, rope_factor, original_length, low_freq_factor, high_freq_factor: positions, as of
+            :class:`madkernels.models.layers.rotary.Rope`.
+
+    The state: keys and values, (batch, slots, kv_heads, head_dim) each, the newest first, and `position`, (batch,): how many
     tokens each sequence has had. One that has had fewer than there are slots leaves the last ones empty.
     """
 
@@ -26,14 +35,25 @@ class Attention(Layer):
     packs_states = True
     window: int | None = None  # how far back a query sees, itself included; None: to the first token
 
-    def __init__(self, dim: int, *, heads: int = 16) -> None:
+    def __init__(
+        self, dim: int, *, heads: int = 16, kv_heads: int = 0, head_dim: int = 0, bias: bool = True,
+        rope_theta: float = 10000.0, rope_factor: float = 1.0, original_length: int = 0, low_freq_factor: float = 1.0,
+        high_freq_factor: float = 4.0,
+    ) -> None:  # fmt: skip
         super().__init__(dim)
         check_positive(heads=heads)
-        if dim % heads or dim // heads % 2:
+        if head_dim == 0 and dim % heads:
             raise ValueError(f"dim {dim} does not divide into {heads} heads of even width; take another dim or heads=")
-        self.heads, self.head_dim = heads, dim // heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, head_dim or dim // heads
+        check_positive(kv_heads=self.kv_heads, head_dim=self.head_dim)
+        if self.head_dim % 2:
+            raise ValueError(f"dim {dim} does not divide into {heads} heads of even width; take another dim or heads=")
+        if heads % self.kv_heads:
+            raise ValueError(f"{heads} heads do not divide among {kv_heads} kv_heads")
+        self.rope = Rope(rope_theta, rope_factor, original_length, low_freq_factor, high_freq_factor)
+        self.rope.check()
+        self.qkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
+        self.out = nn.Linear(heads * self.head_dim, dim, bias=bias)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)
@@ -63,9 +83,11 @@ class Attention(Layer):
         return mixed
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys with their positions, and values, (batch, seqlen, heads, head_dim) each."""
-        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, self.head_dim).unbind(2)
-        return rotate(q, positions), rotate(k, positions), v
+        """Queries (batch, seqlen, heads, head_dim) and keys with their positions, and values, (batch, seqlen, kv_heads,
+        head_dim) each."""
+        projected = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = projected.split([self.heads, self.kv_heads, self.kv_heads], 2)
+        return rotate(q, positions, self.rope), rotate(k, positions, self.rope), v
 
     def remember(self, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of the whole past, oldest first, which become the state as far as the window reaches; and which
@@ -95,26 +117,28 @@ class Attention(Layer):
         state["position"] = state["position"] + lengths
 
     def init_state(self, batch: int) -> State:
-        empty = self.zeros(batch, 0, self.heads, self.head_dim)
+        empty = self.zeros(batch, 0, self.kv_heads, self.head_dim)
         return {"k": empty, "v": empty, "position": self.zeros(batch, dtype=torch.int64)}
 
     def seen(self, seqlen: int) -> int:
         return seqlen if self.window is None else min(seqlen, self.window)
 
     def state_size(self, seqlen: int) -> int:
-        return 2 * self.dim * self.seen(seqlen)
+        return 2 * self.kv_heads * self.head_dim * self.seen(seqlen)
 
     def flops(self, seqlen: int) -> int:
-        """Projections 8 L D^2, scores and mixing 4 L S D, softmax 2 H L S, for S keys a query."""
+        """Projections 2 L times their weights, scores and mixing 4 L S D for D channels of queries, softmax 2 H L S, for S
+        keys a query."""
         pairs = seqlen * self.seen(seqlen)
-        return 8 * seqlen * self.dim**2 + 4 * pairs * self.dim + 2 * self.heads * pairs
+        matrices = self.qkv.weight.numel() + self.out.weight.numel()
+        return 2 * seqlen * matrices + 4 * pairs * self.heads * self.head_dim + 2 * self.heads * pairs
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None, there: Tensor | None = None
 ) -> Tensor:
-    """Causal attention, (batch, seqlen, heads, head_dim), over keys that are `there`, (batch, keys); by torch's own where
-    the op is not used, or not all are."""
+    """Causal attention of q (batch, seqlen, heads, head_dim) over those k and v, (batch, keys, kv_heads, head_dim), that are
+    `there`, (batch, keys); by torch's own where the op is not used, or not all are."""
     if q.device.type in DEVICES and there is None:
         return attention(q, k, v, causal=True, window=window, cu_seqlens_q=cu_seqlens)
     queries, keys = q.shape[1], k.shape[1]
@@ -129,17 +153,5 @@ def attend(
         mask = mask & there[:, None, None]
     plain = cu_seqlens is None and window is None and queries == keys and there is None
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if plain else mask, is_causal=plain)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if plain else mask, is_causal=plain, enable_gqa=True)
     return y.transpose(1, 2)
-
-
-def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary position embedding of x (batch, seqlen, heads, head_dim) at positions (seqlen,) or (batch, seqlen): pairs
-    (i, i + head_dim / 2)."""
-    half = x.shape[-1] // 2
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    frequency = ROTARY_BASE ** -(torch.arange(half, device=x.device, dtype=dtype) / half)
-    angle = positions.to(dtype)[..., None, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

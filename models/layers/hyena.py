@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from madkernels import causal_conv, fft_conv
 from madkernels.models.layers.base import Layer, State, StateOption, check_positive, no_narrower
-from madkernels.models.layers.filters import ExplicitFilter, ImplicitFilter
+from madkernels.models.layers.filters import ExplicitFilter, ImplicitFilter, ModalFilter, multiply
 
 
 class LongConvLayer(Layer):
@@ -20,6 +20,7 @@ class LongConvLayer(Layer):
         channels: of the long convolution; neighbouring ones share one of `filters` filters and skips.
         taps: 0 for an implicit filter, whose state is all that went in; else those of an explicit one, whose state is the
             last taps - 1 inputs.
+        modal: a filter of `order` poles, whose state is a complex number for each.
     """
 
     state_option = StateOption("order")
@@ -28,7 +29,7 @@ class LongConvLayer(Layer):
 
     def __init__(
         self, dim: int, *, projected: int, repeats: int, width: int, channels: int, filters: int, order: int, horizon: int,
-        taps: int,
+        taps: int, modal: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(dim)
         self.repeats, self.width, self.channels, self.order, self.taps = repeats, width, channels, order, taps
@@ -37,7 +38,8 @@ class LongConvLayer(Layer):
         conv = nn.Conv1d(short, short, width, groups=short)  # for its initialisation
         self.conv_weight = nn.Parameter(conv.weight.detach().squeeze(1))  # (short, width)
         self.conv_bias = nn.Parameter(conv.bias.detach()) if conv.bias is not None else None
-        self.filter = ExplicitFilter(filters, taps) if taps else ImplicitFilter(filters, order, horizon)
+        free = ModalFilter if modal else ImplicitFilter
+        self.filter = ExplicitFilter(filters, taps) if taps else free(filters, order, horizon)
         self.skip = nn.Parameter(torch.randn(filters))
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
@@ -66,6 +68,8 @@ class LongConvLayer(Layer):
         post_gate: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """post_gate * (filter conv (pre_gate * v) + skip * pre_gate * v), all (batch, seqlen, channels)."""
+        if state is not None and isinstance(self.filter, ModalFilter):
+            return self.convolve_from_modes(self.filter, v, cu_seqlens, state, pre_gate, post_gate)
         wide = torch.promote_types(v.dtype, torch.float32)
         past = None if state is None else state["past"]
         filters = self.filter(v.shape[1] if past is None else taps_to_keep(v, past, cu_seqlens), wide)
@@ -81,22 +85,44 @@ class LongConvLayer(Layer):
         assert isinstance(mixed, Tensor)
         return mixed
 
+    def convolve_from_modes(
+        self, modal: ModalFilter, v: Tensor, cu_seqlens: Tensor | None, state: State, pre_gate: Tensor | None,
+        post_gate: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """As :meth:`convolve`, in float32 at least; what the modes of the state still give is added before the post_gate.
+        With documents the host waits to learn their lengths."""
+        wide = torch.promote_types(v.dtype, torch.float32)
+        u = v.to(wide) if pre_gate is None else pre_gate.to(wide) * v.to(wide)
+        if u.shape[1] == 0:
+            return v
+        y = fft_conv(u, modal(u.shape[1], wide), skip=self.skip.to(wide), cu_seqlens=cu_seqlens)
+        assert isinstance(y, Tensor)
+        if cu_seqlens is None:
+            y = y + modal.respond(multiply(modal.residues.to(wide), modal.advance(state["modes"], 1)), u.shape[1]).mT
+            state["modes"] = modal.advance(state["modes"], u.shape[1]) + modal.gather(u)
+        else:
+            documents = torch.split(u, cu_seqlens.diff().tolist(), 1)
+            state["modes"] = torch.cat([modal.gather(document) for document in documents])
+        return (y if post_gate is None else post_gate.to(wide) * y).to(v.dtype)
+
     def init_state(self, batch: int) -> State:
         wide = torch.promote_types(self.skip.dtype, torch.float32)
-        return {
-            "conv": self.zeros(batch, self.width - 1, len(self.conv_weight)),
-            "past": self.zeros(batch, max(self.taps - 1, 0), self.channels, dtype=wide),
-        }
+        conv = self.zeros(batch, self.width - 1, len(self.conv_weight))
+        if isinstance(self.filter, ModalFilter):
+            return {"conv": conv, "modes": self.zeros(batch, self.channels, self.order, 2, dtype=wide)}
+        return {"conv": conv, "past": self.zeros(batch, max(self.taps - 1, 0), self.channels, dtype=wide)}
 
     def state_size(self, seqlen: int) -> int:
-        """With taps, what is kept. Else nominal, as the field counts it: the filter's order for each channel of the long
-        convolution. Decoding keeps the whole past."""
+        """With taps or modes, what is kept. Else nominal, as the field counts it: the filter's order for each channel of the
+        long convolution. Decoding keeps the whole past."""
+        if isinstance(self.filter, ModalFilter):
+            return self.channels * self.order * 2
         return self.channels * (self.taps - 1 if self.taps else self.order)
 
     def long_conv_flops(self, seqlen: int) -> int:
-        """FLOPs with C channels and F filters: short convolution 2 L W for each of its channels, filter 2 L F S unless it is
-        explicit, long convolution 10 L log2(L) C, gates 4 L C."""
-        featurisation = 0 if self.taps else 2 * len(self.skip) * self.order
+        """FLOPs with C channels and F filters: short convolution 2 L W for each of its channels, filter 2 L F S (4 if
+        it is modal, none if explicit), long convolution 10 L log2(L) C, gates 4 L C."""
+        featurisation = 0 if self.taps else (4 if isinstance(self.filter, ModalFilter) else 2) * len(self.skip) * self.order
         a_token = 2 * self.conv_weight.numel() + featurisation + 4 * self.channels
         return seqlen * a_token + int(10 * seqlen * math.log2(max(seqlen, 2))) * self.channels
 
@@ -114,12 +140,14 @@ class Hyena(LongConvLayer):
         expand: channels of the long convolution, over dim.
         groups: in-projections are computed for 1/groups of the channels and repeated.
         width: of the short convolution.
-        order: width of the network that makes the filter.
+        order: width of the network that makes the filter, or poles of a modal one.
         horizon: tokens that are one unit of the filter's time. The filter is defined for any length: it depends on the
             distance alone, so longer inputs and decoding see the same filter.
         taps: if not 0, those of an explicit filter, learned one by one, in place of the implicit one.
+        modal: a filter that is a sum of `order` exponentials, in place of the implicit one, as in StripedHyena.
 
-    Decoding is exact; with an implicit filter the t-th token costs O(t) multiply-adds per channel.
+    Decoding is exact; with an implicit filter the t-th token costs O(t) multiply-adds per channel, with a modal one all cost
+    the same.
     """
 
     def __init__(
@@ -132,15 +160,18 @@ class Hyena(LongConvLayer):
         order: int = 4,
         horizon: int = 128,
         taps: int = 0,
+        modal: bool = False,
     ) -> None:
         check_positive(expand=expand, groups=groups, width=width, order=order, horizon=horizon)
         check_taps(taps)
+        if modal and taps:
+            raise ValueError("a filter is modal or has taps, not both")
         inner = expand * dim
         if inner % groups:
             raise ValueError(f"{expand} * dim {dim} channels do not divide into {groups} groups")
         super().__init__(
             dim, projected=3 * inner // groups, repeats=groups, width=width, channels=inner, filters=inner, order=order,
-            horizon=horizon, taps=taps,
+            horizon=horizon, taps=taps, modal=modal,
         )  # fmt: skip
         self.out = nn.Linear(inner, dim)
 

@@ -15,19 +15,31 @@ STEP_RANGE = (1e-3, 1e-1)  # of delta at the start, log-uniform
 
 
 class Mamba(Layer):
-    """Sequence and channel mixer in one: ``expand * dim`` channels of `dstate` states, short convolution of `width` taps."""
+    """Sequence and channel mixer in one: ``expand * dim`` channels of `dstate` states, short convolution of `width` taps.
+
+    Args:
+        dstate, expand, width: see above.
+        rank: of the step sizes' projection; 0: dim / 16, rounded up.
+        bias, conv_bias: whether the projections in and out, and the short convolution, have one.
+        projection_norm_eps: if not 0, step sizes (before their second projection), B and C go through an RMSNorm without
+            weights that adds this to the mean square (Falcon Mamba: Zuo et al. 2024, arXiv 2410.05355).
+    """
 
     mixes = "both"
     state_option = StateOption("dstate")
     undecayed = ("A_log",)
     packs_states = True
 
-    def __init__(self, dim: int, *, dstate: int = 16, expand: int = 2, width: int = 4) -> None:
+    def __init__(
+        self, dim: int, *, dstate: int = 16, expand: int = 2, width: int = 4, rank: int = 0, bias: bool = False,
+        conv_bias: bool = True, projection_norm_eps: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__(dim)
-        check_positive(dstate=dstate, expand=expand, width=width)
-        self.inner, self.dstate, self.width, self.rank = expand * dim, dstate, width, math.ceil(dim / 16)
-        self.in_proj = nn.Linear(dim, 2 * self.inner, bias=False)
-        conv = nn.Conv1d(self.inner, self.inner, width, groups=self.inner)  # for its initialisation
+        self.inner, self.dstate, self.width, self.rank = expand * dim, dstate, width, rank or math.ceil(dim / 16)
+        check_positive(dstate=dstate, expand=expand, width=width, rank=self.rank)
+        self.projection_norm_eps = projection_norm_eps
+        self.in_proj = nn.Linear(dim, 2 * self.inner, bias=bias)
+        conv = nn.Conv1d(self.inner, self.inner, width, groups=self.inner, bias=conv_bias)  # for its initialisation
         self.conv_weight = nn.Parameter(conv.weight.detach().squeeze(1))  # (inner, width)
         self.conv_bias = nn.Parameter(conv.bias.detach()) if conv.bias is not None else None
         self.x_proj = nn.Linear(self.inner, self.rank + 2 * dstate, bias=False)
@@ -35,7 +47,7 @@ class Mamba(Layer):
         self.delta_bias = nn.Parameter(initial_step_bias(self.inner))
         self.A_log = nn.Parameter(torch.arange(1, dstate + 1, dtype=torch.float32).log().repeat(self.inner, 1))  # S4D-real
         self.D = nn.Parameter(torch.ones(self.inner))
-        self.out_proj = nn.Linear(self.inner, dim, bias=False)
+        self.out_proj = nn.Linear(self.inner, dim, bias=bias)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)
@@ -75,6 +87,8 @@ class Mamba(Layer):
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The input-dependent step sizes and projections: delta like u, B and C (..., dstate)."""
         low, B, C = self.x_proj(u).split([self.rank, self.dstate, self.dstate], dim=-1)
+        if eps := self.projection_norm_eps:
+            low, B, C = (F.rms_norm(t, t.shape[-1:], eps=eps) for t in (low, B, C))
         return F.linear(low, self.delta_weight), B, C
 
     def A(self) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,41 +18,85 @@ A_RANGE = (1.0, 16.0)  # of -A at the start, uniform
 
 
 class Mamba2(Layer):
-    """Sequence and channel mixer in one: heads of `head_dim` of the ``expand * dim`` channels, which decay as one and share
-    B and C, with `dstate` states per channel; short convolution of `width` taps; gate, then norm."""
+    """Sequence and channel mixer in one: heads of `head_dim` of the ``expand * dim`` channels, which decay as one, with
+    `dstate` states per channel; short convolution of `width` taps; gate, then norm.
+
+    Args:
+        dstate, expand, head_dim, width: see above.
+        groups: neighbouring heads of a group share B and C; the norm is over the channels of each group.
+        D_per_channel: a D for each channel, not for each head.
+        delta_min, delta_max: steps are held between them.
+        norm_before_gate: norm, then gate.
+        norm_eps: what the norm adds to the mean square.
+        bias, conv_bias: whether the projections, and the short convolution, have one.
+    """
 
     mixes = "both"
     state_option = StateOption("dstate")
     packs_states = True
 
-    def __init__(self, dim: int, *, dstate: int = 128, expand: int = 2, head_dim: int = 64, width: int = 4) -> None:
+    def __init__(
+        self, dim: int, *, dstate: int = 128, expand: int = 2, head_dim: int = 64, width: int = 4, groups: int = 1,
+        D_per_channel: bool = False, delta_min: float = 0.0, delta_max: float = math.inf, norm_before_gate: bool = False,
+        norm_eps: float = 1e-5, bias: bool = False, conv_bias: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(dim)
-        check_positive(dstate=dstate, expand=expand, head_dim=head_dim, width=width)
-        self.inner, self.dstate = expand * dim, dstate
+        check_positive(dstate=dstate, expand=expand, head_dim=head_dim, width=width, groups=groups)
+        self.inner, self.dstate, self.groups = expand * dim, dstate, groups
         if self.inner % head_dim:
             raise ValueError(f"{expand} * dim {dim} channels do not divide into heads of {head_dim}")
         self.heads, self.head_dim = self.inner // head_dim, head_dim
-        self.in_proj = nn.Linear(dim, 2 * self.inner + 2 * dstate + self.heads, bias=False)
-        self.conv = ShortConv(self.inner + 2 * dstate, width, bias=True)
+        if self.heads % groups:
+            raise ValueError(f"{self.heads} heads do not divide into {groups} groups")
+        if not 0 <= delta_min < delta_max:
+            raise ValueError(f"delta_min is {delta_min} and delta_max {delta_max}; expected 0 <= delta_min < delta_max")
+        self.delta_min, self.delta_max, self.norm_before_gate = delta_min, delta_max, norm_before_gate
+        self.mixed = self.inner + 2 * groups * dstate  # channels of x, B and C
+        self.in_proj = nn.Linear(dim, self.inner + self.mixed + self.heads, bias=bias)
+        self.conv = ShortConv(self.mixed, width, bias=conv_bias)
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(*A_RANGE).log())
-        self.D = nn.Parameter(torch.ones(self.heads))
+        self.D = nn.Parameter(torch.ones(self.inner if D_per_channel else self.heads))
         self.delta_bias = nn.Parameter(initial_step_bias(self.heads))
-        self.norm = nn.RMSNorm(self.inner, eps=1e-5)
-        self.out_proj = nn.Linear(self.inner, dim, bias=False)
+        self.norm = GroupedNorm(self.inner, groups, norm_eps)
+        self.out_proj = nn.Linear(self.inner, dim, bias=bias)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)
-        z, mixed, delta = self.in_proj(x).split([self.inner, self.inner + 2 * self.dstate, self.heads], -1)
+        z, mixed, delta = self.in_proj(x).split([self.inner, self.mixed, self.heads], -1)
         mixed = self.conv(mixed, cu_seqlens, state)
-        u, B, C = mixed.split([self.inner, self.dstate, self.dstate], -1)
-        u = u.unflatten(-1, (self.heads, self.head_dim))
-        delta = softplus(wide(delta) + wide(self.delta_bias)).unsqueeze(-1)  # (batch, seqlen, heads, 1)
-        log_decay = -wide(self.A_log).exp()[:, None] * delta
-        q, k = C.unsqueeze(2), B.unsqueeze(2)
-        y = recur(linear_recurrence, q, k, delta * u, log_decay, cu_seqlens=cu_seqlens, state=state)
-        y = (y.to(u.dtype) + self.D.to(u.dtype)[:, None] * u).flatten(2)
-        out: Tensor = self.out_proj(self.norm((y * F.silu(z)).to(self.norm.weight.dtype)))
+        u, B, C = mixed.split([self.inner, self.groups * self.dstate, self.groups * self.dstate], -1)
+        u, B, C = u.unflatten(-1, (self.heads, -1)), *(t.unflatten(-1, (self.groups, -1)) for t in (B, C))
+        y = self.scan(u, self.steps(delta), -wide(self.A_log).exp(), B, C, cu_seqlens, state)
+        y = (y.to(u.dtype) + self.D.to(u.dtype).view(self.heads, -1) * u).flatten(2)
+        out: Tensor = self.out_proj(self.gated_norm(y, z))
         return out
+
+    def scan(
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None, state: State | None
+    ) -> Tensor:
+        """``S[t] = exp(delta[t] A) S[t-1] + delta[t] B[t] u[t]'`` and ``y[t] = C[t]' S[t]`` in each head.
+
+        Args:
+            u: (batch, seqlen, heads, head_dim).
+            delta: (batch, seqlen, heads).
+            A: (heads,).
+            B, C: (batch, seqlen, groups, dstate).
+        """
+        if self.groups > 1:
+            B, C = (t.repeat_interleave(self.heads // self.groups, 2) for t in (B, C))
+        delta = delta.unsqueeze(-1)
+        return recur(linear_recurrence, C, B, delta * u, A[:, None] * delta, cu_seqlens=cu_seqlens, state=state)
+
+    def steps(self, delta: Tensor) -> Tensor:
+        """delta (batch, seqlen, heads) as projected, to step sizes, in float32 at least."""
+        delta = softplus(wide(delta) + wide(self.delta_bias))
+        limited = self.delta_min > 0 or self.delta_max < math.inf
+        return delta.clamp(self.delta_min, self.delta_max) if limited else delta
+
+    def gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
+        gate, dtype = F.silu(z), self.norm.weight.dtype
+        normed: Tensor = self.norm(y.to(dtype)) * gate if self.norm_before_gate else self.norm((y * gate).to(dtype))
+        return normed
 
     def init_state(self, batch: int) -> State:
         matrix = self.zeros(batch, self.heads, self.dstate, self.head_dim, dtype=wide(self.D).dtype)
@@ -63,3 +109,18 @@ class Mamba2(Layer):
         """Projections twice their parameters, short convolution, and 4 for each state: as the recurrence is stated."""
         matrices = self.in_proj.weight.numel() + self.out_proj.weight.numel()
         return seqlen * (2 * matrices + 4 * self.inner * self.dstate) + self.conv.flops(seqlen)
+
+
+class GroupedNorm(nn.Module):
+    """RMSNorm over each of `groups` groups of neighbouring channels, with a weight for each channel."""
+
+    def __init__(self, channels: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.groups == 1:
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        grouped: Tensor = x.unflatten(-1, (self.groups, -1))  # type: ignore[no-untyped-call]
+        return F.rms_norm(grouped, (grouped.shape[-1],), eps=self.eps).flatten(-2) * self.weight

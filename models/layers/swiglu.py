@@ -9,18 +9,23 @@ from madkernels.models.layers.base import Layer, State, check_positive
 
 
 class SwiGLU(Layer):
-    """down(silu(gate x) * up x), no biases. `hidden` 0: 8/3 of dim, rounded up to a multiple of 16."""
+    """down(silu(gate x) * up x).
+
+    Args:
+        hidden: width between; 0: 8/3 of dim, rounded up to a multiple of 16.
+        bias: whether the projections have one.
+    """
 
     mixes = "channel"
     hidden_option = "hidden"
     packs_states = True
 
-    def __init__(self, dim: int, *, hidden: int = 0) -> None:
+    def __init__(self, dim: int, *, hidden: int = 0, bias: bool = False) -> None:
         super().__init__(dim)
         self.hidden = hidden or -(-8 * dim // 3 // 16) * 16
         check_positive(hidden=self.hidden)
-        self.gate_up = nn.Linear(dim, 2 * self.hidden, bias=False)
-        self.down = nn.Linear(self.hidden, dim, bias=False)
+        self.gate_up = nn.Linear(dim, 2 * self.hidden, bias=bias)
+        self.down = nn.Linear(self.hidden, dim, bias=bias)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)

@@ -162,7 +162,30 @@ def test_a_saved_model_is_the_same(tied: bool, dtype: torch.dtype, tmp_path: Pat
     assert all(p.requires_grad for p in again.parameters())
     assert next(HybridLM.from_pretrained(tmp_path / "saved", dtype=torch.float16).parameters()).dtype == torch.float16
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["end"] == 3
+    assert again.unembedding.bias is None if tied else again.unembedding.bias is not None
     assert len({path.stat().st_mode for path in (tmp_path / "saved").iterdir()}) == 1  # whoever may read one, may read all
+
+
+@torch.no_grad()
+def test_a_saved_model_keeps_its_options(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"unembedding_bias": False, "norm_eps": 0.25, "float32_residual": True}
+    lm = HybridLM("mamba attention:heads=4", vocab_size=16, dim=32, **options).to(torch.bfloat16)
+    lm.save_pretrained(tmp_path)
+    again, text = HybridLM.from_pretrained(tmp_path), torch.arange(9)[None]
+    assert torch.equal(again(text), lm(text))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {key: config[key] for key in options} == options
+
+
+@torch.no_grad()
+def test_a_folder_of_before_there_were_options(tmp_path: Path) -> None:
+    lm, text = model("mamba attention:heads=4"), torch.arange(9)[None]
+    lm.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("unembedding_bias", "norm_eps", "float32_residual"):
+        del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(HybridLM.from_pretrained(tmp_path)(text), lm(text))
 
 
 def test_folders_that_hold_no_model(tmp_path: Path) -> None:

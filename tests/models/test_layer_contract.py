@@ -292,10 +292,16 @@ DOCUMENTS = (7, 130, 1, 0, 65, 64, 2)  # chunks of recurrences are 16 and 64
 VARIANTS = [
     *((name, {}) for name in LAYERS),
     ("hyena", {"taps": 6}),
+    ("hyena", {"modal": True}),
     ("mh-hyena", {"taps": 200}),
     ("hyena-experts", {"sparse": True}),
     ("hyena-experts", {"sparse": True, "taps": 6}),
     ("sliding-attention", {"window": 90}),
+    ("attention", {"heads": 6, "kv_heads": 2, "head_dim": 10, "bias": False, "rope_factor": 2.0, "original_length": 20}),
+    ("sliding-attention", {"heads": 6, "kv_heads": 1, "head_dim": 10, "window": 90, "rope_theta": 100.0}),
+    ("swiglu", {"bias": True}),
+    ("mamba", {"rank": 3, "bias": True, "conv_bias": False, "projection_norm_eps": 1e-6}),
+    ("mamba2", {"groups": 2, "D_per_channel": True, "delta_min": 0.01, "delta_max": 0.1, "norm_before_gate": True}),
 ]
 every_variant = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
 
@@ -307,6 +313,8 @@ def trained(name: str, options: dict[str, Any], dtype: torch.dtype = torch.float
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.5 * parameter.std(correction=0).clamp_min(0.2) * torch.randn_like(parameter))
+        if options.get("modal"):
+            layer.filter.log_poles[..., 0].clamp_(max=-0.01)  # whose sums stay finite
     return layer
 
 

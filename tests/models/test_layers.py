@@ -11,7 +11,8 @@ from torch import Tensor
 
 from madkernels.models import HybridLM
 from madkernels.models.layers import LAYERS, Layer, attention as attention_layer
-from madkernels.models.layers.attention import attend, rotate
+from madkernels.models.layers.attention import attend
+from madkernels.models.layers.rotary import Rope, rotate
 
 DIM, SEQLEN = 32, 21
 SEES_THE_TOKEN_BEFORE = "rwkv-channel-mixer"  # which is one all the same
@@ -195,7 +196,8 @@ def test_a_pack_is_continued_by_torch_as_by_the_op(name: str, monkeypatch: pytes
 
 def test_rotary_positions_are_relative() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16)
-    scores = [(rotate(q, torch.tensor([t + 3])) * rotate(k, torch.tensor([t]))).sum() for t in (0, 5, 100)]
+    pairs = [(rotate(q, torch.tensor([t + 3]), Rope()), rotate(k, torch.tensor([t]), Rope())) for t in (0, 5, 100)]
+    scores = [(turned_q * turned_k).sum() for turned_q, turned_k in pairs]
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(scores[0], scores[2], rtol=1e-4, atol=1e-4)
 

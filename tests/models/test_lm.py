@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from checks import relative_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,6 +117,24 @@ def test_learns_a_sequence_by_heart(bfloat16: bool) -> None:
     assert loss < 0.3  # a guess is log 16 = 2.8
 
 
+@torch.no_grad()
+def test_a_residual_in_float32_keeps_what_bfloat16_loses() -> None:
+    """16 layers that each add little to the embedding; steps, too."""
+    errors = []
+    for float32 in (False, True):
+        torch.manual_seed(0)
+        lm = HybridLM("16*mlp", vocab_size=16, dim=32, float32_residual=float32)
+        lm.embedding.weight.mul_(500)
+        text = tokens(1, 9)
+        logits = lm.bfloat16()(text)
+        step = lm.step(text[:, 0], lm.init_state(1))
+        exact = lm.double()(text)
+        assert logits.dtype == torch.bfloat16
+        errors.append(relative_error(logits.double(), exact))
+        assert relative_error(step.double(), exact[:, 0]) < 1.5 * errors[-1]
+    assert errors[1] < 0.5 * errors[0]
+
+
 def test_tied_embeddings_are_one_parameter() -> None:
     tied, untied = model(tied=True), model()
     assert tied.unembedding.weight is tied.embedding.weight
@@ -214,6 +233,9 @@ def test_parameter_groups(lm: HybridLM) -> None:
         # the published layers' counts at width 128
         ("attention", 66_048),
         ("sliding-attention", 66_048),
+        ("attention:heads=8,kv_heads=2,head_dim=32,bias=false", 128 * (8 + 2 * 2) * 32 + 8 * 32 * 128),
+        ("swiglu:hidden=64,bias=true", 3 * 128 * 64 + 2 * 64 + 128),
+        ("mamba:dstate=4,rank=2,bias=true,conv_bias=false", 107_264 + (512 + 128) - 256 + (2 - 8) * 2 * 256),
         ("mamba:dstate=4", 107_264),
         ("mlp", 131_072),
         ("swiglu", 135_168),
@@ -231,6 +253,7 @@ def test_parameter_groups(lm: HybridLM) -> None:
             "hyena",
             (128 * 384 + 384) + (512 * 128 + 128) + 1536 * (3 + 1) + (3 * 4 + 4) + 2 * (4 * 4 + 4) + 4 + 4 * 512 + 512,
         ),
+        ("hyena:modal=true", (128 * 384 + 384) + (512 * 128 + 128) + 1536 * (3 + 1) + 512 * (4 * 2 + 4 * 2 + 1)),
         ("mh-hyena", 4 * (128 * 128 + 128) + 384 * (3 + 1) + (3 * 2 + 2) + 2 * (2 * 2 + 2) + 2 + 2 * 16 + 16),
         (
             "hyena-experts",
@@ -262,11 +285,13 @@ def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
     ("arch", "not_matrices"),
     [
         ("attention", lambda n: 2 * 16 * n * n),  # softmax
+        ("attention:heads=8,kv_heads=2,head_dim=32,bias=false", lambda n: 2 * 8 * n * n),
         ("mlp", lambda n: 0),
         ("swiglu", lambda n: 0),
         ("moe", lambda n: 0),
         ("mamba:dstate=4", lambda n: n * (2 * 256 * 4 + 2 * 256 * 4)),  # short convolution, scan
         ("hyena", lambda n: 10 * n * math.log2(n) * 512 + n * 512 * (6 * 3 + 4)),  # transforms, short convolution, gates
+        ("hyena:modal=true", lambda n: 10 * n * math.log2(n) * 512 + n * 512 * (6 * 3 + 4)),
         ("mh-hyena", lambda n: 10 * n * math.log2(n) * 1024 + n * (128 * 6 * 3 + 4 * 1024)),
         ("hyena-experts", lambda n: 10 * n * math.log2(n) * 128 + n * 128 * (6 * 3 + 4)),
         ("hyena-se", lambda n: n * 128 * (6 * 3 + 2 * 7 + 4)),
@@ -295,6 +320,7 @@ def test_flops_against_torchs_count(arch: str, not_matrices: object) -> None:
         ("deltanet", 2 * (4 * 128 * 128 + 128 * 8 + 384 * 4) + 6 * 8 * 16 * 16),
         ("gated-deltanet", 2 * (2 * 128 * 128 + 3 * 128 * 256 + 2 * 128 * 8 + 512 * 4) + 6 * 8 * 16 * 32),
         ("mamba2", 2 * (128 * (512 + 256 + 4) + 256 * 128 + 512 * 4) + 4 * 256 * 128),
+        ("mamba2:groups=2,bias=true", 2 * (128 * (512 + 2 * 256 + 4) + 256 * 128 + 768 * 4) + 4 * 256 * 128),
         ("rwkv5-time-mixer", 2 * (5 * 128 * 128 + 4 * 128) + 4 * 8 * 16 * 16),
         ("rwkv6-time-mixer", 2 * (5 * 128 * 128 + 5 * 128 + 10 * 32 * 128 + 2 * 64 * 128) + 4 * 8 * 16 * 16),
     ],
@@ -310,9 +336,11 @@ def test_flops_of_recurrences(arch: str, a_token: int) -> None:
     [
         ("attention", ("k", "v")),
         ("sliding-attention:window=9", ("k", "v")),
+        ("attention:heads=8,kv_heads=2,head_dim=32", ("k", "v")),
         ("linear-attention:normalise=false", ("matrix",)),
         ("gated-deltanet", ("matrix",)),
         ("hyena-mr", ("past",)),
+        ("hyena:modal=true,expand=1,groups=1", ("modes",)),
         ("mamba", ("scan",)),
         ("mamba2", ("matrix",)),
         ("rwkv6-time-mixer", ("matrix",)),

@@ -251,7 +251,9 @@ def test_chain(matrix: bool) -> None:
     torch.testing.assert_close(mapped[1], chain(2 * inputs[0], inputs[1], 2 * inputs[2]))
 
 
-@pytest.mark.parametrize("arch", ["mamba2:dstate=8,head_dim=8", "gated-linear-attention", "gated-deltanet"])
+@pytest.mark.parametrize(
+    "arch", ["mamba2:dstate=8,head_dim=8", "hyena:modal=true", "gated-linear-attention", "gated-deltanet"]
+)
 def test_one_graph_for_many_lengths(arch: str) -> None:
     """Compiled for a second length, and for more; exported for all."""
     torch.manual_seed(0)

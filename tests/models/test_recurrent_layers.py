@@ -135,6 +135,28 @@ def test_mamba2() -> None:
     agree(layer, x, outputs)
 
 
+@torch.no_grad()
+def test_mamba2_with_groups_limits_and_norm_before_gate() -> None:
+    layer, x = build("mamba2", dstate=5, head_dim=8, groups=3, D_per_channel=True, delta_min=0.02, delta_max=0.05,
+                     norm_before_gate=True, norm_eps=0.1, bias=True, conv_bias=False), row()  # fmt: skip
+    z, mixed, delta = layer.in_proj(x).split([48, 48 + 2 * 15, 6], 1)
+    assert layer.conv.bias is None
+    u, B, C = conv_silu(mixed, layer.conv).split([48, 15, 15], 1)
+    state, outputs, limited = torch.zeros(6, 5, 8, dtype=torch.float64), [], set()
+    for t in range(SEQLEN):
+        free = F.softplus(delta[t] + layer.delta_bias)[:, None, None]
+        step = free.clamp(0.02, 0.05)
+        limited |= {int(sign) for sign in (free - step).sign().flatten()}
+        b, c = (heads(projected[t], 5).repeat_interleave(2, 0) for projected in (B, C))
+        state = torch.exp(-layer.A_log.exp()[:, None, None] * step) * state + step * b[:, :, None] * heads(u[t], 8)[:, None]
+        y = torch.einsum("hn,hnv->hv", c, state).flatten() + layer.D * u[t]
+        groups = heads(y, 16)
+        normed = groups / (groups.square().mean(1, keepdim=True) + 0.1).sqrt()
+        outputs.append(layer.out_proj(normed.flatten() * layer.norm.weight * F.silu(z[t])))
+    assert limited == {-1, 0, 1}  # steps below, between and above the limits
+    agree(layer, x, outputs)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @torch.no_grad()
 def test_deltanets(gated: bool) -> None:

@@ -27,7 +27,7 @@ def test_repetition_and_nesting() -> None:
 def test_options() -> None:
     assert parse("moe:top_k=3,experts=5").layers == (LayerSpec("moe", (("experts", 5), ("top_k", 3))),)
     assert str(parse("2*(moe:top_k=3,experts=5)")) == "moe:experts=5,top_k=3 moe:experts=5,top_k=3"
-    assert options_of("mamba") == {"dstate": 16, "expand": 2, "width": 4}
+    assert options_of("hyena-se") == {"groups": 16, "taps": 7, "width": 3}
 
 
 def test_an_option_that_changes_nothing_is_left_out() -> None:
