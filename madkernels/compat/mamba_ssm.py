@@ -23,6 +23,7 @@ from madkernels.compat.causal_conv1d import causal_conv1d_fn
 from madkernels.compat.dtypes import without_autocast
 from madkernels.compat.layernorm_gated import LayerNorm, RMSNorm, layernorm_fn, rmsnorm_fn
 from madkernels.compat.shapes import check_shape
+from madkernels.models.layers import ssd
 from madkernels.models.layers.recurrence import linear_recurrence
 
 __all__ = [
@@ -255,11 +256,10 @@ def mamba_chunk_scan_combined(
 ) -> Tensor | tuple[Tensor, ...]:
     """The recurrence of Mamba-2, whose heads decay as one, in chunks of matrix products.
 
-    Made of torch's operations (:func:`madkernels.models.layers.recurrence.linear_recurrence`), not of a kernel of its own:
-    in float32, so tensors in half precision are copied, with dt x, the scores within chunks of 64 steps, (batch, heads,
-    seqlen, 64), and a state for each chunk, (batch, heads, seqlen / 64, dstate, headdim), in memory. B and C of several
-    groups are copied for each head. With `seq_idx` each row of the batch is a call of its own; where a number comes back,
-    each of its sequences.
+    By :func:`madkernels.ssd_scan`, on the CPU. On a GPU, and with `seq_idx` or `return_varlen_states`, made of torch's
+    operations (:func:`madkernels.models.layers.recurrence.linear_recurrence`): in float32, with the scores within chunks of
+    64 steps and a state for each chunk in memory; with `seq_idx` each row of the batch is a call of its own, and where a
+    number comes back, each of its sequences.
 
     Args:
         x: (batch, seqlen, heads, headdim).
@@ -314,9 +314,16 @@ def mamba_chunk_scan_combined(
         raise AssertionError(f"{heads} heads do not divide into {B.shape[2]} groups")
     if state_dtype is not None and not state_dtype.is_floating_point:
         raise RuntimeError(f"state_dtype is {state_dtype}; expected one of floating point")
-    _, wide = _dtypes([x, dt, B, C, z], [A, D, dt_bias, initial_states])
+    dtype, wide = _dtypes([x, dt, B, C, z], [A, D, dt_bias, initial_states])
     steps = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias
-    steps = (F.softplus(steps) if dt_softplus else steps).clamp(*dt_limit).unsqueeze(-1)
+    steps = (F.softplus(steps) if dt_softplus else steps).clamp(*dt_limit)
+    if seq_idx is None and not return_varlen_states:
+        rows = (t.to(dtype) for t in (x, B, C))
+        parameters = (None if t is None else t.to(wide) for t in (A, D, initial_states))
+        y, final = _scan(steps, *rows, *parameters)
+        out = (y if z is None else y.to(wide) * F.silu(z.to(wide))).to(x.dtype)
+        return (out, final) if return_final_states else out
+    steps = steps.unsqueeze(-1)
     states = None if initial_states is None else initial_states.mT.to(wide)
     given = (_for_each_head(C, heads), _for_each_head(B, heads), steps * x, steps * A.to(wide)[:, None])
     if return_varlen_states:
@@ -329,6 +336,14 @@ def mamba_chunk_scan_combined(
     out = (y if z is None else y * F.silu(z.to(wide))).to(x.dtype)
     asked = [states.mT for states, wanted in zip(after, (return_final_states, return_varlen_states), strict=False) if wanted]
     return (out, *asked) if asked else out
+
+
+def _scan(
+    delta: Tensor, x: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """By the kernel; in autocast's dtype or not, as the package has it: in that of x."""
+    with without_autocast(x):
+        return ssd.scan(x, delta, A, B, C, D, state)
 
 
 def mamba_split_conv1d_scan_combined(

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from madkernels.models.layers import ssd
 from madkernels.models.layers.base import Layer, State, StateOption, check_positive, softplus, wide
 from madkernels.models.layers.mamba import initial_step_bias
-from madkernels.models.layers.matrix_state import recur
-from madkernels.models.layers.recurrence import linear_recurrence
 from madkernels.models.layers.short_conv import ShortConv
 
 A_RANGE = (1.0, 16.0)  # of -A at the start, uniform
@@ -64,28 +63,37 @@ class Mamba2(Layer):
         self.check(x, cu_seqlens, state)
         z, mixed, delta = self.in_proj(x).split([self.inner, self.mixed, self.heads], -1)
         mixed = self.conv(mixed, cu_seqlens, state)
-        u, B, C = mixed.split([self.inner, self.groups * self.dstate, self.groups * self.dstate], -1)
-        u, B, C = u.unflatten(-1, (self.heads, -1)), *(t.unflatten(-1, (self.groups, -1)) for t in (B, C))
-        y = self.scan(u, self.steps(delta), -wide(self.A_log).exp(), B, C, cu_seqlens, state)
-        y = (y.to(u.dtype) + self.D.to(u.dtype).view(self.heads, -1) * u).flatten(2)
-        out: Tensor = self.out_proj(self.gated_norm(y, z))
+        u, B, C = self.parts(mixed)
+        past = None if state is None or cu_seqlens is not None else state["matrix"]
+        y, after = ssd.scan(u, self.steps(delta), self.A(), B, C, self.skips(), past, cu_seqlens)
+        if state is not None:
+            state["matrix"] = after
+        out: Tensor = self.out_proj(self.gated_norm(y.flatten(2), z))
         return out
 
-    def scan(
-        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None, state: State | None
-    ) -> Tensor:
-        """``S[t] = exp(delta[t] A) S[t-1] + delta[t] B[t] u[t]'`` and ``y[t] = C[t]' S[t]`` in each head.
+    def step(self, x: Tensor, state: State) -> Tensor:
+        """As of :class:`Layer`; without a gradient by the op's step, which is faster, on a copy of the state."""
+        if torch.is_grad_enabled():
+            return super().step(x, state)
+        z, mixed, delta = self.in_proj(x).split([self.inner, self.mixed, self.heads], -1)
+        mixed = self.conv(mixed.unsqueeze(1), None, state).squeeze(1)
+        u, B, C = self.parts(mixed)
+        y, state["matrix"] = ssd.step(u, self.steps(delta), self.A(), B, C, self.skips(), state["matrix"])
+        out: Tensor = self.out_proj(self.gated_norm(y.flatten(1), z))
+        return out
 
-        Args:
-            u: (batch, seqlen, heads, head_dim).
-            delta: (batch, seqlen, heads).
-            A: (heads,).
-            B, C: (batch, seqlen, groups, dstate).
-        """
-        if self.groups > 1:
-            B, C = (t.repeat_interleave(self.heads // self.groups, 2) for t in (B, C))
-        delta = delta.unsqueeze(-1)
-        return recur(linear_recurrence, C, B, delta * u, A[:, None] * delta, cu_seqlens=cu_seqlens, state=state)
+    def parts(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., channels) into u (..., heads, head_dim), and B and C (..., groups, dstate)."""
+        u, B, C = torch.split(mixed, [self.inner, self.groups * self.dstate, self.groups * self.dstate], -1)
+        return u.unflatten(-1, (self.heads, -1)), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
+
+    def A(self) -> Tensor:
+        return -wide(self.A_log).exp()
+
+    def skips(self) -> Tensor:
+        """D (heads,) or (heads, head_dim), in float32 at least."""
+        D = wide(self.D)
+        return D if len(D) == self.heads else D.view(self.heads, self.head_dim)
 
     def steps(self, delta: Tensor) -> Tensor:
         """delta (batch, seqlen, heads) as projected, to step sizes, in float32 at least."""
@@ -99,7 +107,7 @@ class Mamba2(Layer):
         return normed
 
     def init_state(self, batch: int) -> State:
-        matrix = self.zeros(batch, self.heads, self.dstate, self.head_dim, dtype=wide(self.D).dtype)
+        matrix = self.zeros(batch, self.heads, self.head_dim, self.dstate, dtype=wide(self.D).dtype)
         return {"conv": self.conv.init_state(batch), "matrix": matrix}
 
     def state_size(self, seqlen: int) -> int:
