@@ -14,6 +14,8 @@ from torch import Tensor
 from madkernels import reference, selective_scan, ssd_scan
 from madkernels.benchmarks.cases import Argument, Arguments, Axes, Case, Inputs
 from madkernels.benchmarks.harness import Benchmark, Peer
+from madkernels.benchmarks.sizes import Size
+from madkernels.models.layers.mamba2 import Mamba2
 from madkernels.models.layers.recurrence import linear_recurrence
 
 MAMBA_SSM = "mamba_ssm.ops.triton.ssd_combined"
@@ -81,6 +83,15 @@ CASES = (
 TRAINING = _case("training", 8, 4096, 64, 80, 128)
 
 
+def case_of(size: Size) -> SsdCase:
+    """The scan of a Mamba-2 layer of a model."""
+    layer = size.layer("mamba2")
+    assert isinstance(layer, Mamba2)
+    return _case(
+        size.name, size.batch, size.seqlen, layer.head_dim, layer.heads, layer.dstate, groups=layer.groups, D=True
+    )  # fmt: skip
+
+
 def recurrence(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:
     """In chunks of matrix products, by torch: the layers' own recurrence, which any device takes."""
     share = x.shape[2] // B.shape[2]
@@ -115,6 +126,7 @@ BENCHMARK = Benchmark(
     reference=reference.ssd_scan,
     cases=CASES,
     training=TRAINING,
+    of_model=case_of,
     peers=(
         Peer("recurrence", recurrence, backward=True),
         Peer("selective-scan", by_selective_scan, backward=True),

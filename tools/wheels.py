@@ -4,8 +4,8 @@
     python tools/wheels.py test dist/madkernels-*.whl --torch torch==2.13.0
     python tools/wheels.py tag v0.1.0                      # fails where the tag is not that of these sources
 
-A wheel is built from the source distribution, against the oldest torch that pyproject.toml admits, and serves the later ones
-too. Times in both are that of the last commit, or SOURCE_DATE_EPOCH. Needs Python 3.11 or newer, and of the Pythons that are
+A wheel is built from the source distribution, if not told otherwise against the oldest torch that pyproject.toml admits, and
+serves the later ones too. Times in both are that of the last commit, or SOURCE_DATE_EPOCH. Needs Python 3.11 or newer, and of the Pythons that are
 built for, and tested, nothing.
 """
 
@@ -52,7 +52,7 @@ def last_commit() -> str:
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def build(pythons: Sequence[str], out: Path) -> None:
+def build(pythons: Sequence[str], torch: str, out: Path) -> None:
     """The source distribution and the wheels, in a folder that then holds nothing else."""
     os.environ.setdefault("SOURCE_DATE_EPOCH", last_commit())
     os.environ.setdefault("MADKERNELS_CUDA", "off")
@@ -62,16 +62,16 @@ def build(pythons: Sequence[str], out: Path) -> None:
     run(tools / "python", "-m", "build", "--sdist", "--no-isolation", "--outdir", out, ROOT)
     [source] = out.glob("*.tar.gz")
     for python in pythons:
-        wheel = build_wheel(python, source, requirements)
+        wheel = build_wheel(python, torch, source, requirements)
         repair(tools, wheel, out)
     run(tools / "twine", "check", "--strict", *out.iterdir())
 
 
-def build_wheel(python: str, source: Path, requirements: Sequence[str]) -> Path:
+def build_wheel(python: str, torch: str, source: Path, requirements: Sequence[str]) -> Path:
     """As the compiler leaves it, for this machine."""
     with tempfile.TemporaryDirectory(prefix="madkernels-") as name:
         programs = environment(Path(name), python, *requirements)
-        run(programs / "pip", "install", "--quiet", "--no-compile", "--no-deps", OLDEST_TORCH)  # only looked at: 1.7 GB
+        run(programs / "pip", "install", "--quiet", "--no-compile", "--no-deps", torch)  # only looked at
         shutil.rmtree(BUILD / "linux", ignore_errors=True)
         options = ("--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", BUILD / "linux")
         run(programs / "pip", "wheel", *options, source)
@@ -132,6 +132,7 @@ def main() -> None:
     parts = parser.add_subparsers(dest="part", required=True)
     builds = parts.add_parser("build", help="the source distribution, and a wheel for each Python")
     builds.add_argument("pythons", nargs="+")
+    builds.add_argument("--torch", default=OLDEST_TORCH, help="whose headers are read (default: %(default)s)")
     builds.add_argument("--out", type=Path, default=ROOT / "dist", help="(default: dist); emptied first")
     tests = parts.add_parser("test", help="the op tests, of a wheel, in a fresh environment")
     tests.add_argument("wheel", type=Path)
@@ -144,7 +145,7 @@ def main() -> None:
     if options.part == "tag":
         sys.exit("\n".join(wrong_with(options.tag)) or 0)
     elif options.part == "build":
-        build(options.pythons, options.out)
+        build(options.pythons, options.torch, options.out)
     else:
         test(options.wheel, options.torch, options.python, options.short)
 

@@ -66,9 +66,9 @@ inline __attribute__((always_inline)) void scale_rows(Vec<A> (&tile)[kTileRows][
 template <class P>
 void update(typename P::Acc* c, int64_t stride, typename P::Acc factor, const Operands<P>& o, int64_t rows) {
   using A = typename P::Acc;
-  for (int64_t row = 0; row < rows; row += kTileRows) {
-    for_vectors(0, stride / kLanes<A>, [&]<int kVectors>(int64_t vector) {
-      const int64_t lane = vector * kLanes<A>;
+  for_vectors(0, stride / kLanes<A>, [&]<int kVectors>(int64_t vector) {
+    const int64_t lane = vector * kLanes<A>;
+    for (int64_t row = 0; row < rows; row += kTileRows) {
       TileOf<P, kTileRows, kVectors> tile;
       load_tile(tile, c + row * stride + lane, stride);
 #pragma GCC unroll 8
@@ -78,8 +78,8 @@ void update(typename P::Acc* c, int64_t stride, typename P::Acc factor, const Op
       }
       add_product<P>(tile, o, row, lane);
       store_tile(c + row * stride + lane, stride, tile);
-    });
-  }
+    }
+  });
 }
 
 // Pairs [rows / 2][width] of numbers [rows][width], where pairs are multiplied.

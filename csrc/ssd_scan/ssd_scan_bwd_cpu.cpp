@@ -289,8 +289,8 @@ class BackwardChunk {
 
   // gradient += delta o decay o product; dots[t] += values[t] (decay o product)[t].
   void add_rows(SharedRows<T, P>& rows, const Operands<P>& o, const A* decay, const A* delta, A* dots) {
-    for (int64_t t = 0; t < chunk_.length(); t += kTileRows) {
-      for_vectors(0, states_wide_ / kLanes<A>, [&]<int kVectors>(int64_t vector) {
+    for_vectors(0, states_wide_ / kLanes<A>, [&]<int kVectors>(int64_t vector) {
+      for (int64_t t = 0; t < chunk_.length(); t += kTileRows) {
         const int64_t at = t * states_wide_ + vector * kLanes<A>;
         TileOf<P, kTileRows, kVectors> tile;
         clear<P>(tile);
@@ -305,8 +305,8 @@ class BackwardChunk {
           }
           dots[t + i] += sum_lanes<A>(dot);
         }
-      });
-    }
+      }
+    });
   }
 
   void write_dx(int64_t head, const RowsOf<T>& dout) {
@@ -316,8 +316,8 @@ class BackwardChunk {
       state = as_elements<P>(state_pairs_, turned_state_, ceil_div(p_.dstate, kGroup) * kGroup, dim_wide_);
     }
     const Element* mixed = as_elements<P>(mix_pairs_, mix_, rows_, kQ);
-    for (int64_t s = 0; s < chunk_.length(); s += kTileRows) {
-      for_vectors(0, ceil_div(p_.head_dim, kLanes<A>), [&]<int kVectors>(int64_t vector) {
+    for_vectors(0, ceil_div(p_.head_dim, kLanes<A>), [&]<int kVectors>(int64_t vector) {
+      for (int64_t s = 0; s < chunk_.length(); s += kTileRows) {
         const int64_t lane = vector * kLanes<A>, from = s / kGroup;
         TileOf<P, kTileRows, kVectors> tile;
         clear<P>(tile);
@@ -338,8 +338,8 @@ class BackwardChunk {
             store(to + column, value, lanes);
           }
         }
-      });
-    }
+      }
+    });
   }
 
   void write_ddelta(int64_t head, A carried) {
@@ -381,9 +381,9 @@ class BackwardChunk {
   };
   template <class F>
   void add_steps(A* gradient, const Element* steps, const Element* rows, F&& part_of) {
-    for (int64_t t = 0; t < chunk_.length(); t += kTileRows) {
-      const Part part = part_of(t);
-      for_vectors(0, states_wide_ / kLanes<A>, [&]<int kVectors>(int64_t vector) {
+    for_vectors(0, states_wide_ / kLanes<A>, [&]<int kVectors>(int64_t vector) {
+      for (int64_t t = 0; t < chunk_.length(); t += kTileRows) {
+        const Part part = part_of(t);
         A* to = gradient + t * states_wide_ + vector * kLanes<A>;
         TileOf<P, kTileRows, kVectors> tile;
         load_tile(tile, to, states_wide_);
@@ -391,8 +391,8 @@ class BackwardChunk {
                        {steps + part.begin * kQ, kQ, rows + part.begin * states_wide_, states_wide_, part.end - part.begin},
                        t, vector * kLanes<A>);
         store_tile(to, states_wide_, tile);
-      });
-    }
+      }
+    });
   }
 
   void write_rows(const Heads& to, int64_t group, const A* from) {

@@ -113,9 +113,9 @@ class ForwardBlock {
 
   // out = mix' x + since_start (C S) + D x. state: null if nothing entered.
   void write(int64_t head, const RowsOf<T>& x, const Element* mix, const Element* state) {
-    for (int64_t t = 0; t < chunk_.length(); t += kTileRows) {
-      for_vectors(0, ceil_div(p_.head_dim, kLanes<A>), [&]<int kVectors>(int64_t vector) {
-        const int64_t lane = vector * kLanes<A>;
+    for_vectors(0, ceil_div(p_.head_dim, kLanes<A>), [&]<int kVectors>(int64_t vector) {
+      const int64_t lane = vector * kLanes<A>;
+      for (int64_t t = 0; t < chunk_.length(); t += kTileRows) {
         TileOf<P, kTileRows, kVectors> tile;
         clear<P>(tile);
         if (state) {
@@ -134,8 +134,8 @@ class ForwardBlock {
             store(out + column, value, lanes);
           }
         }
-      });
-    }
+      }
+    });
   }
 
   // Steps of the same tile: a row takes none after its own, so that what is not a number there stays there.

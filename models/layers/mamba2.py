@@ -85,7 +85,8 @@ class Mamba2(Layer):
     def parts(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., channels) into u (..., heads, head_dim), and B and C (..., groups, dstate)."""
         u, B, C = torch.split(mixed, [self.inner, self.groups * self.dstate, self.groups * self.dstate], -1)
-        return u.unflatten(-1, (self.heads, -1)), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
+        u, B, C = u.unflatten(-1, (self.heads, -1)), *(t.unflatten(-1, (self.groups, -1)) for t in (B, C))  # type: ignore[no-untyped-call]
+        return u, B, C
 
     def A(self) -> Tensor:
         return -wide(self.A_log).exp()

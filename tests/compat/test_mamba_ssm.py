@@ -399,14 +399,18 @@ def in_chunks(**options: Any) -> Any:
     return mamba_chunk_scan_combined(**options, chunk_size=32, return_final_states=True)
 
 
+# By the dtype of x: a CPU may multiply pairs of bfloat16, to which states and scores are rounded before, as the package does.
+SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("seqlen", [1, 8, 151])
 def test_chunks_and_their_gradients(seqlen: int, groups: int, dtype: torch.dtype) -> None:
     inputs = draw_chunks(seqlen, groups, dtype)
-    check(in_chunks, chunk_scan, inputs, dt_softplus=True, slack=1e-6)
+    check(in_chunks, chunk_scan, inputs, dt_softplus=True, slack=SLACK[dtype])
     inputs |= {"initial_states": torch.randn(2, 4, 6, 8), "D": torch.randn(4)}
-    check(in_chunks, chunk_scan, inputs, dt_softplus=True, dt_limit=(0.05, 0.2), slack=1e-6)
+    check(in_chunks, chunk_scan, inputs, dt_softplus=True, dt_limit=(0.05, 0.2), slack=SLACK[dtype])
 
 
 def test_step_sizes_below_zero_are_zero() -> None:
@@ -679,7 +683,7 @@ def test_split_layer_and_its_gradients(groups: int, case: str, dtype: torch.dtyp
     def op(**given: Any) -> Any:
         return mamba_split_conv1d_scan_combined(**given, ngroups=groups, chunk_size=32, return_final_states=True)
 
-    check(op, lambda **t: split_layer(**t, groups=groups), inputs, **options, slack=1e-6)
+    check(op, lambda **t: split_layer(**t, groups=groups), inputs, **options, slack=SLACK[dtype])
 
 
 def test_split_layer_compiled_in_one_graph() -> None:
