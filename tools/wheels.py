@@ -5,8 +5,8 @@
     python tools/wheels.py tag v0.1.0                      # fails where the tag is not that of these sources
 
 A wheel is built from the source distribution, if not told otherwise against the oldest torch that pyproject.toml admits, and
-serves the later ones too. Times in both are that of the last commit, or SOURCE_DATE_EPOCH. Needs Python 3.11 or newer, and of the Pythons that are
-built for, and tested, nothing.
+serves the later ones too. Times in both are that of the last commit, or SOURCE_DATE_EPOCH. Needs Python 3.11 or newer, and
+of the Pythons that are built for, and tested, nothing.
 """
 
 from __future__ import annotations

@@ -399,7 +399,7 @@ def in_chunks(**options: Any) -> Any:
     return mamba_chunk_scan_combined(**options, chunk_size=32, return_final_states=True)
 
 
-# By the dtype of x: a CPU may multiply pairs of bfloat16, to which states and scores are rounded before, as the package does.
+# By the dtype of x: a CPU may multiply pairs of bfloat16, to which states and scores are rounded before, as in the package.
 SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
