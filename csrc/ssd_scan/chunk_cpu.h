@@ -167,6 +167,22 @@ inline Vec<A> skips_of(const SsdScan& p, int64_t head, int64_t channel, int lane
   return p.skips == 1 ? broadcast(*skip) : load(skip, lanes);
 }
 
+// Of a tile whose first row is step `step`, the rows that the chunk has, plus D times those of `skipping`.
+template <class T, int kVectors, class A = Acc<T>>
+void store_rows(const SsdScan& p, const Heads& to, const Span& chunk, int64_t head, int64_t step, int64_t lane,
+                const Vec<A> (&tile)[kTileRows][kVectors], const RowsOf<T>& skipping) {
+  for (int64_t i = 0; i < kTileRows && step + i < chunk.length(); i++) {
+    T* row = to.at<T>(chunk.batch, chunk.begin + step + i, head);
+    for (int j = 0; j < kVectors; j++) {
+      const int64_t channel = lane + j * kLanes<A>;
+      const int lanes = static_cast<int>(least<int64_t>(p.head_dim - channel, kLanes<A>));
+      Vec<A> value = tile[i][j];
+      if (p.D) value += skips_of<A>(p, head, channel, lanes) * load_elements<Multiply<A>>(skipping, step + i, channel);
+      store(row + channel, value, lanes);
+    }
+  }
+}
+
 // ---- items ----
 
 inline int64_t rows_of_tiles(const Span& chunk) { return ceil_div(chunk.length(), kTileRows) * kTileRows; }

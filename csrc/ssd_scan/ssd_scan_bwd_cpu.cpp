@@ -328,16 +328,7 @@ class BackwardChunk {
         add_product<P>(tile, {mixed + from * kQ, kQ, dout_rows_ + from * dim_wide_, dim_wide_, rows_ / kGroup - from}, s,
                        lane);
         scale_rows(tile, decays_.delta + s);
-        for (int64_t i = 0; i < kTileRows && s + i < chunk_.length(); i++) {
-          T* to = q_.dx.at<T>(chunk_.batch, chunk_.begin + s + i, head);
-          for (int j = 0; j < kVectors; j++) {
-            const int64_t column = lane + j * kLanes<A>;
-            const int lanes = static_cast<int>(least<int64_t>(p_.head_dim - column, kLanes<A>));
-            Vec<A> value = tile[i][j];
-            if (p_.D) value += skips_of<A>(p_, head, column, lanes) * load_elements<Multiply<A>>(dout, s + i, column);
-            store(to + column, value, lanes);
-          }
-        }
+        store_rows<T>(p_, q_.dx, chunk_, head, s, lane, tile, dout);
       }
     });
   }

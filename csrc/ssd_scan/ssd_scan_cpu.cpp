@@ -124,16 +124,7 @@ class ForwardBlock {
         }
         add_product<P>(tile, {mix, kQ, x_, dim_wide_, t / kGroup}, t, lane);
         add_diagonal(tile, mix + t / kGroup * kQ + t, x_ + t / kGroup * dim_wide_ + lane);
-        for (int64_t i = 0; i < kTileRows && t + i < chunk_.length(); i++) {
-          T* out = p_.out.at<T>(chunk_.batch, chunk_.begin + t + i, head);
-          for (int j = 0; j < kVectors; j++) {
-            const int64_t column = lane + j * kLanes<A>;
-            const int lanes = static_cast<int>(least<int64_t>(p_.head_dim - column, kLanes<A>));
-            Vec<A> value = tile[i][j];
-            if (p_.D) value += skips_of<A>(p_, head, column, lanes) * load_elements<Multiply<A>>(x, t + i, column);
-            store(out + column, value, lanes);
-          }
-        }
+        store_rows<T>(p_, p_.out, chunk_, head, t, lane, tile, x);
       }
     });
   }

@@ -256,10 +256,10 @@ def mamba_chunk_scan_combined(
 ) -> Tensor | tuple[Tensor, ...]:
     """The recurrence of Mamba-2, whose heads decay as one, in chunks of matrix products.
 
-    By :func:`madkernels.ssd_scan`, on the CPU. On a GPU, and with `seq_idx` or `return_varlen_states`, made of torch's
-    operations (:func:`madkernels.models.layers.recurrence.linear_recurrence`): in float32, with the scores within chunks of
-    64 steps and a state for each chunk in memory; with `seq_idx` each row of the batch is a call of its own, and where a
-    number comes back, each of its sequences.
+    By :func:`madkernels.ssd_scan`, on the CPU; with `seq_idx` each row of the batch is a call of its own. On a GPU, with
+    `return_varlen_states`, and where a number of `seq_idx` comes back, made of torch's operations
+    (:func:`madkernels.models.layers.recurrence.linear_recurrence`): in float32, with the scores within chunks of 64 steps
+    and a state for each chunk in memory; where a number comes back, each of its sequences is a call of its own.
 
     Args:
         x: (batch, seqlen, heads, headdim).
@@ -317,10 +317,10 @@ def mamba_chunk_scan_combined(
     dtype, wide = _dtypes([x, dt, B, C, z], [A, D, dt_bias, initial_states])
     steps = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias
     steps = (F.softplus(steps) if dt_softplus else steps).clamp(*dt_limit)
-    if seq_idx is None and not return_varlen_states:
-        rows = (t.to(dtype) for t in (x, B, C))
-        parameters = (None if t is None else t.to(wide) for t in (A, D, initial_states))
-        y, final = _scan(steps, *rows, *parameters)
+    if not return_varlen_states and _scan_takes(x, seq_idx, initial_states):
+        rows = (steps, *(t.to(dtype) for t in (x, B, C)))
+        parameters = (A.to(wide), None if D is None else D.to(wide))
+        y, final = _scan(rows, parameters, None if initial_states is None else initial_states.to(wide), seq_idx)
         out = (y if z is None else y.to(wide) * F.silu(z.to(wide))).to(x.dtype)
         return (out, final) if return_final_states else out
     steps = steps.unsqueeze(-1)
@@ -338,12 +338,36 @@ def mamba_chunk_scan_combined(
     return (out, *asked) if asked else out
 
 
+def _scan_takes(x: Tensor, seq_idx: Tensor | None, states: Tensor | None) -> bool:
+    """Whether sequences are what they are for the scan: documents one after another."""
+    if seq_idx is None:
+        return True
+    before = [] if states is None else [0]
+    return x.device.type in ssd.DEVICES and not any(_comes_back([*before, *row.tolist()]) for row in seq_idx)
+
+
 def _scan(
-    delta: Tensor, x: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, state: Tensor | None
+    rows: tuple[Tensor, ...], parameters: tuple[Tensor, Tensor | None], states: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """By the kernel; in autocast's dtype or not, as the package has it: in that of x."""
-    with without_autocast(x):
-        return ssd.scan(x, delta, A, B, C, D, state)
+    """By the kernel: delta, x, B and C of all rows together, or of each row with its own documents. In the dtype of x, under
+    autocast too, as in the package."""
+    A, D = parameters
+    with without_autocast(rows[0]):
+        if seq_idx is None:
+            delta, x, B, C = rows
+            return ssd.scan(x, delta, A, B, C, D, states)
+        found = []
+        for i, numbers in enumerate(seq_idx):
+            delta, x, B, C = (t.narrow(0, i, 1) for t in rows)
+            borders = (numbers[1:] != numbers[:-1]).nonzero().flatten() + 1
+            offsets = torch.cat([borders.new_tensor([0]), borders, borders.new_tensor([len(numbers)])]).int()
+            entering = None
+            if states is not None and not numbers[:1].any():  # they are of sequence 0
+                entering = F.pad(states.narrow(0, i, 1), (0, 0) * 3 + (0, len(borders)))
+            y, after = ssd.scan(x, delta, A, B, C, D, entering, offsets)
+            found.append((y, after[-1:]))
+        y, final = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return y, final
 
 
 def mamba_split_conv1d_scan_combined(
