@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from madkernels.models.layers import ssd
 from madkernels.models.layers.base import State, check_positive, wide
 from madkernels.models.layers.matrix_state import MatrixStateLayer, recur
 from madkernels.models.layers.recurrence import linear_recurrence
@@ -47,7 +48,11 @@ class LinearAttention(MatrixStateLayer):
         q, k = self.q_features(q), self.k_features(k)
         if self.normalise:  # the sum of keys is what a value of 1 gathers
             v = F.pad(v, (0, 1), value=1.0)
-        y = recur(linear_recurrence, q, k, v, q.new_zeros(1, q.shape[1], 1, 1), cu_seqlens=cu_seqlens, state=state)
+        past = None if state is None or cu_seqlens is not None else state["matrix"]
+        sums, after = ssd.attend(q, k, v, past, cu_seqlens)
+        if state is not None:
+            state["matrix"] = after
+        y = sums.to(v.dtype)
         if self.normalise:
             y = y[..., :-1] / (y[..., -1:] + 1e-12)
         mixed: Tensor = self.out(y.flatten(2))

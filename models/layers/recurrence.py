@@ -26,7 +26,7 @@ SCALAR_CHUNK = 64  # decays that are one number per head: scores are matrix prod
 VECTOR_CHUNK = 16  # decays of each key channel: scores are summed channel by channel
 
 
-def _without_autocast(recurrence: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+def without_autocast(recurrence: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """Products of states stay in the dtype that they are given in."""
 
     @wraps(recurrence)
@@ -39,7 +39,7 @@ def _without_autocast(recurrence: Callable[..., tuple[Tensor, Tensor]]) -> Calla
     return call
 
 
-@_without_autocast
+@without_autocast
 def linear_recurrence(
     q: Tensor,
     k: Tensor,
@@ -89,7 +89,7 @@ def linear_recurrence(
     return c.join(y).to(v.dtype), after
 
 
-@_without_autocast
+@without_autocast
 def delta_rule(
     q: Tensor,
     k: Tensor,

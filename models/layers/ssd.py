@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from madkernels import ssd_scan, ssd_scan_step
-from madkernels.models.layers.base import document_of
-from madkernels.models.layers.recurrence import linear_recurrence
+from madkernels.models.layers.base import document_of, wide
+from madkernels.models.layers.recurrence import linear_recurrence, without_autocast
 
 DEVICES = {"cpu", "meta"}  # where the ops are used
 
@@ -36,6 +36,25 @@ def scan(
     if D is not None:
         y = y + D.view(len(A), -1) * x
     return y.to(x.dtype), after.mT
+
+
+@without_autocast
+def attend(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``y[t] = sum over s <= t of (q[t] k[s]) v[s]``, a scan that forgets nothing, in float32 at least.
+
+    Args:
+        q, k: (batch, seqlen, heads, key_dim).
+        v: (batch, seqlen, heads, value_dim).
+        state: (batch, heads, key_dim, value_dim), or None.
+        cu_seqlens: of packed documents; then no state.
+
+    Returns:
+        y like v, and the states after each sequence (document), as `state`.
+    """
+    q, k, v = (wide(t) for t in (q, k, v))
+    steps, rates = v.new_ones(1, 1, 1).expand(v.shape[:3]), v.new_zeros(v.shape[2])
+    y, after = scan(v, steps, rates, k, q, None, None if state is None else state.mT, cu_seqlens)
+    return y, after.mT
 
 
 def step(
