@@ -145,11 +145,11 @@ __device__ inline void write_no_parts(float* dA, float* dD, int head_dim) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) back_heads(SsdScanBackward q, int slots_a_row) {
-  __shared__ Decays decays;
-  __shared__ Gathered gathered;
+  Decays& decays = *dynamic_shared<Decays>(6 * kTileBytes<T>);  // static memory beside 48 KB of tiles cannot be asked for
+  Gathered& gathered = *dynamic_shared<Gathered>(6 * kTileBytes<T> + static_cast<int>(sizeof(Decays)));
   const SsdScan& p = q.forward;
   const int heads = static_cast<int>(p.heads), head_dim = static_cast<int>(p.head_dim);
-  const int i = static_cast<int>(blockIdx.x), head = i % heads, row = warp_row();
+  const int i = static_cast<int>(blockIdx.x), head = i % heads;
   const Place at(p.docs, slots_a_row, i / heads);
   const Part chunk = at.chunk;
   float* const dA = static_cast<float*>(q.dA_parts) + i;
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 2) back_groups(SsdScanBackward q, in
   __shared__ Decays decays;
   const SsdScan& p = q.forward;
   const int state_tiles = static_cast<int>(tiles_of(p.dstate)), groups = static_cast<int>(p.groups);
-  const int i = static_cast<int>(blockIdx.x), n = i % state_tiles * kQ, group = i / state_tiles % groups, row = warp_row();
+  const int i = static_cast<int>(blockIdx.x), n = i % state_tiles * kQ, group = i / state_tiles % groups;
   const Place at(p.docs, slots_a_row, i / state_tiles / groups);
   const Part chunk = at.chunk;
   if (chunk.length() == 0) return;
@@ -279,7 +279,8 @@ void ssd_scan_backward(const SsdScanBackward& q, Stream stream) {
   ssd_scan_states(p, q.states, stream);
   ssd_scan_dstates(q, stream);
   dispatch_gpu(p.dtype, [&]<class T>() {
-    launch("ssd_scan_backward (heads)", back_heads<T>, slots * p.heads, kThreads, 6 * kTileBytes<T>, stream, q, slots_a_row);
+    launch("ssd_scan_backward (heads)", back_heads<T>, slots * p.heads, kThreads,
+           6 * kTileBytes<T> + sizeof(Decays) + sizeof(Gathered), stream, q, slots_a_row);
     launch("ssd_scan_backward (groups)", back_groups<T>, slots * p.groups * tiles_of(p.dstate), kThreads, 4 * kTileBytes<T>,
            stream, q, slots_a_row);
   });

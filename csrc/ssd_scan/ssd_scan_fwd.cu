@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, 3) write_chunk(SsdScan p, const floa
   const Place at(p.docs, slots_a_row, i / dim_tiles / heads);
   const Part chunk = at.chunk;
   if (chunk.length() == 0) return;
-  const int group = head / static_cast<int>(p.heads_per_group()), row = warp_row();
+  const int group = head / static_cast<int>(p.heads_per_group());
   const TileOf<T> C = tile<T>(0), B = tile<T>(1), S = tile<T>(2), x = tile<T>(3);
   decays.load(p, chunk, head);
   stage(x, steps_of<T>(p.x, chunk, head, p.head_dim, d));
