@@ -30,7 +30,7 @@ from madkernels import (
 pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.backends("ptx")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ATTENTION, CONV, LONG, SCAN = (CASES_OF_OPS[n] for n in ("attention", "causal_conv", "fft_conv", "selective_scan"))
-GEMM, MOE = (CASES_OF_OPS[n] for n in ("grouped_gemm", "moe_mlp"))
+GEMM, MOE, SSD = (CASES_OF_OPS[n] for n in ("grouped_gemm", "moe_mlp", "ssd_scan"))
 MANY_MULTIPROCESSORS = 1000  # more than any row here can use: time is split as far as it goes
 
 
@@ -122,6 +122,8 @@ CASES: dict[str, Run] = {
     "scan of segments and many states": case(SCAN, 1, 800, 5, 19, 1),
     "scan of documents, few states": packed_case(SCAN, (5, 1, 0, 64, 33), 20, 6, 2),
     "scan of documents, 16 states": packed_case(SCAN, (5, 1, 0, 64, 33), 20, 16, 1),
+    "chunks of heads of two tiles": case(SSD, 1, 130, 70, 2, 66, 1),
+    "chunks of documents": packed_case(SSD, (5, 1, 0, 64, 33), 20, 4, 6, 2),
     "convolution along time": case(CONV, 2, 70, 5, 4, across=CONV.names("batch", "seqlen")),
     "convolution of pairs": case(CONV, 2, 300, 8, 4),
     "wide convolution": case(CONV, 2, 80, 8, 9),

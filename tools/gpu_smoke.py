@@ -22,6 +22,8 @@ from madkernels import (
     moe_route,
     selective_scan,
     selective_scan_step,
+    ssd_scan,
+    ssd_scan_step,
 )
 
 DEVICE = "cuda"
@@ -44,6 +46,20 @@ def scan(dtype: torch.dtype, batch: int, seqlen: int, dim: int, dstate: int, doc
     if seqlen:
         state = torch.zeros(batch, dim, dstate, device=DEVICE)
         selective_scan_step(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, z[:, 0], bias, True)
+
+
+def scan_heads(dtype: torch.dtype, seqlen: int, head_dim: int, dstate: int, docs: list[int] | None = None) -> None:
+    batch, heads, groups = 2 if docs is None else 1, 4, 2
+    x, delta = leaf(batch, seqlen, heads, head_dim, dtype=dtype), torch.rand(batch, seqlen, heads, device=DEVICE)
+    B, C = (leaf(batch, seqlen, groups, dstate, dtype=dtype) for _ in range(2))
+    initial = leaf(batch if docs is None else len(docs) - 1, heads, head_dim, dstate)
+    A, D = -torch.rand(heads, device=DEVICE), leaf(heads)
+    offsets = None if docs is None else torch.tensor(docs, dtype=torch.int32, device=DEVICE)
+    options = {"initial_state": initial, "cu_seqlens": offsets, "return_final_state": True}
+    out, state = ssd_scan(x, delta.requires_grad_(), A.requires_grad_(), B, C, D, **options)
+    (out.float().sum() + state.sum()).backward()
+    state = torch.zeros(batch, heads, head_dim, dstate, device=DEVICE)
+    ssd_scan_step(state, x[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D)
 
 
 def conv(dtype: torch.dtype, batch: int, seqlen: int, dim: int, width: int, docs: list[int] | None = None) -> None:
@@ -132,6 +148,9 @@ def main() -> None:
     for dtype, (seqlen, dstate) in itertools.product(DTYPES, ((41, 16), (70, 19), (900, 3))):
         scan(dtype, 2, seqlen, 67, dstate)
     scan(torch.bfloat16, 1, 100, 9, 4, [0, 40, 40, 100])
+    for dtype, (seqlen, head_dim, dstate) in itertools.product(DTYPES, ((41, 37, 5), (150, 64, 128), (70, 70, 66))):
+        scan_heads(dtype, seqlen, head_dim, dstate)
+    scan_heads(torch.bfloat16, 100, 20, 6, [0, 40, 40, 100])
     for dtype, (seqlen, dim, width) in itertools.product(DTYPES, ((41, 37, 4), (130, 38, 3), (20, 37, 7))):
         conv(dtype, 2, seqlen, dim, width)
     conv(torch.bfloat16, 1, 100, 9, 4, [0, 40, 40, 100])

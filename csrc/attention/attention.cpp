@@ -194,7 +194,9 @@ void in_rounds(const Arguments& a, int64_t splits, F&& bytes, G&& run) {
 }
 
 // Query heads of a round.
-int64_t query_heads(const Attention& p, const AttentionWork& work) { return work.kv_heads.length() * (p.heads / p.kv_heads); }
+int64_t query_heads(const Attention& p, const AttentionWork& work) {
+  return work.kv_heads.length() * (p.heads / p.kv_heads);
+}
 
 void run_forward(const Arguments& a) {
   const Attention& p = a.params;

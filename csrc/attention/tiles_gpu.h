@@ -1,11 +1,7 @@
 // What attention's CUDA kernels share: rows of heads into tiles, products of tiles, and scores.
 //
 // A block owns some rows (queries, or keys), a warp 16 or 32 of them, and walks tiles of the other side's rows. Both
-// products that follow one another keep their result in registers: C [16, 8] of the first, (g, 2q) and (g, 2q + 1), is the A
-// of the second, so weights never go through shared memory.
-//
-//   multiply_by_rows      c [rows][columns] += own [rows][dim] other [columns][dim]^T
-//   multiply_by_columns   c [rows][dim]     += p [rows][columns] other [columns][dim]
+// products that follow one another keep their result in registers, so weights never go through shared memory.
 #pragma once
 
 #include "attention/attention.h"
@@ -61,33 +57,7 @@ __device__ __forceinline__ void start_copy(const Tile<T, kDim>& to, const HeadRo
   }
 }
 
-// ---- products of tiles ----
-
-template <class T, int kDim, int kTiles, int kBlocks>
-__device__ __forceinline__ void multiply_by_rows(float (&c)[kTiles][kBlocks][4], const Tile<T, kDim>& own, int row,
-                                                 const Tile<T, kDim>& other) {
-  const int here = computed_again(lane());
-  const typename Product<T>::template OwnRows<kDim> a(own, row, here);
-  const typename Product<T>::template OtherRows<kDim> b(other, 0, here);
-  multiply<T, kDim>(c, a, b);
-}
-
-// The first product's result as what the second takes.
-template <class T, int kTiles, int kBlocks>
-struct Narrowed {
-  const float (&p)[kTiles][kBlocks][4];
-
-  __device__ __forceinline__ typename Product<T>::A load(int row, int depth) const {
-    return Product<T>::narrow(&p[row / 16][depth / 8]);
-  }
-};
-
-template <class T, int kDim, int kTiles, int kBlocks>
-__device__ __forceinline__ void multiply_by_columns(float (&c)[kTiles][kDim / 8][4], const float (&p)[kTiles][kBlocks][4],
-                                                    const Tile<T, kDim>& other) {
-  const typename Product<T>::template OtherColumns<kDim, true> b(other, 0, computed_again(lane()));
-  multiply<T, kBlocks * 8>(c, Narrowed<T, kTiles, kBlocks>{p}, b);
-}
+// ---- results ----
 
 // Rows 0 .. count - 1 of a warp's part, times the factor of each, as rows of a head, dense in width.
 template <class T, int kTiles, int kBlocks>

@@ -254,6 +254,39 @@ __device__ __forceinline__ void multiply(float (&c)[kTiles][kBlocks][4], const O
   }
 }
 
+// ---- products of tiles that follow one another ----
+
+// C [16, 8] of a product, (g, 2q) and (g, 2q + 1), is the A of the next, which need not go through shared memory.
+//
+//   multiply_by_rows      c [rows][columns] += own [rows][dim] other [columns][dim]^T
+//   multiply_by_columns   c [rows][dim]     += p [rows][columns] other [columns][dim]
+
+template <class T, int kDim, int kTiles, int kBlocks>
+__device__ __forceinline__ void multiply_by_rows(float (&c)[kTiles][kBlocks][4], const Tile<T, kDim>& own, int row,
+                                                 const Tile<T, kDim>& other) {
+  const int here = computed_again(lane());
+  const typename Product<T>::template OwnRows<kDim> a(own, row, here);
+  const typename Product<T>::template OtherRows<kDim> b(other, 0, here);
+  multiply<T, kDim>(c, a, b);
+}
+
+// The first product's result as what the second takes.
+template <class T, int kTiles, int kBlocks>
+struct Narrowed {
+  const float (&p)[kTiles][kBlocks][4];
+
+  __device__ __forceinline__ typename Product<T>::A load(int row, int depth) const {
+    return Product<T>::narrow(&p[row / 16][depth / 8]);
+  }
+};
+
+template <class T, int kDim, int kTiles, int kBlocks>
+__device__ __forceinline__ void multiply_by_columns(float (&c)[kTiles][kDim / 8][4], const float (&p)[kTiles][kBlocks][4],
+                                                    const Tile<T, kDim>& other) {
+  const typename Product<T>::template OtherColumns<kDim, true> b(other, 0, computed_again(lane()));
+  multiply<T, kBlocks * 8>(c, Narrowed<T, kTiles, kBlocks>{p}, b);
+}
+
 // Where element e of block n of the 16 rows `tile` of a warp stands.
 __device__ __forceinline__ int row_of(int tile, int e) { return tile * 16 + lane() / 4 + e / 2 * 8; }
 __device__ __forceinline__ int column_of(int n, int e) { return n * 8 + lane() % 4 * 2 + e % 2; }

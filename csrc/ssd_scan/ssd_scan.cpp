@@ -5,6 +5,9 @@
 #include <vector>
 
 #include "common/check.h"
+#if MADKERNELS_GPU
+#include "common/stream.h"
+#endif
 
 namespace madkernels {
 namespace {
@@ -65,12 +68,36 @@ void hand_on(const SsdScan& p, const OptionalTensor& from, const Tensor& to) {
                  torch::stable::view(to, flat));
 }
 
-// ---- CPU ----
+#if MADKERNELS_GPU
+
+// Places for the chunks of all documents, whose lengths lie on the device, which is made current.
+class Chunks : public OnDevice {
+ public:
+  explicit Chunks(const Arguments& a) : OnDevice(a.x), count_(gpu::ssd_scan_slots(a.params)) {}
+  int64_t count() const { return count_; }
+
+ private:
+  int64_t count_;
+};
+
+void run_forward(const Arguments& a) {
+  const Chunks chunks(a);
+  const SsdScan& p = a.params;
+  const Tensor states = empty({chunks.count(), p.heads, p.head_dim, p.dstate}, ScalarType::Float, a.x);
+  gpu::ssd_scan_forward(p, states.data_ptr(), chunks.stream());
+}
+
+void run_backward(const SsdScanBackward& q, const Chunks& chunks) { gpu::ssd_scan_backward(q, chunks.stream()); }
+
+void run_step(const Arguments& a) { gpu::ssd_scan_step(a.params, OnDevice(a.x).stream()); }
+
+#else
 
 // The chunks of all documents.
 class Chunks {
  public:
-  explicit Chunks(const Documents& docs) {
+  explicit Chunks(const Arguments& a) {
+    const Documents& docs = a.params.docs;
     for (int64_t doc = 0; doc < docs.count; doc++) {
       first_.push_back(count());
       const Span whole = docs.span(doc);
@@ -105,11 +132,27 @@ void for_blocks(const SsdScan& p, int64_t heads, F&& f) {
 }
 
 void run_forward(const Arguments& a) {
-  const Chunks chunks(a.params.docs);
+  const Chunks chunks(a);
   const int64_t heads = heads_together(a.params);
   for_blocks(a.params, heads,
              [&](const Turns& turns) { ssd_scan_cpu().forward(a.params, chunks.pointers(), heads, turns); });
 }
+
+void run_backward(const SsdScanBackward& q, const Chunks& chunks) {
+  const SsdScan& p = q.forward;
+  const int64_t heads = heads_together(p);
+  for_blocks(p, heads, [&](const Turns& turns) { ssd_scan_cpu().backward_states(q, chunks.pointers(), heads, turns); });
+  in_turns(chunks.count() * p.groups, 3 * kSsdChunk * p.heads_per_group() * operations(p),
+           [&](const Turns& turns) { ssd_scan_cpu().backward(q, chunks.pointers(), turns); });
+}
+
+void run_step(const Arguments& a) {
+  const SsdScan& p = a.params;
+  torch::stable::parallel_for(0, p.batch * p.heads, grain(p.values_of_state() / 2),
+                              [&](int64_t begin, int64_t end) { ssd_scan_cpu().step(p, begin, end); });
+}
+
+#endif
 
 // -> out (batch, seqlen, heads, head_dim), final_state (docs, heads, head_dim, dstate)
 std::tuple<Tensor, Tensor> ssd_scan(Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
@@ -133,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_scan_back
   checks.activation("dout", dout, a.rows());
   checks.tensor("dfinal_state", dfinal_state, a.states(), wide);
   const OptionalTensor dfinal = contiguous(dfinal_state);
-  const Chunks chunks(p.docs);
+  const Chunks chunks(a);
 
   const Shape nothing{0}, kept{chunks.count(), p.heads, p.head_dim, p.dstate};
   Tensor dx = empty_in_large_pages(a.rows(), x.scalar_type(), x), ddelta = empty({p.batch, p.seqlen, p.heads}, wide, x);
@@ -155,10 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_scan_back
                           .dA_parts = dA_parts.data_ptr(),
                           .dD_parts = D ? dD_parts.data_ptr() : nullptr};
   hand_on(p, dfinal, dinitial);
-  const int64_t heads = heads_together(p);
-  for_blocks(p, heads, [&](const Turns& turns) { ssd_scan_cpu().backward_states(q, chunks.pointers(), heads, turns); });
-  in_turns(chunks.count() * p.groups, 3 * kSsdChunk * p.heads_per_group() * operations(p),
-           [&](const Turns& turns) { ssd_scan_cpu().backward(q, chunks.pointers(), turns); });
+  run_backward(q, chunks);
 
   Tensor dD = empty(nothing, wide, x);
   if (D) dD = sum_parts(dD_parts, 0);
@@ -175,8 +215,7 @@ Tensor ssd_scan_step(Tensor state, Tensor x, Tensor delta, Tensor A, Tensor B, T
   MK_CHECK(state.is_contiguous(), "ssd_scan_step: state must be contiguous, since it is updated in place");
   Tensor out = empty(a.rows(), x.scalar_type(), x);
   p.out = heads_of(out), p.final_state = state.data_ptr();
-  torch::stable::parallel_for(0, p.batch * p.heads, grain(p.values_of_state() / 2),
-                              [&](int64_t begin, int64_t end) { ssd_scan_cpu().step(p, begin, end); });
+  run_step(a);
   return torch::stable::squeeze(out, 1);
 }
 

@@ -87,4 +87,18 @@ struct SsdScanKernels {
 
 MADKERNELS_DECLARE_CPU_KERNELS(SsdScanKernels, ssd_scan)
 
+// ---- CUDA: float32, bfloat16 and float16 ----
+
+namespace gpu {
+// Places of chunks: of all documents together, whatever their lengths. Parts of dA and dD: one a place.
+int64_t ssd_scan_slots(const SsdScan& p);
+// states: floats, [slots, heads, head_dim, dstate], what enters each chunk. final_state may be null.
+void ssd_scan_states(const SsdScan& p, void* states, void* stream);
+void ssd_scan_dstates(const SsdScanBackward& q, void* stream);
+void ssd_scan_forward(const SsdScan& p, void* states, void* stream);
+void ssd_scan_backward(const SsdScanBackward& q, void* stream);
+// final_state: [batch, heads, head_dim, dstate], updated in place.
+void ssd_scan_step(const SsdScan& p, void* stream);
+}  // namespace gpu
+
 }  // namespace madkernels

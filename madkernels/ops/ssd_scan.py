@@ -55,8 +55,8 @@ def ssd_scan(
             No state crosses from one document to the next.
         return_final_state: whether to return the state after each sequence (document) too.
 
-    Activations may be views of any strides. Sums and states are in the dtype of `delta`. Where the CPU multiplies pairs of
-    bfloat16, what is computed on the way is rounded to bfloat16 before it is multiplied, in bfloat16 calls.
+    Activations may be views of any strides. Sums and states are in the dtype of `delta`. In bfloat16 calls, what is computed
+    on the way is rounded to bfloat16 before it is multiplied: on a GPU, and where the CPU multiplies pairs of bfloat16.
 
     Returns:
         out (batch, seqlen, heads, head_dim), dtype of `x`; with `return_final_state` also the states, as `initial_state`.
