@@ -201,6 +201,7 @@ struct HeadBlock {
 
 template <class A>
 void copy_state(A* to, int64_t to_width, const A* from, int64_t from_width, int64_t rows, int64_t width) {
+  if (width == 0) return;  // there may be no memory
   for (int64_t i = 0; i < rows; i++)
     std::memcpy(to + i * to_width, from + i * from_width, static_cast<size_t>(width) * sizeof(A));
 }
