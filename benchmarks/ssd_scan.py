@@ -16,7 +16,7 @@ from madkernels.benchmarks.cases import Argument, Arguments, Axes, Case, Inputs
 from madkernels.benchmarks.harness import Benchmark, Peer
 from madkernels.benchmarks.sizes import Size
 from madkernels.models.layers.mamba2 import Mamba2
-from madkernels.models.layers.recurrence import linear_recurrence
+from madkernels.models.layers.ssd import by_recurrence
 
 MAMBA_SSM = "mamba_ssm.ops.triton.ssd_combined"
 HEADS: Axes = ("batch", "seqlen", "heads", "head_dim")
@@ -93,12 +93,8 @@ def case_of(size: Size) -> SsdCase:
 
 
 def recurrence(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:
-    """In chunks of matrix products, by torch: the layers' own recurrence, which any device takes."""
-    share = x.shape[2] // B.shape[2]
-    keys, queries = ((t if t.shape[2] == 1 else t.repeat_interleave(share, 2)) for t in (B, C))
-    steps = delta.unsqueeze(-1)
-    y, _ = linear_recurrence(queries, keys, steps * x, A[:, None] * steps)
-    return (y if D is None else y + D[:, None] * x).to(x.dtype)
+    """In chunks of matrix products, by torch: what the layers do on devices without a kernel."""
+    return by_recurrence(x, delta, A, B, C, D)[0]
 
 
 def by_selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:

@@ -27,6 +27,20 @@ def scan(
         found = ssd_scan(x, delta, A, B, C, D, initial_state=state, cu_seqlens=cu_seqlens, return_final_state=True)
         assert isinstance(found, tuple)
         return found
+    return by_recurrence(x, delta, A, B, C, D, state, cu_seqlens)
+
+
+def by_recurrence(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same of torch's products, in chunks, on any device. Packed documents begin without a state."""
     keys, queries = (t if t.shape[2] == 1 else t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (B, C))
     document = ends = None
     if cu_seqlens is not None:
