@@ -320,21 +320,21 @@ def mamba_chunk_scan_combined(
     if not return_varlen_states and _scan_takes(x, seq_idx, initial_states):
         rows = (steps, *(t.to(dtype) for t in (x, B, C)))
         parameters = (A.to(wide), None if D is None else D.to(wide))
-        y, final = _scan(rows, parameters, None if initial_states is None else initial_states.to(wide), seq_idx)
-        out = (y if z is None else y.to(wide) * F.silu(z.to(wide))).to(x.dtype)
-        return (out, final) if return_final_states else out
-    steps = steps.unsqueeze(-1)
-    states = None if initial_states is None else initial_states.mT.to(wide)
-    given = (_for_each_head(C, heads), _for_each_head(B, heads), steps * x, steps * A.to(wide)[:, None])
-    if return_varlen_states:
-        y, *after = _packed(given, states, seq_idx, cu_seqlens, chunk_size)
-        after[1] = after[1].to(C.dtype if state_dtype is None else state_dtype)
+        y, *after = _scan(rows, parameters, None if initial_states is None else initial_states.to(wide), seq_idx)
     else:
-        y, *after = _row_by_row(given, states, seq_idx, chunk_size)
-    if D is not None:
-        y = y + x * D.to(wide).view(heads, -1)
-    out = (y if z is None else y * F.silu(z.to(wide))).to(x.dtype)
-    asked = [states.mT for states, wanted in zip(after, (return_final_states, return_varlen_states), strict=False) if wanted]
+        steps = steps.unsqueeze(-1)
+        states = None if initial_states is None else initial_states.mT.to(wide)
+        given = (_for_each_head(C, heads), _for_each_head(B, heads), steps * x, steps * A.to(wide)[:, None])
+        if return_varlen_states:
+            y, *found = _packed(given, states, seq_idx, cu_seqlens, chunk_size)
+            found[1] = found[1].to(C.dtype if state_dtype is None else state_dtype)
+        else:
+            y, *found = _row_by_row(given, states, seq_idx, chunk_size)
+        after = [t.mT for t in found]
+        if D is not None:
+            y = y + x * D.to(wide).view(heads, -1)
+    out = (y if z is None else y.to(wide) * F.silu(z.to(wide))).to(x.dtype)
+    asked = [t for t, wanted in zip(after, (return_final_states, return_varlen_states), strict=False) if wanted]
     return (out, *asked) if asked else out
 
 
