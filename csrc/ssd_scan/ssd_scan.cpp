@@ -227,10 +227,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(MADKERNELS_LIBRARY, m) {
       "ssd_scan(Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, Tensor? cu_seqlens) "
       "-> (Tensor out, Tensor final_state)");
   m.def(
-      "ssd_scan_backward(Tensor dout, Tensor? dfinal_state, Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? "
-      "D, "
-      "Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor dx, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, "
-      "Tensor dinitial_state)");
+      "ssd_scan_backward(Tensor dout, Tensor? dfinal_state, Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D, Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor dx, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, "
+      "Tensor dD, Tensor dinitial_state)");
   m.def("ssd_scan_step(Tensor(a!) state, Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D) -> Tensor");
 }
 #endif
