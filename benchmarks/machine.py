@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
 import platform
@@ -89,22 +88,6 @@ def commit() -> str:
     except OSError:
         return ""
     return found.stdout.strip() if tracked.returncode == 0 else ""
-
-
-def keep_freed_memory() -> None:
-    """Asks glibc to keep what is freed, so that a tensor is not made of fresh pages at each call: faults would be up to half
-    of a fast op's time, and would fall on contenders by chance. Elsewhere than on glibc, nothing."""
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
-
-
-def give_back_memory() -> None:
-    """Gives what was kept back to the system, where another case is to come."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Rates:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # torch is loaded when the command runs, not to print its hel
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WHOLE = {"layer": "attention:heads=8", "layers": "", "model": "striped-hyena-70m"}  # what is not an op, with an example
+STEP = "step"
 LONGEST = 5.0  # seconds that a call of a peer may take at a preset
 PASSES = {"fwd": ("forward",), "bwd": ("backward",), "both": ("forward", "backward")}
 
@@ -31,7 +32,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             help=f"Ops, of {', '.join(OPS)}; or layer LAYER..., such as attention:heads=8; or layers, for all of them; or "
-            "model PRESET... Default: all ops, at a --preset."
+            "model PRESET...; or step, or step ARCHITECTURE..., for where the time of MAD's training steps goes. Default: "
+            "all ops, at a --preset."
         ),
     ] = None,
     shapes: Annotated[
@@ -89,9 +91,15 @@ def bench(
 
     from madkernels.benchmarks import gpu, harness, machine, report
     from madkernels.benchmarks.baseline import Baseline
+    from madkernels.runs.memory import give_back_memory, keep_freed_memory
 
     dtypes = _dtypes(dtype)
     names = what or list(OPS)
+    if names[0] == STEP:
+        if shapes or preset or seqlen or warm or plot_file or baseline_file or device != "cpu":
+            raise ValueError(f"{STEP}: expected --dtype, --threads, --json and --quick alone")
+        _bench_step(names[1:], dtypes, threads, json_file, quick)
+        return
     if names[0] in WHOLE:
         if shapes or warm:
             raise ValueError(f"{names[0]}: --shapes and --warm are of ops")
@@ -113,7 +121,7 @@ def bench(
     console = Console()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
-    machine.keep_freed_memory()
+    keep_freed_memory()
     try:
         facts = machine.describe() | (gpu.describe(place) if place.type == "cuda" else {})
         wanted = [(job.benchmark.name, job.case) for job in jobs]
@@ -128,7 +136,7 @@ def bench(
                 harness.measure(job.benchmark, job.case, dtypes, job.passes, others, runs, place, warm, job.limit)
             )
             report.show(measured[-1], console, baseline)
-            machine.give_back_memory()
+            give_back_memory()
         if len(jobs) > 1:
             report.overview(measured, console, baseline)
     finally:
@@ -141,6 +149,39 @@ def bench(
     if baseline and (slower := [line for m in measured for line in baseline.regressions(m)]):
         typer.echo("slower than the baseline, quartiles apart: " + "; ".join(slower), err=True)
         raise typer.Exit(1)
+
+
+def _bench_step(
+    names: Sequence[str], dtypes: Sequence[torch.dtype], threads: int | None, json_file: Path | None, quick: bool
+) -> None:
+    """Training steps of MAD's architectures, or of those given; bfloat16 is autocast."""
+    import torch
+    from rich.console import Console
+
+    from madkernels.benchmarks import machine, report, step
+    from madkernels.runs.memory import keep_freed_memory
+
+    if others := [dtype for dtype in dtypes if dtype not in (torch.float32, torch.bfloat16)]:
+        raise ValueError(f"--dtype: {STEP} takes float32 and bfloat16, not {', '.join(map(str, others))}")
+    console = Console()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    keep_freed_memory()
+    try:
+        facts = machine.describe()
+        console.print("; ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
+        if busy := machine.busy():
+            typer.echo(f"warning: {busy}", err=True)
+        size = {"batch": 2, "seqlen": 16} if quick else {}
+        steps = step.steps_of(names or list(step.ARCHITECTURES), [str(d).removeprefix("torch.") for d in dtypes], **size)
+        rates = step.measure(steps, runs=3 if quick else 15)
+    finally:
+        torch.set_num_threads(before)
+    step.table(steps, rates).show(console)
+    for name, seconds in step.means(steps).items():
+        console.print(f"{name}: geometric mean {1e3 * seconds:.1f} ms", highlight=False)
+    if json_file:
+        report.write_json(json_file, step.record(facts, steps, rates))
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,11 @@ def engine_of(
 
     from madkernels.cli.device import check_device
     from madkernels.runs.engines import InProcess, Pool, RayCluster
+    from madkernels.runs.memory import keep_freed_memory
 
     check_device(device, numbered=False)
     if name == "process":
+        keep_freed_memory()
         return InProcess(device)
     if name == "ray":
         return RayCluster(address, device, plugins)

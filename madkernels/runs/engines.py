@@ -28,6 +28,8 @@ from typing import Any, Protocol
 
 import torch
 
+from madkernels.runs.memory import keep_freed_memory
+
 Result = dict[str, Any] | str  # what was measured, or why there is nothing
 OnPoint = Callable[[Any, int, dict[str, float]], None]
 ATTEMPTS = 3
@@ -254,6 +256,7 @@ class _Worker:
 def _serve(pipe: Connection, device: str, plugins: Sequence[str]) -> None:
     """What a worker does: jobs, until its parent is gone."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     for path in plugins:
         load_plugin(path)
@@ -379,6 +382,7 @@ class RayCluster:
 
 def _work_on_ray(job: Job, said: Any, device: str, plugins: Sequence[str]) -> list[Result]:
     torch.set_num_threads(1)
+    keep_freed_memory()
     for path in plugins:
         load_plugin(path)
     for run in job:
