@@ -27,12 +27,6 @@ std::string joined(const std::vector<Isa>& isas) {
   return names;
 }
 
-// The instruction set that somebody asked for, or null.
-const char* wanted_isa() {
-  const char* wanted = std::getenv("MADKERNELS_CPU");
-  return wanted == nullptr || *wanted == '\0' ? nullptr : wanted;
-}
-
 Isa choose() {
   const std::vector<Isa> supported = supported_isas();
   const char* wanted = wanted_isa();
@@ -69,18 +63,14 @@ std::vector<Isa> supported_isas() {
   return supported;
 }
 
+const char* wanted_isa() {
+  const char* wanted = std::getenv("MADKERNELS_CPU");
+  return wanted == nullptr || *wanted == '\0' ? nullptr : wanted;
+}
+
 Isa cpu_isa() {
   static const Isa chosen = choose();
   return chosen;
-}
-
-bool cpu_has_bfloat16_dot() {
-#ifdef MADKERNELS_X86
-  static const bool has = !wanted_isa() && cpu_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
-  return has;
-#else
-  return false;
-#endif
 }
 
 }  // namespace madkernels

@@ -1,5 +1,6 @@
 #include "common/rate.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -29,7 +30,40 @@ double rate_of(int threads, Loop loop) {
   return static_cast<double>(done) / elapsed.count();
 }
 
+// Operations a second of a loop of microseconds: the best of a few, which an interruption does not reach.
+template <class Loop>
+double best_rate(Loop loop) {
+  double best = 0;
+  for (int i = 0; i < 5; i++) {
+    int64_t operations = 0;
+    const auto start = std::chrono::steady_clock::now();
+    const volatile float kept = loop(&operations);
+    static_cast<void>(kept);
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    best = std::max(best, static_cast<double>(operations) / elapsed.count());
+  }
+  return best;
+}
+
+// Some CPUs take several cycles for each product of pairs.
+[[maybe_unused]] bool dot_is_faster() {
+  constexpr int64_t kFew = 100'000;  // instructions
+  const auto dot = [](int64_t* operations) { return rate_cpu().dot(kFew, operations); };
+  const auto multiply = [](int64_t* operations) { return rate_cpu().multiply(DType::kFloat32, kFew, operations); };
+  return best_rate(dot) > 1.2 * best_rate(multiply);
+}
+
 }  // namespace
+
+bool cpu_has_bfloat16_dot() {
+#ifdef MADKERNELS_X86
+  static const bool has =
+      !wanted_isa() && cpu_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16") && dot_is_faster();
+  return has;
+#else
+  return false;
+#endif
+}
 
 double exp2_rate(int threads) {
   return rate_of(threads, [](int64_t* evaluated) { return rate_cpu().exp2(kCount, evaluated); });

@@ -20,6 +20,8 @@ struct RateKernels {
   float (*exp2)(int64_t count, int64_t* evaluated);
   // The same of multiplications and additions, of vectors: `count` instructions at least; writes the operations.
   float (*multiply)(DType dtype, int64_t count, int64_t* operations);
+  // The same of products of bfloat16 pairs, whether or not they are taken; null where the instruction set has none.
+  float (*dot)(int64_t count, int64_t* operations);
 };
 
 MADKERNELS_DECLARE_CPU_KERNELS(RateKernels, rate)

@@ -64,18 +64,19 @@ struct Dot {
     return x;
   }
 };
+constexpr auto kDot = multiply_loop<Dot>;
+#else
+constexpr float (*kDot)(int64_t, int64_t*) = nullptr;
 #endif
 
 float multiply(DType dtype, int64_t count, int64_t* operations) {
   if (dtype == DType::kFloat64) return multiply_loop<MultiplyAdd<double>>(count, operations);
-#if defined(__AVX512F__)
-  if (dtype == DType::kBFloat16 && cpu_has_bfloat16_dot()) return multiply_loop<Dot>(count, operations);
-#endif
+  if (dtype == DType::kBFloat16 && cpu_has_bfloat16_dot()) return kDot(count, operations);
   return multiply_loop<MultiplyAdd<float>>(count, operations);
 }
 
 }  // namespace
 
-const RateKernels rate_kernels = {exp2_loop, multiply};
+const RateKernels rate_kernels = {exp2_loop, multiply, kDot};
 
 }  // namespace madkernels::MADKERNELS_ISA
