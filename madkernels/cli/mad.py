@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from madkernels.cli import live
+from madkernels.cli.device import compute_dtype
 from madkernels.cli.live import Every, Watch
-from madkernels.cli.options import Address, Device, DryRun, Dtype, EngineName, Plugins, Results, Workers
+from madkernels.cli.options import Address, ComputeDtype, Device, DryRun, EngineName, Plugins, Results, Workers
 from madkernels.cli.sweeps import (
     Bars,
     announce,
@@ -66,7 +67,8 @@ def run(
         ),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Compute dtype; bfloat16 is autocast. Default: the protocol's.")
+        ComputeDtype | None,
+        typer.Option(help="Compute dtype; bfloat16 is autocast, auto the faster one here. Default: the protocol's."),
     ] = None,
     dry_run: DryRun = False,
     plugin: Plugins = None,
@@ -87,9 +89,12 @@ def run(
     chosen = load_protocol(protocol)
     if not arch and protocol != "demo":
         raise ValueError(f'the {protocol} protocol needs an architecture: --arch "mamba swiglu attention swiglu"')
-    runs = plan(chosen, arch or DEMO_ARCHS, tasks, seeds=seed, dtype=dtype)
     console = Console()
     place = engine_of(engine, workers, address, device, plugins)
+    computed_in = None if dtype is None else compute_dtype(dtype, device)
+    if dtype == "auto":
+        print(f"dtype: {computed_in}", flush=True)
+    runs = plan(chosen, arch or DEMO_ARCHS, tasks, seeds=seed, dtype=computed_in)
     if dry_run:
         announce(work_of(runs), done_in(out), place)
         return

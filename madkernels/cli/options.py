@@ -12,6 +12,7 @@ import typer
 
 Checkpointing = Literal["none", "selective", "full"]
 Dtype = Literal["float32", "bfloat16"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]  # device.compute_dtype says which one auto is
 ShapeName = Literal["parabola", "cubic", "akima"]
 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from madkernels.cli.options import Checkpointing, DryRun, Dtype, Plugins
+from madkernels.cli.device import compute_dtype
+from madkernels.cli.options import Checkpointing, ComputeDtype, DryRun, Plugins
 from madkernels.cli.recipe_file import RecipeFile, write
 from madkernels.cli.sweeps import load_plugins
 
@@ -269,7 +270,10 @@ def run(
     weight_decay: Annotated[
         float, typer.Option(help="Weight decay of matrices; vectors and recurrence parameters have none.")
     ] = 0.1,
-    dtype: Annotated[Dtype, typer.Option(help="Compute dtype; bfloat16 is autocast over float32 parameters.")] = "float32",
+    dtype: Annotated[
+        ComputeDtype,
+        typer.Option(help="Compute dtype; bfloat16 is autocast over float32 parameters, auto the faster one here."),
+    ] = "float32",
     documents: Annotated[bool, typer.Option(help="Let no information pass between the documents of a row.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the initial parameters and of the order of the data.")] = 12345,
     device: Annotated[str, typer.Option(help="Device to train on: cpu, cuda or, in one process, cuda:<number>.")] = "cpu",
@@ -315,6 +319,7 @@ def run(
 
             from madkernels.cli.sweeps import note, progress_bars
             from madkernels.models import counting
+            from madkernels.runs.memory import keep_freed_memory
             from madkernels.runs.pace import amount
             from madkernels.scaling.training import trainer as training
             from madkernels.scaling.training.data import Corpus
@@ -325,11 +330,13 @@ def run(
         stop.check()
         _check_device(device)
         load_plugins(plugin)
+        keep_freed_memory()
+        context.params["dtype"] = compute_dtype(dtype, device)  # as the recipe of this run is to have it
         corpus = Corpus(data)
         architecture, width, length = _shape(preset, arch, dim, seqlen)
         recipe = Recipe(
             steps, batch, length, _preset_lr(preset) if lr is None else lr, warmup=warmup, schedule=schedule,
-            weight_decay=weight_decay, dtype=dtype, documents=documents, seed=seed,
+            weight_decay=weight_decay, dtype=context.params["dtype"], documents=documents, seed=seed,
         )  # fmt: skip
         how = training.Execution(
             device, micro_batch, checkpointing, compile, expert_parallel, save_every, log_every, eval_every,
@@ -339,6 +346,8 @@ def run(
         here = device == "cpu" and not _several()
         work = {wanted: counting.training_flops(training.meta_model(wanted), length) * recipe.tokens}
         if _first():
+            if dtype == "auto":
+                say(f"dtype: {recipe.dtype}")
             say(f"{steps:,} steps: {amount(work, 1 if here else None, threads=torch.get_num_threads())}")
         if dry_run:
             return

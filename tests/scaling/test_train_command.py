@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from madkernels import _C
 from madkernels.cli.main import main
 from madkernels.models import HybridLM, counting
 from madkernels.models.presets import preset
@@ -326,3 +327,22 @@ def test_values_of_a_recipe_are_read_as_if_they_were_typed(
     )  # fmt: skip
     assert code == 2
     assert "Invalid value for '--steps'" in errors
+
+
+@pytest.mark.parametrize(("faster", "found"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_the_faster_dtype_and_the_recipe_has_its_name(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], faster: bool, found: str
+) -> None:
+    monkeypatch.setattr(_C, "cpu_bfloat16_dot", lambda: faster)
+    code, told, _ = called(monkeypatch, capsys, *options(data, tmp_path / "run"), "--dtype", "auto")
+    assert code == 0
+    assert f"dtype: {found}\n" in told
+    assert f'dtype = "{found}"\n' in (tmp_path / "run" / "recipe.toml").read_text()
+
+
+@pytest.mark.parametrize(("faster", "found"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_of_mad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], faster: bool, found: str) -> None:
+    monkeypatch.setattr(_C, "cpu_bfloat16_dot", lambda: faster)
+    code, told, _ = called(monkeypatch, capsys, "mad", "run", "--dry-run", "--arch", "mlp", "--dtype", "auto")
+    assert code == 0
+    assert told.startswith(f"dtype: {found}\n")
