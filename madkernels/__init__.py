@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from madkernels.ops.attention import attention as attention, attention_step as attention_step
     from madkernels.ops.causal_conv import causal_conv as causal_conv, causal_conv_step as causal_conv_step
     from madkernels.ops.fft_conv import fft_conv as fft_conv, fft_conv_step as fft_conv_step
+    from madkernels.ops.glu import glu as glu
     from madkernels.ops.grouped_gemm import grouped_gemm as grouped_gemm
     from madkernels.ops.moe_mlp import moe_mlp as moe_mlp
     from madkernels.ops.moe_route import (
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         moe_dispatch as moe_dispatch,
         moe_route as moe_route,
     )
+    from madkernels.ops.rms_norm import rms_norm as rms_norm
     from madkernels.ops.selective_scan import selective_scan as selective_scan, selective_scan_step as selective_scan_step
     from madkernels.ops.ssd_scan import ssd_scan as ssd_scan, ssd_scan_step as ssd_scan_step
 
@@ -28,9 +30,11 @@ OPS: dict[str, tuple[str, ...]] = {  # each with its public functions; an op's n
     "attention": ("attention", "attention_step"),
     "causal_conv": ("causal_conv", "causal_conv_step"),
     "fft_conv": ("fft_conv", "fft_conv_step"),
+    "glu": ("glu",),
     "grouped_gemm": ("grouped_gemm",),
     "moe_mlp": ("moe_mlp",),
     "moe_route": ("moe_route", "moe_dispatch", "moe_combine", "RoutingPlan"),
+    "rms_norm": ("rms_norm",),
     "selective_scan": ("selective_scan", "selective_scan_step"),
     "ssd_scan": ("ssd_scan", "ssd_scan_step"),
 }

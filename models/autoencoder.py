@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from madkernels.models.init import init_embedding
 from madkernels.models.layers.base import check_positive
+from madkernels.models.layers.norm import RMSNorm
 from madkernels.models.lm import NORM_EPS, Backbone, check_tokens
 from madkernels.models.spec import Architecture, parse
 
@@ -33,9 +34,9 @@ class AutoEncoder(nn.Module):
         init_embedding(self.embedding)
         self.backbone = Backbone(self.arch, dim)
         self.decoder = nn.Sequential(
-            nn.RMSNorm(dim, eps=NORM_EPS), nn.Linear(dim, dim), nn.GELU(),
-            nn.RMSNorm(dim, eps=NORM_EPS), nn.Linear(dim, dim), nn.GELU(),
-            nn.RMSNorm(dim, eps=NORM_EPS),
+            RMSNorm(dim, eps=NORM_EPS), nn.Linear(dim, dim), nn.GELU(),
+            RMSNorm(dim, eps=NORM_EPS), nn.Linear(dim, dim), nn.GELU(),
+            RMSNorm(dim, eps=NORM_EPS),
         )  # fmt: skip
         self.unembedding = nn.Linear(dim, vocab_size)
 

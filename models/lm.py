@@ -16,6 +16,7 @@ from madkernels.models.generation import new_tokens
 from madkernels.models.init import init_embedding
 from madkernels.models.layers import Layer, State
 from madkernels.models.layers.base import check_positive, wide
+from madkernels.models.layers.norm import RMSNorm
 from madkernels.models.pretrained import from_pretrained, save_pretrained
 from madkernels.models.spec import Architecture, parse
 
@@ -43,12 +44,12 @@ class Backbone(nn.Module):
         self.float32_residual = float32_residual
         self.layers, self.norms = nn.ModuleList(), nn.ModuleList()
         for spec in arch.layers:
-            norm, layer = nn.RMSNorm(dim, eps=norm_eps), spec.build(dim)
+            norm, layer = RMSNorm(dim, eps=norm_eps), spec.build(dim)
             if place:
                 place(norm, layer)
             self.layers.append(layer)
             self.norms.append(norm)
-        self.norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.norm = RMSNorm(dim, eps=norm_eps)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, states: list[State] | None = None) -> Tensor:
         x, dtype = self.residual(x), x.dtype

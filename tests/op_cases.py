@@ -21,6 +21,7 @@ from torch import Tensor
 import madkernels
 from madkernels import reference
 from madkernels.benchmarks.cases import Arguments, Case
+from madkernels.ops.registration import several
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Inputs = dict[str, Tensor]
@@ -198,9 +199,10 @@ class OpCase:
         return tuple(given.get(a.name, True if str(a.type) == "bool" else None) for a in schema.arguments)
 
     def backward_arguments(
-        self, given: Mapping[str, Any], results: Sequence[Tensor], gradient: Callable[[Tensor], Tensor]
+        self, given: Mapping[str, Any], results: Sequence[Tensor] | Tensor, gradient: Callable[[Tensor], Tensor]
     ) -> tuple[Any, ...]:
         """Gradients of the first results, what the op was given, and those of its results that the backward takes."""
+        results = several(results)
         schema, names = self.dispatched()._schema, [a.name for a in self.dispatched("_backward")._schema.arguments]
         known = {a.name for a in (*schema.arguments, *schema.returns)}
         gradients = dict(zip((name for name in names if name not in known), map(gradient, results), strict=False))

@@ -26,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 180  # a block
+SECONDS_OF_INSTALLS = 1500  # one that compiles
 FENCE = re.compile(r"(?:^<!-- (?P<how>.+?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 UNFENCED = re.compile(r"^(?: {4}|\t)\s*\$? ?(?:madkernels|make|pip|python|torchrun|git) [a-z-]", re.MULTILINE)
 LANGUAGES = ("bash", "python")
@@ -106,11 +107,11 @@ def run(block: Block, folder: Path) -> str:
     """What went wrong, or nothing."""
     beside = str(Path(sys.executable).parent)
     environment = os.environ | {"PATH": os.pathsep.join([beside, os.environ.get("PATH", "")]), "OMP_NUM_THREADS": "1"}
-    begun = time.monotonic()
+    begun, limit = time.monotonic(), SECONDS_OF_INSTALLS if block.installs else SECONDS
     try:
-        done = subprocess.run(command(block), cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command(block), cwd=folder, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return f"{block.place}: not done after {SECONDS} s"
+        return f"{block.place}: not done after {limit} s"
     print(f"{block.place:40} {time.monotonic() - begun:6.1f} s  {'failed' if done.returncode else 'passed'}", flush=True)
     if done.returncode:
         return f"{block.place} ended with {done.returncode}:\n{block.smaller()}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"

@@ -15,8 +15,10 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 #include "common/strided.h"
 #include "common/turns.h"
@@ -209,10 +211,28 @@ class Checks {
   Spelling spelling_;
 };
 
+// The activation of a name, gated or not; of none, none.
+inline Epilogue epilogue_of(const char* op, const std::optional<std::string>& name) {
+  static constexpr std::pair<const char*, Epilogue> kKnown[] = {
+      {"silu", {Activation::kSilu, false}},   {"gelu", {Activation::kGelu, false}},  {"relu", {Activation::kRelu, false}},
+      {"relu2", {Activation::kRelu2, false}}, {"swiglu", {Activation::kSilu, true}}, {"geglu", {Activation::kGelu, true}},
+      {"reglu", {Activation::kRelu, true}}};
+  if (!name) return {Activation::kNone, false};
+  std::string names;
+  for (const auto& [known, epilogue] : kKnown) {
+    if (*name == known) return epilogue;
+    names += std::string(known) + ", ";
+  }
+  MK_CHECK(false, op, ": activation is \"", *name, "\"; it takes ", names, "or None");
+  return {};
+}
+
 // [batch, seqlen, dim] as kernels take it: one of the last two axes dense. Others are copied.
 inline Tensor with_dense_axis(const Tensor& t) {
   return t.stride(1) == 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
 }
+// [rows, channels] as kernels take it: with dense channels.
+inline Tensor with_dense_channels(const Tensor& t) { return t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
 // Memory for rows like t, (batch, seqlen, dim), dense along the axis along which t is: never with the strides of t itself,
 // which may overlap where t is an expanded view.
 inline Tensor empty_rows(const Tensor& t) {

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/cpu.h"
 #include "common/dtype.h"
 #include "common/integers.h"
@@ -16,16 +17,6 @@
 #include "common/turns.h"
 
 namespace madkernels {
-
-enum class Activation { kNone, kSilu, kGelu, kRelu, kRelu2 };
-
-// What is applied to h: to all of it, or to a half that then multiplies the other.
-struct Epilogue {
-  Activation activation;
-  bool gated;
-
-  MADKERNELS_ANYWHERE int64_t halves() const { return gated ? 2 : 1; }
-};
 
 // Some rows of one group. Their packed copies begin at row `packed`, a multiple of kPackedRows, with zeros behind the last.
 struct GroupPart {

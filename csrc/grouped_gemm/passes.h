@@ -84,21 +84,6 @@ inline void check_indices(const char* op, const char* name, const Tensor& indice
   }
 }
 
-inline Epilogue epilogue_of(const char* op, const std::optional<std::string>& name) {
-  static constexpr std::pair<const char*, Epilogue> kKnown[] = {
-      {"silu", {Activation::kSilu, false}},   {"gelu", {Activation::kGelu, false}},  {"relu", {Activation::kRelu, false}},
-      {"relu2", {Activation::kRelu2, false}}, {"swiglu", {Activation::kSilu, true}}, {"geglu", {Activation::kGelu, true}},
-      {"reglu", {Activation::kRelu, true}}};
-  if (!name) return {Activation::kNone, false};
-  std::string names;
-  for (const auto& [known, epilogue] : kKnown) {
-    if (*name == known) return epilogue;
-    names += std::string(known) + ", ";
-  }
-  MK_CHECK(false, op, ": activation is \"", *name, "\"; it takes ", names, "or None");
-  return {};
-}
-
 // ---- tensors as the passes take them ----
 
 inline GroupRows group_rows(const Tensor& t, const int32_t* index = nullptr, int64_t share = 1) {

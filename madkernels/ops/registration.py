@@ -144,12 +144,12 @@ def register_derivatives(
 
         def call(arguments: Sequence[Any]) -> Sequence[Tensor]:
             replaced = values | dict(zip(differentiable, arguments, strict=True))
-            found: Sequence[Tensor] = by_reference(*(replaced[key] for key in rest))[: len(seeds)]
-            return found
+            return several(by_reference(*(replaced[key] for key in rest)))[: len(seeds)]
 
         return call
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor] | Tensor) -> None:
+        output = several(output)
         values = dict(zip(given, inputs, strict=True)) | dict(zip(results, output, strict=True))
         keep(ctx, {key: values[key] for key in taken})
         ctx.mark_non_differentiable(*(values[key] for key in only_kept))

@@ -10,6 +10,7 @@ from madkernels.models.layers.base import State, check_positive, softplus, wide
 from madkernels.models.layers.mamba import initial_step_bias
 from madkernels.models.layers.mamba2 import A_RANGE
 from madkernels.models.layers.matrix_state import MatrixStateLayer, recur
+from madkernels.models.layers.norm import RMSNorm
 from madkernels.models.layers.recurrence import delta_rule
 from madkernels.models.layers.short_conv import ShortConv
 
@@ -25,7 +26,7 @@ class DeltaMixer(MatrixStateLayer):
         self.qkv = nn.Linear(dim, 2 * dim + values, bias=False)
         self.conv = ShortConv(2 * dim + values, width)
         self.rate = nn.Linear(dim, self.heads, bias=False)
-        self.norm = nn.RMSNorm(self.value_dim, eps=1e-5)
+        self.norm = RMSNorm(self.value_dim, eps=1e-5)
         self.out = nn.Linear(values, dim, bias=False)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from madkernels.models.layers import ssd
 from madkernels.models.layers.base import State, check_positive, wide
 from madkernels.models.layers.matrix_state import MatrixStateLayer, recur
+from madkernels.models.layers.norm import RMSNorm
 from madkernels.models.layers.recurrence import linear_recurrence
 
 GATE_DIVISOR = 16  # of the logarithm of the forget gate, so that it starts near 1
@@ -77,7 +78,7 @@ class GatedLinearAttention(MatrixStateLayer):
         check_positive(rank=rank)
         self.qkvg = nn.Linear(dim, 4 * dim, bias=False)
         self.forget = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim))
-        self.norm = nn.RMSNorm(self.value_dim, eps=1e-5)
+        self.norm = RMSNorm(self.value_dim, eps=1e-5)
         self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:

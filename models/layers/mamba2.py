@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from madkernels import rms_norm
 from madkernels.models.layers import ssd
 from madkernels.models.layers.base import Layer, State, StateOption, check_positive, softplus, wide
 from madkernels.models.layers.mamba import initial_step_bias
+from madkernels.models.layers.norm import by_op
 from madkernels.models.layers.short_conv import ShortConv
 
 A_RANGE = (1.0, 16.0)  # of -A at the start, uniform
@@ -103,6 +105,8 @@ class Mamba2(Layer):
         return delta.clamp(self.delta_min, self.delta_max) if limited else delta
 
     def gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
+        if by_op(y) and self.groups == 1 and not self.norm_before_gate:
+            return rms_norm(y, self.norm.weight, eps=self.norm.eps, gate=z.to(y.dtype))
         gate, dtype = F.silu(z), self.norm.weight.dtype
         normed: Tensor = self.norm(y.to(dtype)) * gate if self.norm_before_gate else self.norm((y * gate).to(dtype))
         return normed

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from madkernels import glu
 from madkernels.models.layers.base import Layer, State, check_positive
+from madkernels.models.layers.norm import by_op
 
 
 class SwiGLU(Layer):
@@ -29,10 +31,17 @@ class SwiGLU(Layer):
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        y: Tensor = self.down(F.silu(gate) * up)
+        y: Tensor = self.down(gated(self.gate_up(x)))
         return y
 
     def flops(self, seqlen: int) -> int:
         """6 L D F."""
         return 6 * seqlen * self.dim * self.hidden
+
+
+def gated(h: Tensor) -> Tensor:
+    """silu(gate) * up, of h (..., 2 hidden) in which gate and up lie side by side."""
+    if by_op(h):
+        return glu(h)
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate) * up

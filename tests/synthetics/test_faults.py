@@ -19,6 +19,7 @@ import torch
 
 from madkernels.models import HybridLM
 from madkernels.models.layers import LAYERS
+from madkernels.models.layers.norm import RMSNorm
 from madkernels.synthetics import protocol, train
 from madkernels.synthetics.protocol import Run, Training, load_protocol, mad_score, scores
 from madkernels.synthetics.tasks import Task
@@ -86,7 +87,7 @@ class TestOneWrongOrSilentlyDead:
     def test_one_model_for_training_and_benchmark(self) -> None:
         model = train.build(RUN)
         assert type(model) is HybridLM
-        assert {type(norm) for norm in model.backbone.norms} == {torch.nn.RMSNorm}
+        assert {type(norm) for norm in model.backbone.norms} == {RMSNorm}
 
 
 def test_two_copies_reach_the_generator() -> None:

@@ -1,0 +1,29 @@
+"""RMSNorm by the op where that pays, elsewhere by torch's operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from madkernels import rms_norm
+
+DEVICES = {"cpu"}  # where ops of rows are used; they have no CUDA kernels
+
+
+def by_op(x: Tensor) -> bool:
+    """Whether one call is better than several operators: not in a graph, which is fused as a whole, nor under a mapped axis,
+    where each map would be a call."""
+    return x.device.type in DEVICES and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm over the last axis."""
+
+    def __init__(self, dim: int, *, eps: float) -> None:
+        super().__init__(dim, eps=eps)
+        self.epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if by_op(x) and x.dtype == self.weight.dtype:
+            return rms_norm(x, self.weight, eps=self.epsilon)
+        return super().forward(x)
