@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from madkernels.models.init import init_embedding
 from madkernels.models.layers.base import check_positive
+from madkernels.models.layers.linear import Linear
 from madkernels.models.layers.norm import RMSNorm
 from madkernels.models.lm import NORM_EPS, Backbone, check_tokens
 from madkernels.models.spec import Architecture, parse
@@ -34,11 +35,11 @@ class AutoEncoder(nn.Module):
         init_embedding(self.embedding)
         self.backbone = Backbone(self.arch, dim)
         self.decoder = nn.Sequential(
-            RMSNorm(dim, eps=NORM_EPS), nn.Linear(dim, dim), nn.GELU(),
-            RMSNorm(dim, eps=NORM_EPS), nn.Linear(dim, dim), nn.GELU(),
+            RMSNorm(dim, eps=NORM_EPS), Linear(dim, dim), nn.GELU(),
+            RMSNorm(dim, eps=NORM_EPS), Linear(dim, dim), nn.GELU(),
             RMSNorm(dim, eps=NORM_EPS),
         )  # fmt: skip
-        self.unembedding = nn.Linear(dim, vocab_size)
+        self.unembedding = Linear(dim, vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (batch, seqlen) int64 to logits (batch, seqlen, vocab_size)."""

@@ -16,6 +16,7 @@ from madkernels.models.generation import new_tokens
 from madkernels.models.init import init_embedding
 from madkernels.models.layers import Layer, State
 from madkernels.models.layers.base import check_positive, wide
+from madkernels.models.layers.linear import Linear
 from madkernels.models.layers.norm import RMSNorm
 from madkernels.models.pretrained import from_pretrained, save_pretrained
 from madkernels.models.spec import Architecture, parse
@@ -117,7 +118,7 @@ class HybridLM(nn.Module):
         init_embedding(self.embedding)
         self.norm_eps, self.float32_residual = norm_eps, float32_residual
         self.backbone = Backbone(self.arch, dim, place, norm_eps=norm_eps, float32_residual=float32_residual)
-        self.unembedding = nn.Linear(dim, vocab_size, bias=unembedding_bias and not tied)
+        self.unembedding = Linear(dim, vocab_size, bias=unembedding_bias and not tied)
         self.tie()
 
     def tie(self) -> None:

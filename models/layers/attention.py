@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from madkernels import attention, attention_step
 from madkernels.models.layers import kv_cache
 from madkernels.models.layers.base import Layer, State, can_look, check_positive, document_of, no_narrower
+from madkernels.models.layers.linear import Linear
 from madkernels.models.layers.rotary import Rope, rotate
 
 DEVICES = {"cpu", "meta"}  # where the op is used; its CUDA kernels have not run on a GPU yet
@@ -52,8 +53,8 @@ class Attention(Layer):
             raise ValueError(f"{heads} heads do not divide among {kv_heads} kv_heads")
         self.rope = Rope(rope_theta, rope_factor, original_length, low_freq_factor, high_freq_factor)
         self.rope.check()
-        self.qkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
-        self.out = nn.Linear(heads * self.head_dim, dim, bias=bias)
+        self.qkv = Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
+        self.out = Linear(heads * self.head_dim, dim, bias=bias)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)

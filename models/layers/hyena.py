@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from madkernels import causal_conv, fft_conv
 from madkernels.models.layers.base import Layer, State, StateOption, check_positive, no_narrower
 from madkernels.models.layers.filters import ExplicitFilter, ImplicitFilter, ModalFilter, multiply
+from madkernels.models.layers.linear import Linear
 
 
 class LongConvLayer(Layer):
@@ -33,7 +34,7 @@ class LongConvLayer(Layer):
     ) -> None:  # fmt: skip
         super().__init__(dim)
         self.repeats, self.width, self.channels, self.order, self.taps = repeats, width, channels, order, taps
-        self.in_proj = nn.Linear(dim, projected)
+        self.in_proj = Linear(dim, projected)
         short = repeats * projected
         conv = nn.Conv1d(short, short, width, groups=short)  # for its initialisation
         self.conv_weight = nn.Parameter(conv.weight.detach().squeeze(1))  # (short, width)
@@ -173,7 +174,7 @@ class Hyena(LongConvLayer):
             dim, projected=3 * inner // groups, repeats=groups, width=width, channels=inner, filters=inner, order=order,
             horizon=horizon, taps=taps, modal=modal,
         )  # fmt: skip
-        self.out = nn.Linear(inner, dim)
+        self.out = Linear(inner, dim)
 
     def flops(self, seqlen: int) -> int:
         """FLOPs with E channels: projections 6 L D E / G and 2 L D E, and those of :meth:`long_conv_flops`."""

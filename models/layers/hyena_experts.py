@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from madkernels import causal_conv, fft_conv
 from madkernels.models.layers.base import State, cast_once, check_positive, document_of, no_narrower
 from madkernels.models.layers.hyena import LongConvLayer, check_taps, taps_to_keep
+from madkernels.models.layers.linear import Linear
 from madkernels.models.layers.moe import combined, routed
 
 
@@ -42,8 +43,8 @@ class HyenaExperts(LongConvLayer):
             taps=taps,
         )  # fmt: skip
         self.experts, self.top_k, self.hidden, self.sparse = experts, top_k, hidden, sparse
-        self.router = nn.Linear(dim, experts, bias=False)
-        self.out = nn.Linear(hidden, dim)
+        self.router = Linear(dim, experts, bias=False)
+        self.out = Linear(hidden, dim)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from madkernels import causal_conv, causal_conv_step, selective_scan, selective_scan_step
 from madkernels.models.layers.base import Layer, State, StateOption, check_positive, no_narrower, wide
+from madkernels.models.layers.linear import Linear, linear
 
 STEP_RANGE = (1e-3, 1e-1)  # of delta at the start, log-uniform
 
@@ -38,16 +39,16 @@ class Mamba(Layer):
         self.inner, self.dstate, self.width, self.rank = expand * dim, dstate, width, rank or math.ceil(dim / 16)
         check_positive(dstate=dstate, expand=expand, width=width, rank=self.rank)
         self.projection_norm_eps = projection_norm_eps
-        self.in_proj = nn.Linear(dim, 2 * self.inner, bias=bias)
+        self.in_proj = Linear(dim, 2 * self.inner, bias=bias)
         conv = nn.Conv1d(self.inner, self.inner, width, groups=self.inner, bias=conv_bias)  # for its initialisation
         self.conv_weight = nn.Parameter(conv.weight.detach().squeeze(1))  # (inner, width)
         self.conv_bias = nn.Parameter(conv.bias.detach()) if conv.bias is not None else None
-        self.x_proj = nn.Linear(self.inner, self.rank + 2 * dstate, bias=False)
+        self.x_proj = Linear(self.inner, self.rank + 2 * dstate, bias=False)
         self.delta_weight = nn.Parameter(torch.empty(self.inner, self.rank).uniform_(-(self.rank**-0.5), self.rank**-0.5))
         self.delta_bias = nn.Parameter(initial_step_bias(self.inner))
         self.A_log = nn.Parameter(torch.arange(1, dstate + 1, dtype=torch.float32).log().repeat(self.inner, 1))  # S4D-real
         self.D = nn.Parameter(torch.ones(self.inner))
-        self.out_proj = nn.Linear(self.inner, dim, bias=bias)
+        self.out_proj = Linear(self.inner, dim, bias=bias)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)
@@ -89,7 +90,7 @@ class Mamba(Layer):
         low, B, C = self.x_proj(u).split([self.rank, self.dstate, self.dstate], dim=-1)
         if eps := self.projection_norm_eps:
             low, B, C = (F.rms_norm(t, t.shape[-1:], eps=eps) for t in (low, B, C))
-        return F.linear(low, self.delta_weight), B, C
+        return linear(low, self.delta_weight), B, C
 
     def A(self) -> Tensor:
         return -torch.exp(wide(self.A_log))

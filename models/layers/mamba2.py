@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from madkernels import rms_norm
 from madkernels.models.layers import ssd
 from madkernels.models.layers.base import Layer, State, StateOption, check_positive, softplus, wide
+from madkernels.models.layers.linear import Linear
 from madkernels.models.layers.mamba import initial_step_bias
 from madkernels.models.layers.norm import by_op
 from madkernels.models.layers.short_conv import ShortConv
@@ -53,13 +54,13 @@ class Mamba2(Layer):
             raise ValueError(f"delta_min is {delta_min} and delta_max {delta_max}; expected 0 <= delta_min < delta_max")
         self.delta_min, self.delta_max, self.norm_before_gate = delta_min, delta_max, norm_before_gate
         self.mixed = self.inner + 2 * groups * dstate  # channels of x, B and C
-        self.in_proj = nn.Linear(dim, self.inner + self.mixed + self.heads, bias=bias)
+        self.in_proj = Linear(dim, self.inner + self.mixed + self.heads, bias=bias)
         self.conv = ShortConv(self.mixed, width, bias=conv_bias)
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(*A_RANGE).log())
         self.D = nn.Parameter(torch.ones(self.inner if D_per_channel else self.heads))
         self.delta_bias = nn.Parameter(initial_step_bias(self.heads))
         self.norm = GroupedNorm(self.inner, groups, norm_eps)
-        self.out_proj = nn.Linear(self.inner, dim, bias=bias)
+        self.out_proj = Linear(self.inner, dim, bias=bias)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)

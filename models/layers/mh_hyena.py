@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from madkernels.models.layers.base import State, check_positive
 from madkernels.models.layers.hyena import LongConvLayer, check_taps
+from madkernels.models.layers.linear import Linear
 
 
 class MultiHeadHyena(LongConvLayer):
@@ -32,7 +33,7 @@ class MultiHeadHyena(LongConvLayer):
             horizon=horizon, taps=taps,
         )  # fmt: skip
         self.heads = heads
-        self.out = nn.Linear(dim, dim)
+        self.out = Linear(dim, dim)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)

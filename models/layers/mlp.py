@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from madkernels.models.layers.base import Layer, State, check_positive
+from madkernels.models.layers.linear import Linear
 
 
 class MLP(Layer):
@@ -17,8 +18,8 @@ class MLP(Layer):
     def __init__(self, dim: int, *, expand: int = 4) -> None:
         super().__init__(dim)
         check_positive(expand=expand)
-        self.up = nn.Linear(dim, expand * dim, bias=False)
-        self.down = nn.Linear(expand * dim, dim, bias=False)
+        self.up = Linear(dim, expand * dim, bias=False)
+        self.down = Linear(expand * dim, dim, bias=False)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)

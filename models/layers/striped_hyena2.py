@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from madkernels.models.layers.base import StateOption, check_positive
 from madkernels.models.layers.filters import RegularisedFilter
 from madkernels.models.layers.hyena import LongConvLayer
+from madkernels.models.layers.linear import Linear
 
 
 def by_taps(taps: int, state: int, wanted: int) -> float:
@@ -31,7 +30,7 @@ class HyenaSE(LongConvLayer):
         super().__init__(
             dim, projected=3 * dim, repeats=1, width=width, channels=dim, filters=groups, order=1, horizon=1, taps=taps
         )
-        self.out = nn.Linear(dim, dim)
+        self.out = Linear(dim, dim)
 
     def flops(self, seqlen: int) -> int:
         """Projections 8 L D^2, short convolution 6 L D W, filter 2 L D for each tap, gates 4 L D."""

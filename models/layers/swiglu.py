@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from madkernels import glu
 from madkernels.models.layers.base import Layer, State, check_positive
+from madkernels.models.layers.linear import Linear
 from madkernels.models.layers.norm import by_op
 
 
@@ -26,8 +27,8 @@ class SwiGLU(Layer):
         super().__init__(dim)
         self.hidden = hidden or -(-8 * dim // 3 // 16) * 16
         check_positive(hidden=self.hidden)
-        self.gate_up = nn.Linear(dim, 2 * self.hidden, bias=bias)
-        self.down = nn.Linear(self.hidden, dim, bias=bias)
+        self.gate_up = Linear(dim, 2 * self.hidden, bias=bias)
+        self.down = Linear(self.hidden, dim, bias=bias)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)
