@@ -87,8 +87,9 @@ class Attention(Layer):
         """Queries (batch, seqlen, heads, head_dim) and keys with their positions, and values, (batch, seqlen, kv_heads,
         head_dim) each."""
         projected = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = projected.split([self.heads, self.kv_heads, self.kv_heads], 2)
-        return rotate(q, positions, self.rope), rotate(k, positions, self.rope), v
+        turned, v = projected.split([self.heads + self.kv_heads, self.kv_heads], 2)
+        q, k = rotate(turned, positions, self.rope).split([self.heads, self.kv_heads], 2)
+        return q, k, v
 
     def remember(self, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of the whole past, oldest first, which become the state as far as the window reaches; and which
