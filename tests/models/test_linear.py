@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from madkernels.models import HybridLM
 from madkernels.models.layers import linear as chosen
 from madkernels.models.layers.linear import Linear, Ways, linear
 
@@ -50,6 +51,28 @@ def test_every_way_gives_the_same(ways: Ways, biased: bool, monkeypatch: pytest.
     gradients = [torch.autograd.grad(y.square().sum(), leaves, create_graph=False) for y in (found, wanted)]
     torch.testing.assert_close(*gradients)
     assert taken == ([] if ways == Ways() else list(ways))
+
+
+@pytest.mark.skipif(not ONEDNN, reason="this torch has no oneDNN")
+def test_losses_of_a_training_agree_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses(ways: Ways) -> list[float]:
+        monkeypatch.setattr(chosen, "ways_of", lambda *shape: ways)
+        torch.manual_seed(0)
+        model = HybridLM("attention:heads=2 swiglu mamba hyena", vocab_size=11, dim=16)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        tokens, found = torch.randint(11, (4, 20)), []
+        for _ in range(30):
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(float(loss.detach()))
+        return found
+
+    plain, other = losses(Ways()), losses(Ways("onednn", "onednn", "turned"))
+    assert other != plain
+    assert other == pytest.approx(plain, rel=1e-3)
+    assert plain[-1] < plain[0] / 2
 
 
 def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
