@@ -12,23 +12,26 @@ from torch import Tensor, nn
 
 
 class ImplicitFilter(nn.Module):
-    """A filter of any length (Poli et al. 2023, arXiv 2302.10866): a small network of sines over (t, cos t, sin t), under a
+    """A filter of any length (Poli et al. 2023, arXiv 2302.10866): a small network of sines over (t, cos, sin), under a
     window that decays with t.
 
     The rates of the windows are spread evenly over the channels: the fastest falls to 1 % in 0.3 of the horizon, the slowest
-    in 1.5. At the start each filter has a norm of about 1, whatever horizon and order: noise stays as large as it was.
+    in 1.5. At the start each filter has a norm of about 1, whatever horizon and order: noise stays as large as it was. Sines
+    of frequency 1 do not fill their range, and make it a third to a half of that.
 
     Args:
         channels: how many filters.
         order: width of the network.
         horizon: tokens that are one unit of time. The filter depends on the distance alone, not on the length asked for.
+        turns: periods of the features' cosine and sine in a horizon.
+        frequency: of the network's sines at the start.
     """
 
-    def __init__(self, channels: int, order: int, horizon: int) -> None:
+    def __init__(self, channels: int, order: int, horizon: int, turns: float = 1.0, frequency: float = 10.0) -> None:
         super().__init__()
-        self.horizon = horizon
+        self.horizon, self.turns = horizon, turns
         self.layers = nn.ModuleList([nn.Linear(3, order), nn.Linear(order, order), nn.Linear(order, order)])
-        self.frequency = nn.Parameter(torch.full((order,), 10.0))
+        self.frequency = nn.Parameter(torch.full((order,), float(frequency)))
         self.out = nn.Linear(order, channels, bias=False)
         with torch.no_grad():
             # A sine has a mean square of 1/2, a window a sum of squares of horizon / (2 rate), but at least 1.
@@ -39,7 +42,8 @@ class ImplicitFilter(nn.Module):
         """(channels, length) in `dtype`, whatever that of the parameters and whether autocast is on: lower precision would
         blur the positions, and decoding would no longer agree with `forward`."""
         t = torch.arange(length, device=self.out.weight.device, dtype=dtype) / self.horizon
-        h = torch.stack([t, torch.cos(2 * math.pi * t), torch.sin(2 * math.pi * t)], dim=-1)
+        angle = 2 * math.pi * self.turns * t
+        h = torch.stack([t, torch.cos(angle), torch.sin(angle)], dim=-1)
         with torch.autocast(t.device.type, enabled=False):
             for layer in cast("list[nn.Linear]", list(self.layers)):
                 h = F.linear(h, layer.weight.to(dtype), layer.bias.to(dtype))

@@ -22,6 +22,7 @@ class LongConvLayer(Layer):
         taps: 0 for an implicit filter, whose state is all that went in; else those of an explicit one, whose state is the
             last taps - 1 inputs.
         modal: a filter of `order` poles, whose state is a complex number for each.
+        turns, frequency: of an implicit filter.
     """
 
     state_option = StateOption("order")
@@ -30,17 +31,23 @@ class LongConvLayer(Layer):
 
     def __init__(
         self, dim: int, *, projected: int, repeats: int, width: int, channels: int, filters: int, order: int, horizon: int,
-        taps: int, modal: bool = False,
+        taps: int, modal: bool = False, turns: float = 1.0, frequency: float = 10.0,
     ) -> None:  # fmt: skip
         super().__init__(dim)
+        check_filter(taps, turns, frequency)
         self.repeats, self.width, self.channels, self.order, self.taps = repeats, width, channels, order, taps
         self.in_proj = Linear(dim, projected)
         short = repeats * projected
         conv = nn.Conv1d(short, short, width, groups=short)  # for its initialisation
         self.conv_weight = nn.Parameter(conv.weight.detach().squeeze(1))  # (short, width)
         self.conv_bias = nn.Parameter(conv.bias.detach()) if conv.bias is not None else None
-        free = ModalFilter if modal else ImplicitFilter
-        self.filter = ExplicitFilter(filters, taps) if taps else free(filters, order, horizon)
+        self.filter: ExplicitFilter | ModalFilter | ImplicitFilter
+        if taps:
+            self.filter = ExplicitFilter(filters, taps)
+        elif modal:
+            self.filter = ModalFilter(filters, order, horizon)
+        else:
+            self.filter = ImplicitFilter(filters, order, horizon, turns, frequency)
         self.skip = nn.Parameter(torch.randn(filters))
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
@@ -146,6 +153,8 @@ class Hyena(LongConvLayer):
             distance alone, so longer inputs and decoding see the same filter.
         taps: if not 0, those of an explicit filter, learned one by one, in place of the implicit one.
         modal: a filter that is a sum of `order` exponentials, in place of the implicit one, as in StripedHyena.
+        turns, frequency: of the implicit filter, periods of its cosine and sine features in a horizon, and the frequency of
+            its network's sines at the start. MAD's published code has 0.0001 and 1: features that hardly move.
 
     Decoding is exact; with an implicit filter the t-th token costs O(t) multiply-adds per channel, with a modal one all cost
     the same.
@@ -162,9 +171,10 @@ class Hyena(LongConvLayer):
         horizon: int = 128,
         taps: int = 0,
         modal: bool = False,
+        turns: float = 1.0,
+        frequency: float = 10.0,
     ) -> None:
         check_positive(expand=expand, groups=groups, width=width, order=order, horizon=horizon)
-        check_taps(taps)
         if modal and taps:
             raise ValueError("a filter is modal or has taps, not both")
         inner = expand * dim
@@ -172,7 +182,7 @@ class Hyena(LongConvLayer):
             raise ValueError(f"{expand} * dim {dim} channels do not divide into {groups} groups")
         super().__init__(
             dim, projected=3 * inner // groups, repeats=groups, width=width, channels=inner, filters=inner, order=order,
-            horizon=horizon, taps=taps, modal=modal,
+            horizon=horizon, taps=taps, modal=modal, turns=turns, frequency=frequency,
         )  # fmt: skip
         self.out = Linear(inner, dim)
 
@@ -182,7 +192,10 @@ class Hyena(LongConvLayer):
         return 2 * seqlen * linear + self.long_conv_flops(seqlen)
 
 
-def check_taps(taps: int) -> None:
-    """Raises ValueError unless it is 0 or a number of taps."""
+def check_filter(taps: int, turns: float, frequency: float) -> None:
+    """Raises ValueError unless taps are 0 or a number of them, and what shapes an implicit filter is above 0."""
     if taps != 0:
         check_positive(taps=taps)
+    for name, value in (("turns", turns), ("frequency", frequency)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value!r}; expected a number above 0")

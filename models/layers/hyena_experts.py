@@ -8,7 +8,7 @@ from torch import Tensor
 
 from madkernels import causal_conv, fft_conv
 from madkernels.models.layers.base import State, cast_once, check_positive, document_of, no_narrower
-from madkernels.models.layers.hyena import LongConvLayer, check_taps, taps_to_keep
+from madkernels.models.layers.hyena import LongConvLayer, taps_to_keep
 from madkernels.models.layers.linear import Linear
 from madkernels.models.layers.moe import combined, routed
 
@@ -26,21 +26,20 @@ class HyenaExperts(LongConvLayer):
 
     Args:
         experts, hidden, top_k, sparse: see above.
-        width, order, horizon, taps: as of :class:`Hyena`.
+        width, order, horizon, taps, turns, frequency: as of :class:`Hyena`.
     """
 
     def __init__(
         self, dim: int, *, experts: int = 8, top_k: int = 2, hidden: int = 16, width: int = 3, order: int = 16,
-        horizon: int = 128, taps: int = 0, sparse: bool = False,
+        horizon: int = 128, taps: int = 0, sparse: bool = False, turns: float = 1.0, frequency: float = 10.0,
     ) -> None:  # fmt: skip
         check_positive(experts=experts, top_k=top_k, hidden=hidden, width=width, order=order, horizon=horizon)
-        check_taps(taps)
         if top_k > experts:
             raise ValueError(f"top_k {top_k} is more than there are experts, {experts}")
         inner = experts * hidden
         super().__init__(
             dim, projected=3 * inner, repeats=1, width=width, channels=inner, filters=inner, order=order, horizon=horizon,
-            taps=taps,
+            taps=taps, turns=turns, frequency=frequency,
         )  # fmt: skip
         self.experts, self.top_k, self.hidden, self.sparse = experts, top_k, hidden, sparse
         self.router = Linear(dim, experts, bias=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from madkernels.models.layers.base import State, check_positive
-from madkernels.models.layers.hyena import LongConvLayer, check_taps
+from madkernels.models.layers.hyena import LongConvLayer
 from madkernels.models.layers.linear import Linear
 
 
@@ -15,22 +15,22 @@ class MultiHeadHyena(LongConvLayer):
 
     Args:
         heads: of dim / heads channels each, so dim^2 / heads channels are convolved.
-        width, order, horizon, taps: as of :class:`Hyena`.
+        width, order, horizon, taps, turns, frequency: as of :class:`Hyena`.
 
     Each head has its own projections: the published code computes a quarter of them and repeats it, and takes the number of
     heads for their width.
     """
 
     def __init__(
-        self, dim: int, *, heads: int = 16, width: int = 3, order: int = 2, horizon: int = 128, taps: int = 0
-    ) -> None:
+        self, dim: int, *, heads: int = 16, width: int = 3, order: int = 2, horizon: int = 128, taps: int = 0,
+        turns: float = 1.0, frequency: float = 10.0,
+    ) -> None:  # fmt: skip
         check_positive(heads=heads, width=width, order=order, horizon=horizon)
-        check_taps(taps)
         if dim % heads:
             raise ValueError(f"dim {dim} does not divide into {heads} heads")
         super().__init__(
             dim, projected=3 * dim, repeats=1, width=width, channels=dim * dim // heads, filters=heads, order=order,
-            horizon=horizon, taps=taps,
+            horizon=horizon, taps=taps, turns=turns, frequency=frequency,
         )  # fmt: skip
         self.heads = heads
         self.out = Linear(dim, dim)

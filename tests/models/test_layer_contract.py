@@ -180,6 +180,8 @@ def test_refuses_inputs_that_do_not_fit(name: str) -> None:
         ("hyena", 32, {"groups": 0}, "groups is 0; expected"),
         ("hyena", 32, {"horizon": 1.5}, "horizon is 1.5; expected"),
         ("hyena", 32, {"taps": -3}, "taps is -3; expected"),
+        ("hyena", 32, {"turns": 0.0}, "turns is 0.0; expected a number above 0"),
+        ("mh-hyena", 32, {"frequency": float("nan")}, "frequency is nan; expected a number above 0"),
         ("mh-hyena", 32, {"heads": 5}, "dim 32 does not divide into 5 heads"),
         ("hyena-experts", 32, {"top_k": 9}, "top_k 9 is more than there are experts, 8"),
         ("mamba", 32, {"dstate": -1}, "dstate is -1; expected"),

@@ -64,8 +64,10 @@ def test_attention(name: str, reach: int) -> None:
 
 
 @torch.no_grad()
-def test_hyena() -> None:
-    layer = build("hyena", expand=2, groups=1, order=3, horizon=5)
+@pytest.mark.parametrize(("turns", "frequency"), [(1.0, 10.0), (0.25, 2)])
+def test_hyena(turns: float, frequency: float) -> None:
+    layer = build("hyena", expand=2, groups=1, order=3, horizon=5, turns=turns, frequency=frequency)
+    assert layer.filter.frequency.tolist() == [frequency] * 3
     x, inner = row(), 2 * DIM
     projected = x @ layer.in_proj.weight.T + layer.in_proj.bias
     short = torch.zeros_like(projected) + layer.conv_bias
@@ -78,7 +80,8 @@ def test_hyena() -> None:
     taps = []
     for t in range(SEQLEN):
         time = t / 5
-        h = torch.tensor([time, math.cos(2 * math.pi * time), math.sin(2 * math.pi * time)], dtype=torch.float64)
+        angle = 2 * math.pi * turns * time
+        h = torch.tensor([time, math.cos(angle), math.sin(angle)], dtype=torch.float64)
         for linear in layer.filter.layers:
             h = torch.sin(layer.filter.frequency * (linear.weight @ h + linear.bias))
         rates = torch.linspace(1 / 1.5, 1 / 0.3, inner, dtype=torch.float64) * math.log(100)
