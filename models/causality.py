@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from madkernels.models.layers import LAYERS, Layer, user_layers
-from madkernels.models.spec import LayerSpec, parse
+from madkernels.models.presets import layers_of
+from madkernels.models.spec import LayerSpec
 
 QUIET = {torch.float64: 1e-9, torch.float32: 1e-5}  # moves of outputs of unit scale that may be taken for rounding
 PLAIN = 1e-3  # moves, in parts of the largest output, that no rounding makes
@@ -57,7 +58,7 @@ def check_causal(make: Make, name: str, *, dim: int, batch: int = 4, seqlen: int
 
 def layers_from_outside(arch: str) -> list[LayerSpec]:
     """The layers of an architecture that add_layer added, each once."""
-    return [spec for spec in dict.fromkeys(parse(arch).layers) if spec.name in user_layers()]
+    return [spec for spec in dict.fromkeys(layers_of(arch)) if spec.name in user_layers()]
 
 
 def check_layers_from_outside(arch: str, *, dim: int, batch: int, seqlen: int) -> None:

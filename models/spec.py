@@ -164,10 +164,12 @@ class _Parser:
 
 def _preset(name: str) -> str:
     """What to do with the name of a preset or of a family, which stand for more than a layer."""
-    from madkernels.models.presets import FAMILIES, PRESETS  # which read architectures themselves
+    from madkernels.models.presets import FAMILIES, PREFIX, PRESETS  # which read architectures themselves
 
     if name in PRESETS:
         return f"; {name} is a preset: madkernels.models.presets.preset({name!r}).arch"
+    if name + ":" == PREFIX:
+        return "; published:NAME is a whole architecture, stands alone, and takes a width: madkernels.models.presets.resolve"
     if name in FAMILIES:
         return f"; {name} is a family: madkernels.models.presets.architecture({name!r}, dim, blocks)"
     return ""

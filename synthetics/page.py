@@ -13,13 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from madkernels.models.layers import Layer
-from madkernels.models.spec import SpecError, parse
+from madkernels.models.presets import is_published, resolve
 from madkernels.reporting import pages
 from madkernels.reporting.figures import COLOURS, GREY, Panel
 from madkernels.reporting.pages import Section
 from madkernels.runs.store import OPEN
 from madkernels.synthetics import published
-from madkernels.synthetics.protocol import Results, Score, best_runs, mad_score, margin, mean, results_of, scores
+from madkernels.synthetics.protocol import Results, Run, Score, best_runs, mad_score, margin, mean, results_of, scores
 from madkernels.synthetics.report import costs_of, label, percent, unequal
 from madkernels.synthetics.tasks import Task
 
@@ -40,7 +40,7 @@ def page(rows: Sequence[dict[str, Any]], title: str) -> str:
         scores_section(results, colours),
         _difficulty(results, colours),
         training_section(rows, colours),
-        Section("Architectures and cost", [_cost_table(results), *_diagrams(colours)]),
+        Section("Architectures and cost", [_cost_table(results), *_diagrams(results)]),
         _published(results),
     ]
     return pages.document(title, _facts(rows), _gaps(rows), sections)
@@ -230,12 +230,16 @@ def _cost_table(results: Results) -> Markup:
     return pages.table(head, lines) + pages.note(told)
 
 
-def _diagrams(colours: dict[str, str]) -> list[Markup]:
-    found = []
-    for arch in colours:
+def _diagrams(results: Results) -> list[Markup]:
+    """The layers of each architecture, as of its first run."""
+    found, first = [], dict[str, Run]()
+    for run, _ in results:
+        first.setdefault(run.arch, run)
+    for arch, run in first.items():
         try:
-            layers = [(str(spec), _colour_of(spec.layer)) for spec in parse(arch).layers]
-        except SpecError:  # a layer from outside that is not here
+            specs = resolve(arch, run.training.dim, seqlen=run.task.length).layers
+            layers = [(str(spec), _colour_of(spec.layer)) for spec in specs]
+        except ValueError:  # a layer from outside that is not here
             layers = [(name, COLOURS[0]) for name in arch.split(" ")]
         found.append(pages.chain(layers))
     told = "Orange: attention. Blue: other layers that mix tokens. Grey: layers that work on each token by itself."
@@ -253,11 +257,12 @@ def _published(results: Results) -> Section | None:
     tasks = [
         task for task in dict.fromkeys(run.task.name for run, _ in results) if all(task in r.tasks for r in rows.values())
     ]
-    ours = {}
-    for arch, by_task in by_arch.items():
+    ours, by_name = {}, set()
+    for arch, by_task in sorted(by_arch.items(), key=lambda item: is_published(item[0])):  # of one family the named counts
         values = [score.value for task in tasks if (score := by_task.get(task)) and score.value is not None]
         if values and (name := published.family(arch)):
             ours[name] = mean(values)
+            by_name |= {name} if is_published(arch) else set()
     if not ours:
         return None
     theirs = {name: mean([rows[name].tasks[task] for task in tasks]) for name in ours}
@@ -273,6 +278,8 @@ def _published(results: Results) -> Section | None:
         "source",
     ]
     told = [f"{name}: {text}" for name, text in published.sources().items() if name in {rows[n].source for n in ours}]
+    if others := [name for name in ours if name not in by_name]:
+        told.append(f"Layers of the published kinds, but sizes of one's own: {', '.join(others)}.")
     if agreed := published.agreement(ours, theirs):
         told.append(
             f"Rank agreement with the published scores on these tasks, {agreed.count} architectures: "

@@ -23,7 +23,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from madkernels.models.layers.user import digest
-from madkernels.models.spec import parse
+from madkernels.models.presets import canonical, is_published, resolve
 from madkernels.names import unknown
 from madkernels.runs.engines import Refused, Result
 from madkernels.runs.keys import Keyed, code_of
@@ -66,16 +66,19 @@ class Training:
 
 @dataclass(frozen=True)
 class Run(Keyed):
-    """One training: an architecture (canonical string), a setting of a task, an optimiser setting."""
+    """One training: an architecture, a setting of a task, an optimiser setting."""
 
-    arch: str
+    arch: str  # as of canonical: layers in full, or published:NAME, whose sizes follow from width and setting
     task: Task
     training: Training
 
     def config(self) -> dict[str, Any]:
-        """All that the result depends on, the version of the code and that of a layer or task from outside included."""
+        """All that the result depends on, the version of the code, that of a layer or task from outside and the layers that
+        a name stands for included."""
         own = type(self.task).__module__.startswith("madkernels.")
         code = code_of(self.arch) | ({} if own else {"task_code": digest(type(self.task))})
+        if is_published(self.arch):
+            code["stands_for"] = str(resolve(self.arch, self.training.dim, seqlen=self.task.length))
         return code | {
             "arch": self.arch,
             "task": {"name": self.task.name} | self.task.options(),
@@ -202,16 +205,23 @@ def plan(
     seeds: Sequence[int] | None = None,
     dtype: str | None = None,
 ) -> list[Run]:
-    """The runs of a protocol. `tasks`: names with commas between, or all. ValueError names what is unknown."""
+    """The runs of a protocol.
+
+    Args:
+        archs: architecture strings, or `published:NAME` (:mod:`madkernels.models.presets`).
+        tasks: names with commas between, or all.
+
+    Raises:
+        ValueError: something is unknown; the message names it.
+    """
     chosen = load_protocol(protocol) if isinstance(protocol, str) else protocol
     names = [name for name in task_names(tasks) if name in chosen.settings]
     if tasks != "all" and (missing := set(task_names(tasks)) - set(names)):
         raise ValueError(f"protocol {chosen.name} has no {', '.join(sorted(missing))}; it has {', '.join(chosen.settings)}")
     overrides: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    canonical = list(dict.fromkeys(str(parse(arch)) for arch in archs))
     return [
         Run(arch, setting, dataclasses.replace(training, seed=seed, **overrides))
-        for arch in canonical
+        for arch in dict.fromkeys(map(canonical, archs))
         for name in names
         for setting in chosen.settings[name]
         for seed in (seeds or chosen.seeds)

@@ -11,7 +11,7 @@ from typing import Any
 
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
-from madkernels.models.spec import SpecError, parse
+from madkernels.models.presets import is_published, layers_of, published_name
 
 FILE = Path(__file__).parent / "published.json"
 
@@ -31,13 +31,16 @@ _FAMILIES: dict[frozenset[str], str] = {
 
 @dataclass(frozen=True)
 class Published:
-    """One row: scores in parts of 1."""
+    """One row: scores in parts of 1. `arch`: a key of :data:`madkernels.models.presets.PUBLISHED`; `note`: what of it is
+    open, or cannot be built."""
 
     name: str
+    arch: str
     source: str
     mad: float
     tasks: dict[str, float]
     perplexity: float | None = None
+    note: str = ""
 
 
 @cache
@@ -52,12 +55,19 @@ def sources() -> dict[str, str]:
 
 
 def family(arch: str) -> str | None:
-    """The published architecture that it is one of, if any."""
+    """The published architecture that it is, by name, or else one of, by its kinds of layers; None: of none."""
     try:
-        names = frozenset(spec.name for spec in parse(arch).layers)
-    except SpecError:
+        return named(arch) or _FAMILIES.get(frozenset(spec.name for spec in layers_of(arch)))
+    except ValueError:  # a layer from outside that is not here, or a name of another version
         return None
-    return _FAMILIES.get(names)
+
+
+def named(arch: str) -> str | None:
+    """The published architecture that `published:NAME` is, with its sizes; None for an architecture string."""
+    if not is_published(arch):
+        return None
+    arch = published_name(arch)
+    return next(row.name for row in published().values() if row.arch == arch)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from madkernels.models import AutoEncoder, HybridLM, counting
 from madkernels.models.init import parameter_groups
 from madkernels.models.layers.moe import balance_experts
+from madkernels.models.presets import resolve
 from madkernels.runs.engines import Diverged
 from madkernels.runs.pace import Trial, trial_of
 from madkernels.synthetics.honesty import check_scored
@@ -37,9 +38,10 @@ def build(run: Run) -> HybridLM | AutoEncoder:
     the code of a layer from outside fails."""
     torch.manual_seed(run.training.seed)
     try:
+        arch = resolve(run.arch, run.training.dim, seqlen=run.task.length)
         if run.task.autoencoder:
-            return AutoEncoder(run.arch, vocab_size=run.task.vocab_size, seqlen=run.task.length, dim=run.training.dim)
-        return HybridLM(run.arch, vocab_size=run.task.vocab_size, dim=run.training.dim)
+            return AutoEncoder(arch, vocab_size=run.task.vocab_size, seqlen=run.task.length, dim=run.training.dim)
+        return HybridLM(arch, vocab_size=run.task.vocab_size, dim=run.training.dim)
     except (ValueError, MemoryError):
         raise
     except Exception as error:  # whatever the code of another does

@@ -45,7 +45,11 @@ Measure = Annotated[
 @mad.command()
 def run(
     arch: Annotated[
-        list[str] | None, typer.Option(help='Architecture, such as "mamba swiglu attention swiglu". Repeat for several.')
+        list[str] | None,
+        typer.Option(
+            help='Architecture, such as "mamba swiglu attention swiglu", or published:NAME (mad published lists them). '
+            "Repeat for several."
+        ),
     ] = None,
     tasks: Annotated[str, typer.Option(help="Names of tasks, comma-separated, or all.")] = "all",
     protocol: Annotated[
@@ -166,7 +170,9 @@ def report(
 
 @mad.command()
 def normalise(
-    arch: Annotated[list[str], typer.Option(help='Architecture, such as "2*(mamba swiglu)". Repeat for several.')],
+    arch: Annotated[
+        list[str], typer.Option(help='Architecture, such as "2*(mamba swiglu)" or published:NAME. Repeat for several.')
+    ],
     state: Annotated[
         int | None, typer.Option(min=1, help="Wanted fixed state of the whole model, in elements; the MAD paper uses 4096.")
     ] = None,
@@ -182,7 +188,8 @@ def normalise(
     """Set the free sizes of architectures to one fixed state or number of parameters, and print what they take."""
     from rich.console import Console
 
-    from madkernels.models import HybridLM, counting, normalise as sizes, parse
+    from madkernels.models import HybridLM, counting, normalise as sizes
+    from madkernels.models.presets import resolve
     from madkernels.reporting.tables import Table
 
     load_plugins(plugin)
@@ -191,7 +198,7 @@ def normalise(
     for column in ("architecture", "parameters", "fixed state", "total state", "FLOPs per token"):
         table.add_column(column, justify="left" if column == "architecture" else "right")
     for text in arch:
-        found = parse(text)
+        found = resolve(text, dim, seqlen=seqlen)
         found = found if state is None else sizes.with_state(found, state, dim)
         found = found if parameters is None else sizes.with_parameters(found, parameters, dim)
         model = HybridLM(found, vocab_size=16, dim=dim)
@@ -202,6 +209,10 @@ def normalise(
 
 @mad.command()
 def search(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(help="Architecture that competes beside the patterns, such as published:NAME. Repeat for several."),
+    ] = None,
     mixers: Annotated[str, typer.Option(help="Sequence mixers to choose from, comma-separated.")] = "hyena,mamba,attention",
     channels: Annotated[str, typer.Option(help="Channel mixers to choose from, comma-separated.")] = "swiglu,moe",
     blocks: Annotated[int, typer.Option(min=1, help="Depth, in pairs of a sequence mixer and a channel mixer.")] = 2,
@@ -224,6 +235,7 @@ def search(
     """Propose hybrids under a budget, by successive halving, and mark those that no other beats."""
     from rich.console import Console
 
+    from madkernels.models.presets import canonical
     from madkernels.reporting.tables import Table
     from madkernels.runs.store import Store
     from madkernels.synthetics import search as searching
@@ -234,8 +246,10 @@ def search(
     found = searching.candidates(mixers.split(","), channels.split(","), blocks)
     budget = searching.Budget(max_state, max_parameters, max_flops)
     costs = searching.affordable(found, chosen, budget, candidates, seed)
+    if arch:
+        costs |= searching.affordable(list(map(canonical, arch)), chosen, budget, len(arch), seed)
     console = Console()
-    console.print(f"{len(costs)} of {len(found)} candidates")
+    console.print(f"{len(costs)} of {len({*found, *map(canonical, arch or ())})} candidates")
     place = engine_of("pool", workers, "auto", device, plugins)
     work = work_of(searching.foreseen(costs, chosen))
     if dry_run:
@@ -260,6 +274,38 @@ def search(
         counts = f"{f.cost.parameters:,}", f"{f.cost.state:,}", f"{f.cost.flops:,.0f}"
         table.add_row(f.arch, "*" if f.arch in front else "", score, str(f.rung), *counts)
     table.show(console)
+
+
+@mad.command("published")
+def show_published(
+    dim: Annotated[int, typer.Option(min=1, help="Width that the architectures are scaled to; the paper's is 128.")] = 128,
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens per sequence, over which filters reach.")] = 128,
+) -> None:
+    """List the architectures with published MAD scores: what published:NAME stands for at a width, and how it scored."""
+    from rich.console import Console
+
+    from madkernels.models import normalise as sizes
+    from madkernels.models.presets import PREFIX, resolve
+    from madkernels.reporting.tables import Table
+    from madkernels.synthetics import published
+    from madkernels.synthetics.report import label
+
+    told = f"At width {dim} and length {seqlen}. Parameters of the layers; fixed state in elements; scores in percent."
+    table = Table(caption=told, spare=("source", "perplexity"))
+    for column in ("name", "architecture", "parameters", "state", "MAD score", "perplexity", "source"):
+        table.add_column(column, justify="left" if column in ("name", "architecture", "source") else "right")
+    console = Console()
+    for row in published.published().values():
+        arch = resolve(PREFIX + row.arch, dim, seqlen=seqlen)
+        counts = f"{sizes.parameters(arch, dim):,}", f"{sizes.fixed_state(arch, dim):,}"
+        perplexity = "-" if row.perplexity is None else f"{row.perplexity:.2f}"
+        table.add_row(PREFIX + row.arch, label(str(arch)), *counts, f"{100 * row.mad:.1f}", perplexity, row.source)
+    table.show(console)
+    for row in published.published().values():
+        if row.note:
+            console.print(f"{row.name}: {row.note}", soft_wrap=True)
+    for name, text in published.sources().items():
+        console.print(f"{name}: {text}", soft_wrap=True)
 
 
 @mad.command("tasks")

@@ -41,8 +41,8 @@ Archs = Annotated[
     list[str],
     typer.Option(
         "--arch",
-        help="A family such as striped-hyena, or LABEL=TEMPLATE, as in 'mine=hyena swiglu attention:heads={dim/32} swiglu'; "
-        "repeat for several.",
+        help="A family such as striped-hyena, published:NAME (mad published lists them), or LABEL=TEMPLATE, as in "
+        "'mine=hyena swiglu attention:heads={dim/32} swiglu'; repeat for several.",
     ),
 ]
 Out = Annotated[Path, typer.Option(help="The plan: a CSV file that is not there yet.")]

@@ -136,8 +136,7 @@ def _shape(preset: str | None, arch: str | None, dim: int | None, seqlen: int | 
     """Architecture, width and sequence length."""
     _check_model(preset, arch, dim)
 
-    from madkernels.models import parse
-    from madkernels.models.presets import preset as named
+    from madkernels.models.presets import preset as named, resolve
     from madkernels.scaling.training.recipe import DEFAULT_SEQLEN
 
     if preset is not None:
@@ -146,7 +145,8 @@ def _shape(preset: str | None, arch: str | None, dim: int | None, seqlen: int | 
         return chosen.arch, chosen.dim, chosen.seqlen
     assert arch is not None
     assert dim is not None
-    return parse(arch), dim, seqlen or DEFAULT_SEQLEN
+    length = seqlen or DEFAULT_SEQLEN
+    return resolve(arch, dim, seqlen=length), dim, length
 
 
 def _check_model(preset: str | None, arch: str | None, dim: int | None) -> None:

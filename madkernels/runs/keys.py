@@ -9,7 +9,7 @@ from typing import Any
 
 from madkernels._version import __version__
 from madkernels.models.layers import user_layers
-from madkernels.models.spec import parse
+from madkernels.models.presets import layers_of
 
 
 class Keyed:
@@ -30,5 +30,5 @@ class Keyed:
 
 def code_of(arch: str) -> dict[str, Any]:
     """The version of the code, and the hashes of the layers from outside that an architecture has."""
-    own = {name: digest for name, digest in user_layers().items() if name in {s.name for s in parse(arch).layers}}
+    own = {name: digest for name, digest in user_layers().items() if name in {s.name for s in layers_of(arch)}}
     return {"version": __version__} | ({"layers": own} if own else {})

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import kendalltau, pearsonr, permutation_test, spearmanr
 
-from madkernels.models.spec import SpecError, parse
+from madkernels.models.presets import layers_of
 from madkernels.reporting.tables import Table as Shown
 from madkernels.scaling.fits.compare import Frontier
 from madkernels.scaling.fits.runs_table import Table
@@ -80,8 +80,8 @@ def _by_name(values: Array, names: list[str | None], labels: Mapping[str, str]) 
 def _kinds(arch: str) -> frozenset[tuple[str, int]]:
     """Layers by name, in their proportions."""
     try:
-        counts = Counter(spec.name for spec in parse(arch).layers)
-    except SpecError:  # a layer from outside that is not here
+        counts = Counter(spec.name for spec in layers_of(arch))
+    except ValueError:  # a layer from outside that is not here
         return frozenset({(arch, 1)})
     unit = gcd(*counts.values())
     return frozenset((name, count // unit) for name, count in counts.items())

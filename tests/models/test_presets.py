@@ -50,6 +50,7 @@ def test_templates_are_filled_for_the_width() -> None:
     narrow = architecture(template, 16, 2, seqlen=1024)
     assert str(narrow) == "hyena:horizon=1024 swiglu attention:heads=1 moe:hidden=32"
     assert str(architecture("attention:heads={dim/64}", 320, 1)) == "attention:heads=5 attention:heads=5"
+    assert str(architecture("swiglu:hidden={dim*3}", 32, 1)) == "swiglu:hidden=96 swiglu:hidden=96"
 
 
 def test_heads_divide_the_width() -> None:
@@ -106,7 +107,15 @@ def test_flops_are_two_for_each_parameter_and_a_little(family: str) -> None:
     ("text", "dim", "blocks", "message"),
     [
         ("striped-hyna", 64, 2, "unknown layer 'striped-hyna'.*families are transformer"),
-        ("attention:heads={width/64}", 64, 2, "{width/64} is not known; a template takes {dim/N}, {hidden/N} and {seqlen}"),
+        (
+            "attention:heads={width/64}",
+            64,
+            2,
+            "{width/64} is not known; a template takes {dim/N}, {dim[*]N}, {hidden/N} and ",
+        ),
+        ("published:striped-hyna", 64, 2, "unknown published architecture 'striped-hyna'.*did you mean striped-hyena?"),
+        ("published:", 64, 2, "unknown published architecture ''; there are transformer"),
+        ("published:gla", 40, 2, "published:gla takes widths that are multiples of 16, not 40"),
         ("attention:heads={dim}", 64, 2, "{dim} is not known"),
         ("attention:heads={dim/0}", 64, 2, "{dim/0} is not known"),
         ("attention:heads={dim/64", 64, 2, "takes a whole number"),
