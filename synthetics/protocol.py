@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,22 @@ from madkernels.synthetics.tasks import TASKS, Task
 FOLDER = Path(__file__).parent / "protocols"
 MEASURES = ("accuracy", "macro_accuracy")
 GRID = ("lr", "weight_decay")  # every combination of their values is trained
-LEAST = {"min_lr": 0, "epochs": 1, "batch": 1, "dim": 1, "held_out": 1, "train_examples": 1}
+LEAST = {
+    "min_lr": 0, "warmup": 0, "patience": 0, "min_epochs": 0, "epochs": 1, "batch": 1, "dim": 1, "held_out": 1,
+    "train_examples": 1,
+}  # fmt: skip
 SELECTIONS = ("validation", "test")
+OF_PROTOCOL = ("dim", "dtype", "select", "held_out", "seed")  # fields of Training that no task has its own of
+LATER = ("warmup", "patience", "min_epochs")  # fields of Training newer than results that are to keep their keys
 
 
 @dataclass(frozen=True)
 class Training:
-    """How one model is trained: AdamW (betas 0.9, 0.98), the learning rate on a cosine from `lr` to `min_lr`, no warm-up and
-    no clipping.
+    """How one model is trained: AdamW (betas 0.9, 0.98), the learning rate on a cosine from `lr` to `min_lr`, after a
+    warm-up if there is one (:func:`madkernels.synthetics.schedule.rate`); no clipping.
 
-    Training stops early once the accuracy on the held-out set that `select` names reaches `enough`.
+    Training stops early once the accuracy on the held-out set that `select` names reaches `enough`, or has not improved for
+    `patience` epochs (:func:`madkernels.synthetics.schedule.on_plateau`).
     """
 
     lr: float
@@ -56,12 +62,22 @@ class Training:
     select: str = "validation"  # or test: which set stops training and chooses among runs
     held_out: int = 1280  # examples of the validation set, and of the test set
     seed: int = 12345
+    warmup: float = 0.0  # share of the steps in which the learning rate rises
+    patience: int = 0  # epochs without a better held-out accuracy, after which training stops; 0: it does not
+    min_epochs: int = 0  # before that
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it takes float32 or bfloat16")
         if self.select not in SELECTIONS:
             raise ValueError(f"select is {self.select!r}; it takes {' or '.join(SELECTIONS)}")
+        if self.warmup > 1:
+            raise ValueError(f"warmup is {self.warmup}; it takes a share of the steps, from 0 to 1")
+
+    def config(self) -> dict[str, Any]:
+        """The fields; of those in LATER those that are not as by default."""
+        fields = dataclasses.asdict(self).items()
+        return {name: value for name, value in fields if name not in LATER or value != getattr(Training, name)}
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,7 @@ class Run(Keyed):
         return code | {
             "arch": self.arch,
             "task": {"name": self.task.name} | self.task.options(),
-            "training": dataclasses.asdict(self.training),
+            "training": self.training.config(),
         }
 
     @classmethod
@@ -125,8 +141,27 @@ class Run(Keyed):
 
 
 @dataclass(frozen=True)
+class Shown:
+    """How far the scores of a protocol agreed with the published ones, in a study: its page, how many architectures, and the
+    rank correlation over them."""
+
+    study: str
+    architectures: int
+    spearman: float
+
+    def __str__(self) -> str:
+        return f"Spearman {self.spearman:+.2f} over {self.architectures} architectures ({self.study})"
+
+
+@dataclass(frozen=True)
 class Protocol:
-    """Settings by task, the optimiser settings that each is trained with, the seeds, and the measure that is the score."""
+    """Settings by task, the optimiser settings that each is trained with, the seeds, and the measure that is the score.
+
+    Attributes:
+        own_trainings: optimiser settings by task, of those that have their own.
+        seeds_until_apart: so many seeds at most, for architectures whose intervals overlap (of seeds.py); 0: no more.
+        agreement: None where it has not been measured.
+    """
 
     name: str
     about: str
@@ -134,6 +169,13 @@ class Protocol:
     trainings: tuple[Training, ...]
     seeds: tuple[int, ...]
     score: str
+    own_trainings: dict[str, tuple[Training, ...]] = field(default_factory=dict)
+    seeds_until_apart: int = 0
+    agreement: Shown | None = None
+
+    def trainings_of(self, task: str) -> tuple[Training, ...]:
+        """The optimiser settings of a task."""
+        return self.own_trainings.get(task, self.trainings)
 
 
 def protocol_names() -> list[str]:
@@ -157,8 +199,8 @@ def load_protocol(name: str) -> Protocol:
 
 
 def _read_protocol(name: str, data: Any) -> Protocol:
-    known = ("about", "seeds", "score", "training", "tasks")
-    data = read_object("the file", data, known, known)
+    needed = ("about", "seeds", "score", "training", "tasks")
+    data = read_object("the file", data, (*needed, "seeds_until_apart", "agreement"), needed)
     about, score = (read_value(key, data[key], str) for key in ("about", "score"))
     if score not in MEASURES:
         raise ValueError(f"score is {score!r}; it takes {' or '.join(MEASURES)}")
@@ -170,21 +212,45 @@ def _read_protocol(name: str, data: Any) -> Protocol:
     if not tasks:
         raise ValueError("tasks: there is none")
     settings = {task: _read_task(f"tasks.{task}", TASKS[task], tasks[task]) for task in TASKS if task in tasks}
-    return Protocol(name, about, settings, _read_trainings(data["training"]), tuple(seeds), score)
+    own = {task: _read_own(f"tasks.{task}", data["training"], tasks[task]) for task in settings if "training" in tasks[task]}
+    until_apart = read_value("seeds_until_apart", data.get("seeds_until_apart", 0), int, 0)
+    shown = _read_agreement(data["agreement"]) if "agreement" in data else None
+    return Protocol(name, about, settings, _read_trainings(data["training"]), tuple(seeds), score, own, until_apart, shown)
 
 
-def _read_trainings(data: Any) -> tuple[Training, ...]:
-    """The grid of a protocol."""
+def _read_trainings(data: Any, where: str = "training") -> tuple[Training, ...]:
+    """The grid of a protocol, or of a task."""
     types = {name: kind for name, kind in fields_of(Training).items() if name != "seed"}
-    data = read_object("training", data, types, GRID)
-    grid = [read_list(f"training.{name}", data[name], float, 0) for name in GRID]
-    options = {k: read_value(f"training.{k}", v, types[k], LEAST.get(k)) for k, v in data.items() if k not in GRID}
+    data = read_object(where, data, types, GRID)
+    grid = [read_list(f"{where}.{name}", data[name], float, 0) for name in GRID]
+    options = {k: read_value(f"{where}.{k}", v, types[k], LEAST.get(k)) for k, v in data.items() if k not in GRID}
     return tuple(Training(**dict(zip(GRID, point, strict=True)), **options) for point in product(*grid))
+
+
+def _read_own(where: str, common: Any, data: Any) -> tuple[Training, ...]:
+    """The grid of a task that says what of its training differs from the others'."""
+    _read_trainings(common)  # so that what is wrong there is not told of the task
+    own = [name for name in fields_of(Training) if name not in OF_PROTOCOL]
+    return _read_trainings(common | read_object(f"{where}.training", data["training"], own, ()), f"{where}.training")
+
+
+def _read_agreement(data: Any) -> Shown:
+    types = fields_of(Shown)
+    data = read_object("agreement", data, types, types)
+    shown = Shown(
+        **{
+            k: read_value(f"agreement.{k}", v, types[k], {"architectures": 3, "spearman": -1}.get(k))
+            for k, v in data.items()
+        }
+    )
+    if shown.spearman > 1:
+        raise ValueError(f"agreement.spearman: got {shown.spearman}; expected a number from -1 to 1")
+    return shown
 
 
 def _read_task(where: str, task: type[Task], data: Any) -> tuple[Task, ...]:
     """The baseline, and each change of one variable from it."""
-    data, types = read_object(where, data, ("baseline", "changes"), ("baseline",)), fields_of(task)
+    data, types = read_object(where, data, ("baseline", "changes", "training"), ("baseline",)), fields_of(task)
     given = read_object(f"{where}.baseline", data["baseline"], types, required(task))
     base = task(**{k: read_value(f"{where}.baseline.{k}", v, types[k], LEAST.get(k)) for k, v in given.items()})
     settings = [base]
@@ -225,7 +291,7 @@ def plan(
         for name in names
         for setting in chosen.settings[name]
         for seed in (seeds or chosen.seeds)
-        for training in chosen.trainings
+        for training in chosen.trainings_of(name)
     ]
 
 

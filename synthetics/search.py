@@ -74,7 +74,7 @@ def affordable(archs: Sequence[str], protocol: Protocol, budget: Budget, most: i
 
 def _first_runs(archs: Sequence[str], protocol: Protocol) -> list[Run]:
     setting = next(iter(protocol.settings.values()))[0]
-    return [Run(arch, setting, protocol.trainings[0]) for arch in archs]
+    return [Run(arch, setting, protocol.trainings_of(setting.name)[0]) for arch in archs]
 
 
 def rungs(protocol: Protocol, count: int) -> list[Protocol]:

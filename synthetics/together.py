@@ -9,7 +9,6 @@ finite. On a CPU nothing is gained: six models do not fit the cache where one di
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from madkernels.models.layers.moe import balance_experts
 from madkernels.runs.engines import Diverged, Refused
 from madkernels.synthetics.honesty import check_scored, loaded
 from madkernels.synthetics.protocol import Run
+from madkernels.synthetics.schedule import chance_of, is_over, rate
 from madkernels.synthetics.tasks import IGNORE
 from madkernels.synthetics.train import BETAS, EVALUATION_BATCH, Tally, build, check_finite, data
 
@@ -74,6 +74,7 @@ class _Group:
         begun = time.perf_counter()
         self.splits = [data(run, device) for run in runs]
         self.data_seconds = (time.perf_counter() - begun) / len(runs)
+        self.chances = [chance_of(splits.held_out[1]) for splits in self.splits]
         self.orders = [torch.Generator().manual_seed(run.training.seed) for run in runs]
         self.curves: list[list[dict[str, float]]] = [[] for _ in runs]
         self.results: list[dict[str, Any] | Refused] = [Diverged()] * len(runs)
@@ -84,10 +85,11 @@ class _Group:
         order = torch.stack([torch.randperm(examples, generator=self.orders[i]) for i in alive]).to(self.device)
         batches = torch.split(order, self.options.batch, dim=1)
         totals = torch.zeros(len(alive), device=self.device)
-        for n, batch in enumerate(batches):
+        steps = self.options.epochs * len(batches)
+        for step, batch in enumerate(batches, (epoch - 1) * len(batches)):
             pairs = [tuple(t[chosen] for t in self.splits[i].train) for i, chosen in zip(alive, batch, strict=True)]
-            progress = (epoch - 1 + n / len(batches)) / self.options.epochs
-            totals += self.stack.step(*_stacked(pairs), progress) * batch.shape[1]
+            rates = [rate(self.runs[i].training, step, steps) for i in alive]
+            totals += self.stack.step(*_stacked(pairs), rates) * batch.shape[1]
         losses: list[float] = (totals / examples).tolist()
         return losses
 
@@ -103,7 +105,7 @@ class _Group:
             self.curves[i].append(point)
             if on_epoch:
                 on_epoch(self.runs[i], epoch, point)
-            if point["held_out_accuracy"] >= self.options.enough or epoch == self.options.epochs:
+            if is_over([p["held_out_accuracy"] for p in self.curves[i]], self.options, self.chances[i]):
                 ended.append(place)
             else:
                 going_on.append(place)
@@ -184,14 +186,14 @@ class Stack:
             found: Tensor = vmap(one)(self.params, self.buffers, inputs)
         return found
 
-    def step(self, inputs: Tensor, targets: Tensor, progress: float) -> Tensor:
-        """One step of AdamW at a share of the schedule; the loss of each model, (models,)."""
+    def step(self, inputs: Tensor, targets: Tensor, rates: Sequence[float]) -> Tensor:
+        """One step of AdamW, each model at its learning rate; the loss of each, (models,)."""
         self.one.train()
         if inputs.device.type == GRAPHS_ON and inputs.shape not in self.recorded:
             self.recorded[inputs.shape] = _recorded(self, inputs, targets)
         found = self.recorded.get(inputs.shape)
         losses, gradients = self.gradients(inputs, targets) if found is None else found.again(inputs, targets)
-        self.update(gradients, progress)
+        self.update(gradients, rates)
         return losses.clone()  # what a graph gives is written again by the next step
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -204,12 +206,10 @@ class Stack:
         return losses.detach(), list(torch.autograd.grad(losses.sum(), list(self.params.values())))
 
     @torch.no_grad()
-    def update(self, gradients: Sequence[Tensor], progress: float) -> None:
+    def update(self, gradients: Sequence[Tensor], rates: Sequence[float]) -> None:
         self.steps += 1
         trainings = [self.runs[i].training for i in self.alive]
-        cosine = (1 + math.cos(math.pi * progress)) / 2
-        lrs = [t.min_lr + (t.lr - t.min_lr) * cosine for t in trainings]
-        shrinks = [1 - lr * t.weight_decay for lr, t in zip(lrs, trainings, strict=True)]
+        shrinks = [1 - lr * t.weight_decay for lr, t in zip(rates, trainings, strict=True)]
         first_share, second_share = (1 - beta**self.steps for beta in BETAS)
         for (name, p), gradient in zip(self.params.items(), gradients, strict=True):
             shape = (-1, *[1] * (p.dim() - 1))
@@ -219,7 +219,7 @@ class Stack:
             if name in self.decayed:
                 p.mul_(p.new_tensor(shrinks).view(shape))
             direction = (m.first / first_share) / ((m.second / second_share).sqrt() + ADAM_EPS)
-            p.sub_(p.new_tensor(lrs).view(shape) * direction)
+            p.sub_(p.new_tensor(rates).view(shape) * direction)
         balance_experts(self.one, self.buffers)
 
     @torch.no_grad()

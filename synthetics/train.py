@@ -19,6 +19,7 @@ from madkernels.runs.engines import Diverged
 from madkernels.runs.pace import Trial, trial_of
 from madkernels.synthetics.honesty import check_scored
 from madkernels.synthetics.protocol import Run, Training
+from madkernels.synthetics.schedule import chance_of, is_over, rate
 from madkernels.synthetics.tasks import IGNORE, Task
 
 EVALUATION_BATCH = 128
@@ -83,20 +84,21 @@ def train(run: Run, on_epoch: Callable[[int, dict[str, float]], None] | None = N
     (inputs, targets), held_out, test = data(run, device)
     data_seconds = time.perf_counter() - begun
     optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=options.lr, betas=BETAS, fused=True)
-    steps = options.epochs * -(-len(inputs) // options.batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=options.min_lr)
-    order = torch.Generator().manual_seed(options.seed)
+    batches = -(-len(inputs) // options.batch)
+    order, chance = torch.Generator().manual_seed(options.seed), chance_of(held_out[1])
     curve: list[dict[str, float]] = []
     for epoch in range(1, options.epochs + 1):
         model.train()
         total = torch.zeros((), device=device)
-        for batch in torch.split(torch.randperm(len(inputs), generator=order).to(device), options.batch):
+        split = torch.split(torch.randperm(len(inputs), generator=order).to(device), options.batch)
+        for number, batch in enumerate(split, (epoch - 1) * batches):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(options, number, options.epochs * batches)
             loss = step(model, inputs[batch], targets[batch], options)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             balance_experts(model)
-            schedule.step()
             total += loss.detach() * len(batch)
         point = {"loss": float(total) / len(inputs)}
         check_finite(point["loss"], epoch)
@@ -104,7 +106,7 @@ def train(run: Run, on_epoch: Callable[[int, dict[str, float]], None] | None = N
         curve.append(point)
         if on_epoch:
             on_epoch(epoch, point)
-        if point["held_out_accuracy"] >= options.enough:
+        if is_over([p["held_out_accuracy"] for p in curve], options, chance):
             break
     check_scored(run, model, build, held_out)
     return measure(model, *test, options) | {

@@ -23,6 +23,7 @@ from madkernels.cli.main import app, main
 from madkernels.runs.engines import Diverged, InProcess, Pool
 from madkernels.runs.execute import Outcome
 from madkernels.runs.store import Store
+from madkernels.synthetics import search
 from madkernels.synthetics.protocol import Run, Score, Training, load_protocol, mad_score, plan, scores
 from madkernels.synthetics.sweep import sweep
 from madkernels.synthetics.tasks.compression import Compression
@@ -178,6 +179,28 @@ def test_protocols() -> None:
     }  # fmt: skip
 
 
+def test_a_task_with_optimiser_settings_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    common = {"lr": [1e-3, 1e-2], "weight_decay": [0.0], "epochs": 9, "dim": 16}
+    tasks = {
+        "recall": {"baseline": {"vocab_size": 8, "seqlen": 8}, "training": {"lr": [4e-3], "patience": 5}},
+        "compression": {"baseline": {"vocab_size": 8, "seqlen": 8}},
+    }
+    file.write_text(json.dumps({"about": "", "score": "accuracy", "seeds": [1], "training": common, "tasks": tasks}))
+    found = [(r.task.name, r.training.lr, r.training.patience, r.training.epochs) for r in plan(str(file), ["mlp"])]
+    assert found == [("recall", 4e-3, 5, 9), ("compression", 1e-3, 0, 9), ("compression", 1e-2, 0, 9)]
+    assert search._first_runs(["mlp"], load_protocol(str(file)))[0].training.lr == 4e-3
+
+
+def test_the_agreement_of_a_protocol_is_that_of_its_study() -> None:
+    shown = load_protocol("strict-small").agreement
+    assert shown is not None
+    text = (Path(__file__).parents[2] / shown.study).read_text()
+    assert f"Spearman {shown.spearman:+.2f}" in text
+    assert str(shown) == "Spearman -0.03 over 6 architectures (docs/studies/strict-small/README.md)"
+    assert [load_protocol(name).agreement for name in ("demo", "paper", "strict")] == [None] * 3
+
+
 def task(baseline: dict[str, Any], **others: Any) -> dict[str, Any]:
     return {"tasks": {"recall": {"baseline": {"vocab_size": 8, "seqlen": 8} | baseline} | others}}
 
@@ -191,7 +214,8 @@ def training(**options: Any) -> dict[str, Any]:
     [
         (
             {"scores": "x"},
-            "the file: unknown key 'scores'; there are about, seeds, score, training, tasks; did you mean score?",
+            "the file: unknown key 'scores'; there are about, seeds, score, training, tasks, seeds_until_apart, agreement; "
+            "did you mean score?",
         ),
         ({"score": "loss"}, "score is 'loss'; it takes accuracy or macro_accuracy"),
         ({"about": 3}, "about: got 3; expected a string"),
@@ -211,7 +235,7 @@ def training(**options: Any) -> dict[str, Any]:
         ({"tasks": {"recall": {"baseline": {"vocab_size": 8}}}}, "tasks.recall.baseline: 'seqlen' is missing"),
         (
             task({}, chnages={"vocab_size": [32]}),
-            "tasks.recall: unknown key 'chnages'; there are baseline, changes; did you mean",
+            "tasks.recall: unknown key 'chnages'; there are baseline, changes, training; did you mean",
         ),
         (task({}, vocab_size=[16, 32]), "tasks.recall: unknown key 'vocab_size'"),
         (task({}, changes={"seqlenn": [8]}), "tasks.recall.changes: unknown key 'seqlenn'; there are vocab_size, seqlen"),
@@ -225,6 +249,21 @@ def training(**options: Any) -> dict[str, Any]:
         (training(lr=0.1), "training.lr: got 0.1; expected a list of one value or more"),
         (training(lr=["a"]), 'training.lr: got "a"; expected a number'),
         (training(seed=3), "training: unknown key 'seed'"),
+        (training(warmup=-0.1), "training.warmup: got -0.1; expected a number from 0"),
+        (training(warmup=1.1), "warmup is 1.1; it takes a share of the steps, from 0 to 1"),
+        (training(patience=-1), "training.patience: got -1; expected a whole number from 0"),
+        (training(min_epochs=2.5), "training.min_epochs: got 2.5; expected a whole number"),
+        (task({}, training={"lr": 0.1}), "tasks.recall.training.lr: got 0.1; expected a list"),
+        (task({}, training={"lrs": [0.1]}), "tasks.recall.training: unknown key 'lrs'; there are lr, weight_decay"),
+        (task({}, training={"dim": 32}), "tasks.recall.training: unknown key 'dim'"),
+        (training(lr=0.1) | task({}, training={"epochs": 3}), "training.lr: got 0.1; expected a list of one value or more"),
+        ({"seeds_until_apart": -1}, "seeds_until_apart: got -1; expected a whole number from 0"),
+        ({"agreement": {"study": "x"}}, "agreement: 'architectures' is missing"),
+        ({"agreement": {"study": "x", "architectures": 2, "spearman": 0.5}}, "agreement.architectures: got 2; expected"),
+        (
+            {"agreement": {"study": "x", "architectures": 6, "spearman": 1.5}},
+            "agreement.spearman: got 1.5; expected a number",
+        ),
     ],
 )
 def test_refuses_protocols(tmp_path: Path, change: dict[str, Any], message: str) -> None:
