@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # torch is loaded when a command runs, not to print its help
     from rich.console import Console
     from rich.text import Text
 
+    from madkernels.runs.engines import Engine
+    from madkernels.runs.execute import Outcome
+    from madkernels.runs.store import Store
     from madkernels.synthetics.protocol import Run
     from madkernels.synthetics.tasks import Task
 
@@ -74,6 +77,14 @@ def run(
         ComputeDtype | None,
         typer.Option(help="Compute dtype; bfloat16 is autocast, auto the faster one here. Default: the protocol's."),
     ] = None,
+    seeds_until_apart: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="After all runs, one more seed for each architecture whose interval overlaps with that of a neighbour in "
+            "the ranking, until they are apart or have so many. Default: the protocol's.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
     plugin: Plugins = None,
 ) -> None:
@@ -87,7 +98,8 @@ def run(
     from madkernels.runs.store import Store
     from madkernels.synthetics.protocol import Run, load_protocol, plan, results_of
     from madkernels.synthetics.report import table, write_csv
-    from madkernels.synthetics.sweep import check, sweep, work_of
+    from madkernels.synthetics.seeds import more_seeds
+    from madkernels.synthetics.sweep import check, work_of
 
     plugins = load_plugins(plugin)
     chosen = load_protocol(protocol)
@@ -99,25 +111,48 @@ def run(
     if dtype == "auto":
         print(f"dtype: {computed_in}", flush=True)
     runs = plan(chosen, arch or DEMO_ARCHS, tasks, seeds=seed, dtype=computed_in)
+    seeds = len(seed or chosen.seeds)
+    most = _most_seeds(chosen.seeds_until_apart if seeds_until_apart is None else seeds_until_apart, seeds)
+    if chosen.agreement or not protocol.endswith(".json"):
+        print(f"{protocol}: agreement with the published scores: {chosen.agreement or 'not measured'}", flush=True)
     if dry_run:
         announce(work_of(runs), done_in(out), place)
+        if most > seeds:
+            print(f"then, where intervals overlap, up to {len(runs) // seeds * (most - seeds)} runs of more seeds")
         return
+    at_once = device != "cpu" if together is None else together
     with closing(Store(out)) as store:
         with stoppable(store, runs):
-            todo = left(runs, store)
-            check(todo)
-            work = work_of(runs)
-            announce(work, store.metrics(), place)
-            with progress_bars(console) as bars:
-                progress = Bars(bars, work, set(runs) - set(todo))
-                at_once = device != "cpu" if together is None else together
-                outcome = sweep(runs, store, progress, engine=place, together=at_once)
+            check(left(runs, store))
+            announce(work_of(runs), store.metrics(), place)
+            outcome = _train(runs, store, place, console, at_once)
+            while more := more_seeds(runs, store.metrics(), chosen.score, most):
+                runs += more
+                console.print(f"{len({r.arch for r in more})} architectures are not apart; one more seed: {len(more)} runs")
+                outcome += _train(more, store, place, console, at_once)
         wanted = {run.key() for run in runs}
         rows = [row for row in store.latest(Run.of) if row["key"] in wanted]
         scores_path, runs_path = write_csv(rows, out)
         table(results_of(rows), chosen.score).show(console)
         console.print(f"{outcome.trained} runs trained, {outcome.already_done} found done, {outcome.failed} failed.")
         console.print(f"Results: {store.path}, {scores_path}, {runs_path}", soft_wrap=True)
+
+
+def _most_seeds(most: int, seeds: int) -> int:
+    """ValueError where there are more already."""
+    if most and most < seeds:
+        raise ValueError(f"seeds until apart are {most} at most, fewer than the {seeds} that all architectures have")
+    return most
+
+
+def _train(runs: list[Run], store: Store, place: Engine, console: Console, together: bool) -> Outcome:
+    """A sweep with its bars."""
+    from madkernels.synthetics.sweep import sweep, work_of
+
+    done = store.metrics()
+    with progress_bars(console) as bars:
+        progress = Bars(bars, work_of(runs), {run for run in runs if run.key() in done})
+        return sweep(runs, store, progress, engine=place, together=together)
 
 
 @mad.command()

@@ -28,6 +28,10 @@ class Outcome:
     already_done: int
     failed: int
 
+    def __add__(self, other: Outcome) -> Outcome:
+        """Of two that follow one another."""
+        return Outcome(self.trained + other.trained, self.already_done + other.already_done, self.failed + other.failed)
+
 
 def left(runs: Sequence[R], store: Store) -> list[R]:
     """The runs that are not done yet."""
