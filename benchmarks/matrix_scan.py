@@ -14,7 +14,7 @@ from madkernels.benchmarks.cases import Argument, Arguments, Axes, Case, Inputs
 from madkernels.benchmarks.harness import Benchmark, Peer
 from madkernels.benchmarks.sizes import Size
 from madkernels.models.layers.linear_attention import GatedLinearAttention
-from madkernels.models.layers.recurrence import delta_rule, linear_recurrence
+from madkernels.models.layers.matrix_state import in_chunks
 
 KEYS: Axes = ("batch", "seqlen", "groups", "key_dim")
 VALUES: Axes = ("batch", "seqlen", "heads", "value_dim")
@@ -115,13 +115,7 @@ def chunks(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, beta: Tensor | None = None, bonus: Tensor | None = None
 ) -> Tensor:
     """In chunks of matrix products, by torch: what the layers do on devices without a kernel."""
-    share = v.shape[2] // q.shape[2]
-    q, k = (t.repeat_interleave(share, 2) for t in (q, k))
-    decays = v.new_zeros(1, v.shape[1], 1, 1, dtype=torch.promote_types(v.dtype, torch.float32))
-    decays = decays if log_decay is None else log_decay
-    if beta is not None:
-        return delta_rule(q, k, v, beta.unsqueeze(-1), decays)[0]
-    return linear_recurrence(q, k, v, decays, bonus=bonus)[0]
+    return in_chunks(q, k, v, log_decay, beta, bonus)[0]
 
 
 BENCHMARK = Benchmark(

@@ -10,7 +10,6 @@ from madkernels.models.layers.base import State, check_positive, softplus, wide
 from madkernels.models.layers.mamba import initial_step_bias
 from madkernels.models.layers.mamba2 import A_RANGE
 from madkernels.models.layers.matrix_state import MatrixStateLayer, recur
-from madkernels.models.layers.recurrence import delta_rule
 from madkernels.models.layers.short_conv import ShortConv
 
 
@@ -33,13 +32,13 @@ class DeltaMixer(MatrixStateLayer):
         mixed = self.conv(self.qkv(x), cu_seqlens, state)
         q, k, v = (self.split_heads(t) for t in mixed.split([self.dim, self.dim, self.heads * self.value_dim], -1))
         q, k = F.normalize(wide(q), dim=-1) * self.key_dim**-0.5, F.normalize(wide(k), dim=-1)
-        rate = self.rate(x).sigmoid().unsqueeze(-1)
-        y = recur(delta_rule, q, k, v, rate, self.log_decay(x), cu_seqlens=cu_seqlens, state=state)
+        rate = self.rate(x).sigmoid()
+        y = recur(q, k, v, self.log_decay(x), rate, cu_seqlens=cu_seqlens, state=state)
         out: Tensor = self.out(self.read_out(self.norm(y.to(self.norm.weight.dtype)), x).flatten(2))
         return out
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        """(batch or 1, seqlen, heads or 1, 1)."""
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        """(batch, seqlen, heads, 1)."""
         raise NotImplementedError
 
     def read_out(self, y: Tensor, x: Tensor) -> Tensor:
@@ -61,8 +60,8 @@ class DeltaNet(DeltaMixer):
     def __init__(self, dim: int, *, heads: int = 8, width: int = 4) -> None:
         super().__init__(dim, heads, width)
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        return wide(x.new_zeros(1, x.shape[1], 1, 1))
+    def log_decay(self, x: Tensor) -> None:
+        return None
 
     def read_out(self, y: Tensor, x: Tensor) -> Tensor:
         return y

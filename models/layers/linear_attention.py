@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from madkernels.models.layers import ssd
 from madkernels.models.layers.base import State, check_positive, wide
 from madkernels.models.layers.matrix_state import MatrixStateLayer, recur
-from madkernels.models.layers.recurrence import linear_recurrence
 
 GATE_DIVISOR = 16  # of the logarithm of the forget gate, so that it starts near 1
 
@@ -84,6 +83,6 @@ class GatedLinearAttention(MatrixStateLayer):
         self.check(x, cu_seqlens, state)
         q, k, v, gate = (self.split_heads(t) for t in self.qkvg(x).chunk(4, -1))
         log_decay = F.logsigmoid(self.split_heads(wide(self.forget(x)))) / GATE_DIVISOR
-        y = recur(linear_recurrence, q * self.key_dim**-0.5, k, v, log_decay, cu_seqlens=cu_seqlens, state=state)
+        y = recur(q * self.key_dim**-0.5, k, v, log_decay, cu_seqlens=cu_seqlens, state=state)
         mixed: Tensor = self.out((self.norm(y.to(self.norm.weight.dtype)) * F.silu(gate)).flatten(2))
         return mixed

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from madkernels.models.layers.base import Layer, State, StateOption, check_positive, wide
 from madkernels.models.layers.matrix_state import MatrixStateLayer, recur
-from madkernels.models.layers.recurrence import linear_recurrence
 from madkernels.models.layers.short_conv import token_before
 
 HEAD_DIVISOR = 8  # of a head's output before its norm, whose epsilon is 1e-5
@@ -41,7 +40,7 @@ class TimeMixer(MatrixStateLayer):
         r, k, v = (self.split_heads(t) for t in (self.r(for_r), self.k(for_k), self.v(for_v)))
         log_decay = self.split_heads(self.log_decay(for_decay))
         bonus = self.bonus.view(self.heads, self.key_dim)
-        y = recur(linear_recurrence, r, k, v, log_decay, cu_seqlens=cu_seqlens, state=state, bonus=bonus)
+        y = recur(r, k, v, log_decay, bonus=bonus, cu_seqlens=cu_seqlens, state=state)
         normed = self.norm(y.flatten(2).flatten(0, 1).to(self.norm.weight.dtype) / HEAD_DIVISOR).view(x.shape)
         mixed: Tensor = self.out(normed * F.silu(self.g(for_g)))
         return mixed
