@@ -20,7 +20,7 @@ namespace madkernels {
 
 // Time is cut into chunks of this many steps. The forward saves the states that enter each chunk, its checkpoint; the
 // backward recomputes the states inside it.
-constexpr int64_t kMatrixChunk = 16;
+constexpr int64_t kMatrixChunk = 32;
 
 // Values that are worked on together: what follows from q, k and decays is computed once for them.
 constexpr int64_t kMatrixBlock = 64;

@@ -12,7 +12,7 @@ from torch import Tensor
 from madkernels import matrix_scan
 from madkernels.benchmarks.matrix_scan import MatrixCase
 
-CHUNK = 16
+CHUNK = 32
 
 
 def scale(inputs: Inputs) -> Inputs:
@@ -56,11 +56,11 @@ CASE = OpCase(
     scale=scale,
     variants=({},),
     shapes=(
-        (2, 33, 7, 1, 3, 5, 5),  # no size divides anything
-        (1, 15, 16, 4, 4, 16, 16),
-        (2, 16, 33, 2, 4, 32, 1),
+        (2, 65, 7, 1, 3, 5, 5),  # no size divides anything
+        (1, 31, 16, 4, 4, 16, 16),
+        (2, 32, 33, 2, 4, 32, 1),
         (1, 50, 130, 1, 2, 20, 20),  # three blocks of values
-        (1, 17, 64, 2, 2, 128, 1),
+        (1, 33, 64, 2, 2, 128, 1),
         (3, 1, 1, 2, 4, 1, 1),  # one step
         (1, 17, 5, 3, 3, 130, 130),
     ),
