@@ -62,6 +62,11 @@ class MatrixCase(Case):
     def independent(self) -> Axes:
         return ("heads",) if self.groups == 1 else ("groups", "heads")
 
+    @property
+    def reference_values(self) -> int:
+        """The states of all steps, which the reference keeps for its backward."""
+        return self.tokens * self.heads * self.key_dim * self.value_dim
+
     def scale(self, inputs: Inputs, generator: torch.Generator) -> Inputs:
         """Decays and rates as of layers at the start of training, and keys of norm 1 where the delta rule needs it."""
         scaled = {"q": inputs["q"] / self.key_dim**0.5}
@@ -93,9 +98,9 @@ CASES = (
     _case("gla-small", 32, 128, 8, 16, 16, log_decay=True),
     _case("rwkv-small", 32, 128, 8, 16, 16, log_decay=True, bonus=True),
     _case("deltanet-small", 32, 128, 8, 16, 16, beta=True),
-    _case("gla", 1, 2048, 4, 128, 256, log_decay=True),
+    _case("gla", 1, 1024, 4, 128, 256, log_decay=True),
     _case("rwkv", 1, 2048, 32, 64, 64, log_decay=True, bonus=True),
-    _case("gated-deltanet", 1, 2048, 8, 128, 256, decay_dim=1, log_decay=True, beta=True),
+    _case("gated-deltanet", 1, 1024, 8, 128, 256, decay_dim=1, log_decay=True, beta=True),
     _case("one", 1, 1, 1, 1, 1, quick=True),
     _case("odd", 2, 67, 3, 5, 7, log_decay=True, quick=True),
     _case("odd-rwkv", 2, 67, 3, 5, 7, log_decay=True, bonus=True, quick=True),
