@@ -14,6 +14,7 @@
 #include "common/rate.h"
 #include "fft_conv/plan.h"
 #include "fft_conv/plan_gpu.h"
+#include "matrix_scan/matrix_scan.h"
 #include "selective_scan/selective_scan.h"
 
 namespace {
@@ -118,6 +119,7 @@ PYBIND11_MODULE(_C, m) {
         "longest sequence, the taps that it sees; none where the GPU takes no transform so large), how many of them fit "
         "shared memory, the channels of a block, the slices of the backward, and complex points of memory.");
   m.attr("SCAN_CHUNK") = madkernels::kScanChunk;
+  m.attr("MATRIX_CHUNK") = madkernels::kMatrixChunk;
   m.def("selective_scan_split", &selective_scan_split, pybind11::arg("batch"), pybind11::arg("seqlen"), pybind11::arg("dim"),
         pybind11::arg("groups") = 1, pybind11::arg("multiprocessors") = 132,
         "How a GPU (if not told: an H100) cuts the time of a selective scan: segments, and the steps of one.");

@@ -1,6 +1,7 @@
 from typing import TypedDict
 
 SCAN_CHUNK: int  # steps between the checkpoints of a selective scan
+MATRIX_CHUNK: int  # likewise of a scan of matrix states
 
 class FftPlanGpu(TypedDict):  # of the stub alone: a dict at run time
     classes: list[tuple[int, int, int]]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from madkernels.ops.fft_conv import fft_conv as fft_conv, fft_conv_step as fft_conv_step
     from madkernels.ops.glu import glu as glu
     from madkernels.ops.grouped_gemm import grouped_gemm as grouped_gemm
+    from madkernels.ops.matrix_scan import matrix_scan as matrix_scan, matrix_scan_step as matrix_scan_step
     from madkernels.ops.moe_mlp import moe_mlp as moe_mlp
     from madkernels.ops.moe_route import (
         RoutingPlan as RoutingPlan,
@@ -32,6 +33,7 @@ OPS: dict[str, tuple[str, ...]] = {  # each with its public functions; an op's n
     "fft_conv": ("fft_conv", "fft_conv_step"),
     "glu": ("glu",),
     "grouped_gemm": ("grouped_gemm",),
+    "matrix_scan": ("matrix_scan", "matrix_scan_step"),
     "moe_mlp": ("moe_mlp",),
     "moe_route": ("moe_route", "moe_dispatch", "moe_combine", "RoutingPlan"),
     "rms_norm": ("rms_norm",),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import registered_names
+from backends import names_on_gpus
 from native import find_nvcc
 from torch import Tensor
 
@@ -65,7 +65,7 @@ def test_loads_beside_a_torch_with_cuda() -> None:
     part, why = cuda.load()
     assert part is not None, why
     assert part.build_info()["version"] == madkernels.__version__
-    assert cuda.ops_with_kernels() == registered_names("madkernels")
+    assert cuda.ops_with_kernels() == names_on_gpus()
 
 
 @pytest.mark.skipif(find_nvcc() is None, reason="there is no nvcc")

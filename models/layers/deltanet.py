@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madkernels.models.layers.base import State, check_positive, softplus, wide
+from madkernels.models.layers.linear import Linear
 from madkernels.models.layers.mamba import initial_step_bias
 from madkernels.models.layers.mamba2 import A_RANGE
 from madkernels.models.layers.matrix_state import MatrixStateLayer, recur
 from madkernels.models.layers.norm import RMSNorm
-from madkernels.models.layers.recurrence import delta_rule
 from madkernels.models.layers.short_conv import ShortConv
 
 
@@ -23,24 +23,24 @@ class DeltaMixer(MatrixStateLayer):
         super().__init__(dim, heads, expand=expand)
         check_positive(width=width)
         values = self.heads * self.value_dim
-        self.qkv = nn.Linear(dim, 2 * dim + values, bias=False)
+        self.qkv = Linear(dim, 2 * dim + values, bias=False)
         self.conv = ShortConv(2 * dim + values, width)
-        self.rate = nn.Linear(dim, self.heads, bias=False)
+        self.rate = Linear(dim, self.heads, bias=False)
         self.norm = RMSNorm(self.value_dim, eps=1e-5)
-        self.out = nn.Linear(values, dim, bias=False)
+        self.out = Linear(values, dim, bias=False)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)
         mixed = self.conv(self.qkv(x), cu_seqlens, state)
         q, k, v = (self.split_heads(t) for t in mixed.split([self.dim, self.dim, self.heads * self.value_dim], -1))
         q, k = F.normalize(wide(q), dim=-1) * self.key_dim**-0.5, F.normalize(wide(k), dim=-1)
-        rate = self.rate(x).sigmoid().unsqueeze(-1)
-        y = recur(delta_rule, q, k, v, rate, self.log_decay(x), cu_seqlens=cu_seqlens, state=state)
+        rate = self.rate(x).sigmoid()
+        y = recur(q, k, v, self.log_decay(x), rate, cu_seqlens=cu_seqlens, state=state)
         out: Tensor = self.out(self.read_out(self.norm(y.to(self.norm.weight.dtype)), x).flatten(2))
         return out
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        """(batch or 1, seqlen, heads or 1, 1)."""
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        """(batch, seqlen, heads, 1)."""
         raise NotImplementedError
 
     def read_out(self, y: Tensor, x: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ class DeltaNet(DeltaMixer):
     def __init__(self, dim: int, *, heads: int = 8, width: int = 4) -> None:
         super().__init__(dim, heads, width)
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        return wide(x.new_zeros(1, x.shape[1], 1, 1))
+    def log_decay(self, x: Tensor) -> None:
+        return None
 
     def read_out(self, y: Tensor, x: Tensor) -> Tensor:
         return y
@@ -74,10 +74,10 @@ class GatedDeltaNet(DeltaMixer):
 
     def __init__(self, dim: int, *, heads: int = 8, expand: int = 2, width: int = 4) -> None:
         super().__init__(dim, heads, width, expand=expand)
-        self.delta = nn.Linear(dim, heads, bias=False)
+        self.delta = Linear(dim, heads, bias=False)
         self.delta_bias = nn.Parameter(initial_step_bias(heads))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(*A_RANGE).log())
-        self.gate = nn.Linear(dim, heads * self.value_dim, bias=False)
+        self.gate = Linear(dim, heads * self.value_dim, bias=False)
 
     def log_decay(self, x: Tensor) -> Tensor:
         delta = softplus(wide(self.delta(x)) + wide(self.delta_bias))

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from madkernels.models.layers import ssd
 from madkernels.models.layers.base import State, check_positive, wide
+from madkernels.models.layers.linear import Linear
 from madkernels.models.layers.matrix_state import MatrixStateLayer, recur
 from madkernels.models.layers.norm import RMSNorm
-from madkernels.models.layers.recurrence import linear_recurrence
 
 GATE_DIVISOR = 16  # of the logarithm of the forget gate, so that it starts near 1
 
@@ -20,7 +20,7 @@ class FeatureMap(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.left, self.right = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.left, self.right = Linear(dim, dim), Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.left(x) * self.right(x)
@@ -39,9 +39,9 @@ class LinearAttention(MatrixStateLayer):
     def __init__(self, dim: int, *, heads: int = 16, normalise: bool = True) -> None:
         super().__init__(dim, heads)
         self.normalise = normalise
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.q_features, self.k_features = FeatureMap(self.key_dim), FeatureMap(self.key_dim)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)
@@ -76,15 +76,15 @@ class GatedLinearAttention(MatrixStateLayer):
     def __init__(self, dim: int, *, heads: int = 8, rank: int = 16) -> None:
         super().__init__(dim, heads)
         check_positive(rank=rank)
-        self.qkvg = nn.Linear(dim, 4 * dim, bias=False)
-        self.forget = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim))
+        self.qkvg = Linear(dim, 4 * dim, bias=False)
+        self.forget = nn.Sequential(Linear(dim, rank, bias=False), Linear(rank, dim))
         self.norm = RMSNorm(self.value_dim, eps=1e-5)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)
         q, k, v, gate = (self.split_heads(t) for t in self.qkvg(x).chunk(4, -1))
         log_decay = F.logsigmoid(self.split_heads(wide(self.forget(x)))) / GATE_DIVISOR
-        y = recur(linear_recurrence, q * self.key_dim**-0.5, k, v, log_decay, cu_seqlens=cu_seqlens, state=state)
+        y = recur(q * self.key_dim**-0.5, k, v, log_decay, cu_seqlens=cu_seqlens, state=state)
         mixed: Tensor = self.out((self.norm(y.to(self.norm.weight.dtype)) * F.silu(gate)).flatten(2))
         return mixed

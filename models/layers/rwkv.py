@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madkernels.models.layers.base import Layer, State, StateOption, check_positive, wide
+from madkernels.models.layers.linear import Linear, linear
 from madkernels.models.layers.matrix_state import MatrixStateLayer, recur
-from madkernels.models.layers.recurrence import linear_recurrence
 from madkernels.models.layers.short_conv import token_before
 
 HEAD_DIVISOR = 8  # of a head's output before its norm, whose epsilon is 1e-5
@@ -32,7 +32,7 @@ class TimeMixer(MatrixStateLayer):
         channel = torch.arange(dim) / max(dim - 1, 1)
         self.decay = nn.Parameter(-6 + 5 * channel**0.7)
         self.bonus = nn.Parameter(0.1 * ((torch.arange(dim) + 1) % 3 - 1))
-        self.r, self.k, self.v, self.g, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(5))
+        self.r, self.k, self.v, self.g, self.out = (Linear(dim, dim, bias=False) for _ in range(5))
         self.norm = nn.GroupNorm(self.heads, dim, eps=1e-5)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
@@ -41,7 +41,7 @@ class TimeMixer(MatrixStateLayer):
         r, k, v = (self.split_heads(t) for t in (self.r(for_r), self.k(for_k), self.v(for_v)))
         log_decay = self.split_heads(self.log_decay(for_decay))
         bonus = self.bonus.view(self.heads, self.key_dim)
-        y = recur(linear_recurrence, r, k, v, log_decay, cu_seqlens=cu_seqlens, state=state, bonus=bonus)
+        y = recur(r, k, v, log_decay, bonus=bonus, cu_seqlens=cu_seqlens, state=state)
         normed = self.norm(y.flatten(2).flatten(0, 1).to(self.norm.weight.dtype) / HEAD_DIVISOR).view(x.shape)
         mixed: Tensor = self.out(normed * F.silu(self.g(for_g)))
         return mixed
@@ -96,14 +96,14 @@ class RWKV6TimeMixer(TimeMixer):
 
     def mixed_inputs(self, x: Tensor, before: Tensor) -> tuple[Tensor, ...]:
         back = before - x
-        low = torch.tanh(F.linear(x + back * self.first_mix.to(x.dtype), self.mix_down)).view(
+        low = torch.tanh(linear(x + back * self.first_mix.to(x.dtype), self.mix_down)).view(
             *x.shape[:2], *self.mix_up.shape[:2]
         )
         shares = torch.einsum("blir,ird->ibld", low, self.mix_up.to(low.dtype)) + self.mix.to(low.dtype)[:, None, None]
         return tuple(x + back * share for share in shares)
 
     def log_decay(self, x: Tensor) -> Tensor:
-        return -(wide(self.decay) + wide(F.linear(torch.tanh(F.linear(x, self.decay_down)), self.decay_up))).exp()
+        return -(wide(self.decay) + wide(linear(torch.tanh(linear(x, self.decay_down)), self.decay_up))).exp()
 
 
 class RWKVChannelMixer(Layer):
@@ -118,9 +118,9 @@ class RWKVChannelMixer(Layer):
         super().__init__(dim)
         check_positive(expand=expand)
         self.mix = nn.Parameter((torch.arange(dim) / dim).expand(2, -1).clone())  # of key and receptance: share of the token
-        self.key = nn.Linear(dim, expand * dim, bias=False)
-        self.value = nn.Linear(expand * dim, dim, bias=False)
-        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.key = Linear(dim, expand * dim, bias=False)
+        self.value = Linear(expand * dim, dim, bias=False)
+        self.receptance = Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         self.check(x, cu_seqlens, state)

@@ -10,6 +10,7 @@ from checks import relative_error, relative_rms
 from torch import Tensor
 
 from madkernels.models import HybridLM
+from madkernels.models.layers import matrix_state, ssd
 from madkernels.models.layers.chain import chain
 from madkernels.models.layers.recurrence import delta_rule, linear_recurrence
 
@@ -251,11 +252,15 @@ def test_chain(matrix: bool) -> None:
     torch.testing.assert_close(mapped[1], chain(2 * inputs[0], inputs[1], 2 * inputs[2]))
 
 
+@pytest.mark.parametrize("in_chunks", [False, True], ids=["", "in chunks"])
 @pytest.mark.parametrize(
     "arch", ["mamba2:dstate=8,head_dim=8", "hyena:modal=true", "gated-linear-attention", "gated-deltanet"]
 )
-def test_one_graph_for_many_lengths(arch: str) -> None:
-    """Compiled for a second length, and for more; exported for all."""
+def test_one_graph_for_many_lengths(arch: str, in_chunks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for a second length, and for more; exported for all. By the ops, and as where there are no kernels."""
+    if in_chunks:
+        for layers in (matrix_state, ssd):
+            monkeypatch.setattr(layers, "DEVICES", set())
     torch.manual_seed(0)
     layer = HybridLM(arch, vocab_size=8, dim=16).backbone.layers[0]
     torch._dynamo.reset()

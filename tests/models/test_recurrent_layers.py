@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from checks import relative_error
 from torch import Tensor
 
-from madkernels.models.layers import LAYERS, Layer
+from madkernels.models.layers import LAYERS, Layer, matrix_state
 
 DIM, HEADS, SIZE, SEQLEN = 24, 3, 8, 13
 
@@ -176,6 +176,27 @@ def test_deltanets(gated: bool) -> None:
             y = y * F.silu(heads(layer.gate.weight @ token, wide))
         outputs.append(layer.out.weight @ y.flatten())
     agree(layer, x, outputs)
+
+
+@pytest.mark.parametrize(
+    "name", ["gated-linear-attention", "rwkv5-time-mixer", "rwkv6-time-mixer", "deltanet", "gated-deltanet"]
+)
+def test_in_chunks_by_torch_as_by_the_op(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no kernel: packed documents, one of them empty, what comes after them, and gradients."""
+    layer = build(name, **({"head_dim": SIZE} if "rwkv" in name else {"heads": HEADS}))
+    x, later = row()[None], torch.stack([row()] * 3)
+
+    def run() -> list[Tensor]:
+        state = layer.init_state(3)
+        ys = [layer(x, cu_seqlens=torch.tensor([0, 4, 4, SEQLEN], dtype=torch.int32), state=state)]
+        ys += [layer(later, state=state), layer(later), *state.values()]
+        weighed = sum((y * (1 + torch.arange(y.shape[-1]))).sum() for y in ys)
+        return [*ys, *torch.autograd.grad(weighed, list(layer.parameters()))]
+
+    wanted = run()
+    monkeypatch.setattr(matrix_state, "DEVICES", set())
+    for found, other in zip(run(), wanted, strict=True):
+        assert relative_error(found, other) < 1e-11
 
 
 @pytest.mark.parametrize("name", ["hyena-se", "hyena-mr"])
