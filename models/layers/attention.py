@@ -88,7 +88,7 @@ class Attention(Layer):
         head_dim) each."""
         projected = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         turned, v = projected.split([self.heads + self.kv_heads, self.kv_heads], 2)
-        q, k = rotate(turned, positions, self.rope).split([self.heads, self.kv_heads], 2)
+        q, k = torch.split(rotate(turned, positions, self.rope), [self.heads, self.kv_heads], 2)
         return q, k, v
 
     def remember(self, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor | None]:
