@@ -60,8 +60,8 @@ WEIGHT_GRADIENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class Linear(nn.Linear):
     """torch.nn.Linear, by :func:`linear`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -93,8 +93,8 @@ class _Linear(torch.autograd.Function):
         return FORWARD[ways.y](x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (dy,) = ctx.saved_tensors, grad_outputs
         ways = Ways() if torch.is_grad_enabled() else ctx.ways  # torch's own can be differentiated again
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         dx = INPUT_GRADIENT[ways.dx](dy, weight) if needs_x else None
