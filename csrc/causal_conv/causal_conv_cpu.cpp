@@ -1,6 +1,6 @@
 // Short causal convolution on the CPU: bound by memory, so every layout is walked along its dense axis.
 //
-// Channels dense: rows are streamed one after another, a vector of channels at a time; the taps of an output row are width
+// Channels dense: rows are streamed a block at a time, a vector of channels after another; the taps of a row are width
 // pointers to rows: of x, of the document's initial state, or of zeros. Time dense: a channel's time is staged once, with
 // what lies before it, and convolved along the vector.
 //
@@ -65,38 +65,53 @@ void copy_final_state(const CausalConv& p) {
 
 // ---- channels dense ----
 
-// rows[j] = what tap j of the output at time t sees.
+// What the last tap of the output at time t sees, which may lie before the document.
 template <class T>
-void taps_of(const T** rows, const CausalConv& p, const Stretch& s, int64_t t, const T* zeros) {
-  for (int64_t j = 0; j < p.width; j++) {
-    const int64_t source = t - (p.width - 1) + j;
-    if (source >= s.document.begin) {
-      rows[j] = p.x.at<T>(s.batch, source, 0);
-    } else if (p.initial_state) {
-      rows[j] = p.states<T>(p.initial_state).at(s.doc, source - s.document.begin + (p.width - 1), 0);
-    } else {
-      rows[j] = zeros;
-    }
-  }
+const T* row_of(const CausalConv& p, const Stretch& s, int64_t t, const T* zeros) {
+  if (t >= s.document.begin) return p.x.at<T>(s.batch, t, 0);
+  if (p.initial_state) return p.states<T>(p.initial_state).at(s.doc, t - s.document.begin + (p.width - 1), 0);
+  return zeros;
+}
+
+// rows[i + j] = what tap j of the output at time t + i sees, i < outputs.
+template <class T>
+void taps_of(const T** rows, const CausalConv& p, const Stretch& s, int64_t t, int64_t outputs, const T* zeros) {
+  for (int64_t i = 0; i < outputs + p.width - 1; i++) rows[i] = row_of<T>(p, s, t - (p.width - 1) + i, zeros);
 }
 
 // bias[d] + sum_j weight[j, d] rows[j][d]. kWidth 0: any width.
 template <class T, int kWidth>
-inline Vec<Acc<T>> convolve(const CausalConv& p, const T* const* rows, int64_t d, int count) {
+inline __attribute__((always_inline)) Vec<Acc<T>> convolve(const CausalConv& p, const T* const* rows, int64_t d, int count) {
   using A = Acc<T>;
   const A* weight = static_cast<const A*>(p.weight) + d;
   Vec<A> sum = p.bias ? load(static_cast<const A*>(p.bias) + d, count) : Vec<A>{};
   const int64_t width = kWidth ? kWidth : p.width;
+#pragma GCC unroll 4
   for (int64_t j = 0; j < width; j++) sum += load(weight + j * p.dim, count) * load(rows[j] + d, count);
   return sum;
 }
 
-template <class T, int kWidth>
-void forward_row(const CausalConv& p, const T* const* rows, T* out) {
+// Rows that are worked on at once: what they share is read once, and their pages lie in the TLB.
+constexpr int kBlock = 8;
+
+// The taps of a block, or of one row of any width, and its rows of other tensors.
+template <class T>
+struct Block {
+  const T** taps;        // [kBlock + width - 1]
+  T* out[kBlock];        // or dx
+  const T* in[kBlock];   // dout
+  const T* end[kBlock];  // dfinal_state, null but for the last inputs of a document
+};
+
+template <class T, int kWidth, int kRows>
+void forward_rows(const CausalConv& p, const Block<T>& block) {
   using A = Acc<T>;
   for_vectors<A>(p.dim, [&](int64_t d, int count) {
-    const Vec<A> y = convolve<T, kWidth>(p, rows, d, count);
-    store(out + d, p.silu ? silu<A>(y) : y, count);
+    Vec<A> y[kRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; i++) y[i] = convolve<T, kWidth>(p, block.taps + i, d, count);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; i++) store(block.out[i] + d, p.silu ? silu<A>(y[i]) : y[i], count);
   });
 }
 
@@ -104,102 +119,189 @@ template <class T>
 void forward_channels(const CausalConv& p, int64_t item) {
   const int64_t b = item / p.chunks(), begin = item % p.chunks() * kConvChunk;
   const int64_t end = least(begin + kConvChunk, p.seqlen);
-  Scratch<const T*> rows(p.width);
+  Scratch<const T*> taps(kBlock + p.width - 1);
   Scratch<T> zeros(p.dim);
   std::memset(zeros, 0, static_cast<size_t>(p.dim) * sizeof(T));
+  Block<T> block{.taps = taps};
   for_stretches(p, b, begin, end, [&](const Stretch& s) {
-    for (int64_t t = s.begin; t < s.end; t++) {
-      taps_of<T>(rows, p, s, t, zeros);
-      const auto row = p.width == 4 ? forward_row<T, 4> : p.width == 3 ? forward_row<T, 3> : forward_row<T, 0>;
-      row(p, rows, p.out.at<T>(b, t, 0));
+    for (int64_t t = s.begin, rows = 0; t < s.end; t += rows) {
+      const bool whole = (p.width == 3 || p.width == 4) && t + kBlock <= s.end;
+      rows = whole ? kBlock : 1;
+      taps_of<T>(taps, p, s, t, rows, zeros);
+      for (int64_t i = 0; i < rows; i++) block.out[i] = p.out.at<T>(b, t + i, 0);
+      const auto forward = !whole         ? forward_rows<T, 0, 1>
+                           : p.width == 3 ? forward_rows<T, 3, kBlock>
+                                          : forward_rows<T, 4, kBlock>;
+      forward(p, block);
     }
   });
 }
 
-// p[t] for the rows of a stretch and the width - 1 rows after it, as far as the document goes: before[t - s.begin][d].
-template <class T>
-void gradient_before_activation(const CausalConvBackward& q, const Stretch& s, const T* zeros, const T** rows,
-                                Acc<T>* before) {
-  using A = Acc<T>;
-  const CausalConv& p = q.forward;
-  for (int64_t t = s.begin; t < s.end + p.width - 1; t++) {
-    A* row = before + (t - s.begin) * p.dim;
-    if (t >= s.document.end) {
-      std::memset(row, 0, static_cast<size_t>(p.dim) * sizeof(A));
-      continue;
-    }
-    taps_of<T>(rows, p, s, t, zeros);
-    const T* dout = q.dout.at<T>(s.batch, t, 0);
-    for_vectors<A>(p.dim, [&](int64_t d, int count) {
-      Vec<A> gradient = load(dout + d, count);
-      if (p.silu) gradient *= silu_gradient<A>(convolve<T, 0>(p, rows, d, count));
-      store(row + d, gradient, count);
-    });
+// The gradient before the activation, of a vector of channels of one output.
+template <class T, int kWidth>
+inline __attribute__((always_inline)) Vec<Acc<T>> gradient_before_activation(const CausalConv& p, const T* dout,
+                                                                             const T* const* taps, int64_t d, int count) {
+  const Vec<Acc<T>> gradient = load(dout + d, count);
+  return p.silu ? gradient * silu_gradient<Acc<T>>(convolve<T, kWidth>(p, taps, d, count)) : gradient;
+}
+
+// Sums of a chunk, and what it carries from a row to the one before it.
+template <class A>
+struct Gradients {
+  A* dweight;  // [width, dim]
+  A* dbias;    // [dim]
+  A* later;    // [width - 1, dim]: gradients before the activation, of the outputs that follow a row
+};
+
+// The gradient of the input of a row, of whose output `gradient` is; a vector of channels of `later` goes one row back.
+template <class A>
+inline Vec<A> step_back(const CausalConv& p, Vec<A> gradient, A* later, int64_t d, int count) {
+  const A* weight = static_cast<const A*>(p.weight) + d;
+  Vec<A> sum = {};
+  for (int64_t k = 0; k < p.width; k++) {
+    sum += load(weight + (p.width - 1 - k) * p.dim, count) * gradient;
+    if (k == p.width - 1) break;
+    const Vec<A> next = load(later + k * p.dim + d, count);
+    store(later + k * p.dim + d, gradient, count);
+    gradient = next;
   }
+  return sum;
 }
 
-// The gradient of the input at time t, which may lie before the document: then of its initial state.
+// One row of any width.
 template <class T>
-void input_gradient_row(const CausalConvBackward& q, const Stretch& s, int64_t t, const Acc<T>* before, T* dx) {
+void backward_row(const CausalConv& p, const Block<T>& block, const Gradients<Acc<T>>& g) {
   using A = Acc<T>;
-  const CausalConv& p = q.forward;
-  const A* weight = static_cast<const A*>(p.weight);
-  const int64_t kept = t - (s.document.end - (p.width - 1));  // its row in the final state
-  const T* dfinal = q.dfinal_state && kept >= 0 ? p.states<T>(q.dfinal_state).at(s.doc, kept, 0) : nullptr;
   for_vectors<A>(p.dim, [&](int64_t d, int count) {
-    Vec<A> sum = dfinal ? load(dfinal + d, count) : Vec<A>{};
+    const Vec<A> gradient = gradient_before_activation<T, 0>(p, block.in[0], block.taps, d, count);
+    store(g.dbias + d, load(g.dbias + d, count) + gradient, count);
     for (int64_t j = 0; j < p.width; j++) {
-      const int64_t output = t + (p.width - 1) - j;
-      if (output < s.begin) continue;
-      sum += load(weight + j * p.dim + d, count) * load(before + (output - s.begin) * p.dim + d, count);
+      A* sum = g.dweight + j * p.dim + d;
+      store(sum, load(sum, count) + gradient * load(block.taps[j] + d, count), count);
     }
-    store(dx + d, sum, count);
+    const Vec<A> dfinal = block.end[0] ? load(block.end[0] + d, count) : Vec<A>{};
+    store(block.out[0] + d, dfinal + step_back<A>(p, gradient, g.later, d, count), count);
+  });
+}
+
+// A block of a width that the compiler knows: what its rows share stays in registers.
+template <class T, int kWidth>
+void backward_block(const CausalConv& p, const Block<T>& block, const Gradients<Acc<T>>& g) {
+  using A = Acc<T>;
+  for_vectors<A>(p.dim, [&](int64_t d, int count) {
+    Vec<A> gradient[kBlock + kWidth - 1], dbias = load(g.dbias + d, count);
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlock; i++) {
+      gradient[i] = gradient_before_activation<T, kWidth>(p, block.in[i], block.taps + i, d, count);
+      dbias += gradient[i];
+    }
+    store(g.dbias + d, dbias, count);
+#pragma GCC unroll 4
+    for (int k = 0; k < kWidth - 1; k++) {
+      gradient[kBlock + k] = load(g.later + k * p.dim + d, count);
+      store(g.later + k * p.dim + d, gradient[k], count);
+    }
+    Vec<A> weight[kWidth];
+#pragma GCC unroll 4
+    for (int j = 0; j < kWidth; j++) {
+      weight[j] = load(static_cast<const A*>(p.weight) + j * p.dim + d, count);
+      Vec<A> sum = load(g.dweight + j * p.dim + d, count);
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlock; i++) sum += gradient[i] * load(block.taps[i + j] + d, count);
+      store(g.dweight + j * p.dim + d, sum, count);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlock; i++) {
+      Vec<A> sum = block.end[i] ? load(block.end[i] + d, count) : Vec<A>{};
+#pragma GCC unroll 4
+      for (int j = 0; j < kWidth; j++) sum += weight[j] * gradient[i + kWidth - 1 - j];
+      store(block.out[i] + d, sum, count);
+    }
   });
 }
 
 template <class T>
-void add_parameter_gradients(const CausalConv& p, const T* const* rows, const Acc<T>* before, Acc<T>* dweight,
-                             Acc<T>* dbias) {
+class BackwardChannels {
   using A = Acc<T>;
-  for_vectors<A>(p.dim, [&](int64_t d, int count) {
-    const Vec<A> gradient = load(before + d, count);
-    store(dbias + d, load(dbias + d, count) + gradient, count);
-    for (int64_t j = 0; j < p.width; j++) {
-      A* sum = dweight + j * p.dim + d;
-      store(sum, load(sum, count) + gradient * load(rows[j] + d, count), count);
-    }
-  });
-}
 
-template <class T>
-void backward_channels(const CausalConvBackward& q, int64_t item) {
-  using A = Acc<T>;
-  const CausalConv& p = q.forward;
-  const int64_t b = item / p.chunks(), begin = item % p.chunks() * kConvChunk;
-  const int64_t end = least(begin + kConvChunk, p.seqlen);
-  A* dweight = static_cast<A*>(q.dweight_parts) + item * p.width * p.dim;
-  A* dbias = static_cast<A*>(q.dbias_parts) + item * p.dim;
-  std::memset(dweight, 0, static_cast<size_t>(p.width * p.dim) * sizeof(A));
-  std::memset(dbias, 0, static_cast<size_t>(p.dim) * sizeof(A));
-  Scratch<const T*> rows(p.width);
-  Scratch<T> zeros(p.dim);
-  Scratch<A> before((kConvChunk + p.width - 1) * p.dim);
-  std::memset(zeros, 0, static_cast<size_t>(p.dim) * sizeof(T));
-  for_stretches(p, b, begin, end, [&](const Stretch& s) {
-    gradient_before_activation<T>(q, s, zeros, rows, before);
-    if (s.begin == s.document.begin) {
-      for (int64_t r = 0; r < p.width - 1; r++) {
-        T* dinitial = p.states<T>(q.dinitial_state).at(s.doc, r, 0);
-        input_gradient_row<T>(q, s, s.document.begin - (p.width - 1) + r, before, dinitial);
+ public:
+  explicit BackwardChannels(const CausalConvBackward& q)
+      : q_(q), p_(q.forward), taps_(kBlock + p_.width - 1), zeros_(p_.dim), later_((p_.width - 1) * p_.dim) {
+    std::memset(zeros_, 0, static_cast<size_t>(p_.dim) * sizeof(T));
+  }
+
+  void run(int64_t item) {
+    const int64_t b = item / p_.chunks(), begin = item % p_.chunks() * kConvChunk;
+    A* dweight = static_cast<A*>(q_.dweight_parts) + item * p_.width * p_.dim;
+    A* dbias = static_cast<A*>(q_.dbias_parts) + item * p_.dim;
+    std::memset(dweight, 0, static_cast<size_t>(p_.width * p_.dim) * sizeof(A));
+    std::memset(dbias, 0, static_cast<size_t>(p_.dim) * sizeof(A));
+    for_stretches(p_, b, begin, least(begin + kConvChunk, p_.seqlen),
+                  [&](const Stretch& s) { walk_back(s, {dweight, dbias, later_}); });
+  }
+
+ private:
+  void walk_back(const Stretch& s, const Gradients<A>& g) {
+    look_ahead(s);
+    for (int64_t t = s.end, rows = 0; t > s.begin; t -= rows) {
+      const bool whole = (p_.width == 3 || p_.width == 4) && t - kBlock >= s.begin;
+      rows = whole ? kBlock : 1;
+      const Block<T> block = block_of(s, t - rows, rows);
+      !whole          ? backward_row<T>(p_, block, g)
+      : p_.width == 3 ? backward_block<T, 3>(p_, block, g)
+                      : backward_block<T, 4>(p_, block, g);
+    }
+    if (s.begin == s.document.begin) store_state_gradient(s);
+  }
+
+  // The outputs after a stretch that see its inputs: those of the document have a gradient.
+  void look_ahead(const Stretch& s) {
+    for (int64_t k = 0; k < p_.width - 1; k++) {
+      A* to = later_ + k * p_.dim;
+      if (s.end + k >= s.document.end) {
+        std::memset(to, 0, static_cast<size_t>(p_.dim) * sizeof(A));
+        continue;
       }
+      const Block<T> block = block_of(s, s.end + k, 1);
+      for_vectors<A>(p_.dim, [&](int64_t d, int count) {
+        store(to + d, gradient_before_activation<T, 0>(p_, block.in[0], block.taps, d, count), count);
+      });
     }
-    for (int64_t t = s.begin; t < s.end; t++) {
-      input_gradient_row<T>(q, s, t, before, q.dx.at<T>(b, t, 0));
-      taps_of<T>(rows, p, s, t, zeros);
-      add_parameter_gradients<T>(p, rows, before + (t - s.begin) * p.dim, dweight, dbias);
+  }
+
+  Block<T> block_of(const Stretch& s, int64_t t, int64_t rows) {
+    Block<T> block{.taps = taps_};
+    taps_of<T>(taps_, p_, s, t, rows, zeros_);
+    for (int64_t i = 0; i < rows; i++) {
+      block.out[i] = q_.dx.at<T>(s.batch, t + i, 0), block.in[i] = q_.dout.at<T>(s.batch, t + i, 0);
+      block.end[i] = final_gradient(s, t + i);
     }
-  });
-}
+    return block;
+  }
+
+  // dfinal_state [docs, width - 1, dim] at the row that holds time t, or null.
+  const T* final_gradient(const Stretch& s, int64_t t) const {
+    const int64_t kept = t - (s.document.end - (p_.width - 1));
+    return q_.dfinal_state && kept >= 0 ? p_.states<T>(q_.dfinal_state).at(s.doc, kept, 0) : nullptr;
+  }
+
+  void store_state_gradient(const Stretch& s) {
+    for (int64_t r = p_.width - 2; r >= 0; r--) {
+      T* dinitial = p_.states<T>(q_.dinitial_state).at(s.doc, r, 0);
+      const T* dfinal = final_gradient(s, s.document.begin - (p_.width - 1) + r);
+      for_vectors<A>(p_.dim, [&](int64_t d, int count) {
+        const Vec<A> sum = step_back<A>(p_, Vec<A>{}, later_, d, count);
+        store(dinitial + d, dfinal ? sum + load(dfinal + d, count) : sum, count);
+      });
+    }
+  }
+
+  const CausalConvBackward& q_;
+  const CausalConv& p_;
+  Scratch<const T*> taps_;
+  Scratch<T> zeros_;
+  Scratch<A> later_;
+};
 
 // ---- time dense ----
 
@@ -323,7 +425,12 @@ void final_state(const CausalConv& p) {
 
 void backward(const CausalConvBackward& q, int64_t begin, int64_t end) {
   dispatch(q.forward.dtype, [&]<class T>() {
-    for (int64_t i = begin; i < end; i++) q.forward.dense_channels() ? backward_channels<T>(q, i) : backward_time<T>(q, i);
+    if (q.forward.dense_channels()) {
+      BackwardChannels<T> channels(q);
+      for (int64_t i = begin; i < end; i++) channels.run(i);
+    } else {
+      for (int64_t i = begin; i < end; i++) backward_time<T>(q, i);
+    }
   });
 }
 

@@ -109,12 +109,6 @@ inline void clear(Vec<Real>* vectors, int64_t count) {
 
 // ---- what is common to both directions ----
 
-// step = delta', in place of the raw delta with its bias.
-template <class Real>
-inline void apply_softplus(const SelectiveScan& p, Vec<Real>* step, const Vec<Real>* raw, int rows) {
-  for (int t = 0; t < rows; t++) step[t] = p.delta_softplus ? softplus<Real>(raw[t]) : raw[t];
-}
-
 template <class T>
 inline void load_raw_delta(Vec<Acc<T>>* raw, const SelectiveScan& p, const Chunk& chunk, int64_t channel, int lanes) {
   load_rows<T>(raw, p.delta, chunk, channel, lanes);

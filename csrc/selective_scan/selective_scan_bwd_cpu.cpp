@@ -85,10 +85,10 @@ void backward_lanes(const SelectiveScanBackward& q, const Chunk& chunk, int64_t 
   const Real* saved = static_cast<const Real*>(p.checkpoints) + chunk.slot * p.dstate * p.dim + channel;
   for (int64_t n = 0; n < p.dstate; n++) entering[n] = load(saved + n * p.dim, lanes);
 
-  ChunkTile<Real> u, raw, step, x, dout, dy, y, z, dx, dstep;
+  ChunkTile<Real> u, step, slope, x, dout, dy, y, z, gate, dx, dstep;
   load_rows<T>(u, p.u, chunk, channel, lanes);
-  load_raw_delta<T>(raw, p, chunk, channel, lanes);
-  apply_softplus<Real>(p, step, raw, chunk.rows());
+  load_raw_delta<T>(step, p, chunk, channel, lanes);
+  for (int t = 0; p.delta_softplus && t < chunk.rows(); t++) step[t] = softplus<Real>(step[t], &slope[t]);
   load_rows<T>(dout, q.dout, chunk, channel, lanes);
   if (p.z) load_rows<T>(z, p.z, chunk, channel, lanes);
   for (const Rows* rows : {&p.u, &p.delta, &p.z, &q.dout, &q.du, &q.ddelta, &q.dz}) {
@@ -98,8 +98,12 @@ void backward_lanes(const SelectiveScanBackward& q, const Chunk& chunk, int64_t 
   for (int t = 0; t < chunk.rows(); t++) {
     x[t] = step[t] * u[t];
     y[t] = skip * u[t];
-    dy[t] = p.z ? dout[t] * z[t] * sigmoid<Real>(z[t]) : dout[t];
+    dy[t] = dout[t];
     dx[t] = dstep[t] = Vec<Real>{};
+  }
+  for (int t = 0; p.z && t < chunk.rows(); t++) {
+    gate[t] = sigmoid<Real>(z[t]);
+    dy[t] *= z[t] * gate[t];
   }
   const Adjoint<Real> adjoint{.rows = chunk.rows(),
                               .dstate = p.dstate,
@@ -124,13 +128,10 @@ void backward_lanes(const SelectiveScanBackward& q, const Chunk& chunk, int64_t 
   for (int t = 0; t < chunk.rows(); t++) {
     *carried.dD += dy[t] * u[t];
     dstep[t] = dstep[t] * kLn2<Real> + dx[t] * u[t];
-    if (p.delta_softplus) dstep[t] = raw[t] > Real(20) ? dstep[t] : dstep[t] * sigmoid<Real>(raw[t]);
+    if (p.delta_softplus) dstep[t] *= slope[t];
     *carried.dbias += dstep[t];
     dx[t] = dx[t] * step[t] + dy[t] * skip;
-    if (p.z) {
-      const Vec<Real> gate = sigmoid<Real>(z[t]);
-      y[t] = dout[t] * y[t] * gate * (Real(1) + z[t] * (Real(1) - gate));
-    }
+    if (p.z) y[t] = dout[t] * y[t] * gate[t] * (Real(1) + z[t] * (Real(1) - gate[t]));
   }
   store_rows<T>(q.du, chunk, channel, dx, lanes);
   store_rows<T>(q.ddelta, chunk, channel, dstep, lanes);

@@ -45,7 +45,7 @@ void forward_lanes(const SelectiveScan& p, const Chunk& chunk, int64_t channel, 
   ChunkTile<Real> u, step, x, y;
   load_rows<T>(u, p.u, chunk, channel, lanes);
   load_raw_delta<T>(step, p, chunk, channel, lanes);
-  apply_softplus<Real>(p, step, step, chunk.rows());
+  for (int t = 0; p.delta_softplus && t < chunk.rows(); t++) step[t] = softplus<Real>(step[t]);
   for (const Rows* rows : {&p.u, &p.delta, &p.z, &p.out}) prefetch_rows<T>(*rows, chunk, channel);
   const Vec<Real> skip = p.D ? per_channel<Real>(p.D, channel, lanes) : Vec<Real>{};
   for (int t = 0; t < chunk.rows(); t++) {

@@ -176,6 +176,17 @@ def test_multi_head_hyena(taps: int) -> None:
     assert relative_error(layer(x[None])[0], y.view(SEQLEN, DIM) @ layer.out.weight.T + layer.out.bias) < 1e-12
 
 
+@pytest.mark.parametrize("taps", [0, 5, 20])
+def test_multi_head_hyena_by_pairs_of_steps_and_by_convolutions(taps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = build("mh-hyena", heads=3, horizon=5, taps=taps), row()[None].requires_grad_()
+    results = []
+    for pairs in (True, False):
+        monkeypatch.setattr("madkernels.models.layers.mh_hyena.pairs_pay", lambda seqlen, size, pairs=pairs: pairs)
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    assert all(relative_error(a, b) < 1e-11 for a, b in zip(*results, strict=True))
+
+
 @torch.no_grad()
 def test_hyena_experts() -> None:
     layer = build("hyena-experts", experts=4, top_k=2, hidden=3, horizon=5)

@@ -292,7 +292,7 @@ def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
         ("mamba:dstate=4", lambda n: n * (2 * 256 * 4 + 2 * 256 * 4)),  # short convolution, scan
         ("hyena", lambda n: 10 * n * math.log2(n) * 512 + n * 512 * (6 * 3 + 4)),  # transforms, short convolution, gates
         ("hyena:modal=true", lambda n: 10 * n * math.log2(n) * 512 + n * 512 * (6 * 3 + 4)),
-        ("mh-hyena", lambda n: 10 * n * math.log2(n) * 1024 + n * (128 * 6 * 3 + 4 * 1024)),
+        ("mh-hyena:heads=32", lambda n: 10 * n * math.log2(n) * 512 + n * (128 * 6 * 3 + 4 * 512)),  # by convolutions
         ("hyena-experts", lambda n: 10 * n * math.log2(n) * 128 + n * 128 * (6 * 3 + 4)),
         ("hyena-se", lambda n: n * 128 * (6 * 3 + 2 * 7 + 4)),
         ("rwkv-channel-mixer", lambda n: 0),
@@ -306,7 +306,7 @@ def test_flops_against_torchs_count(arch: str, not_matrices: object) -> None:
         lm(tokens(1, seqlen))
     counted = counter.get_total_flops() + not_matrices(seqlen)
     ours = counting.flops_per_token(lm, seqlen) * seqlen
-    if order := {"hyena": 4, "mh-hyena": 2, "hyena-experts": 16}.get(arch):  # the formula has a linear layer for the network
+    if order := {"hyena": 4, "mh-hyena:heads=32": 2, "hyena-experts": 16}.get(arch):  # the formula has a linear layer for it
         filter_network = 2 * seqlen * (3 * order + 2 * order * order)
         counted -= filter_network
     assert ours == pytest.approx(counted, rel=1e-6)
