@@ -3,9 +3,9 @@
 //   dv[t] = skip dy[t] + sum_j filter[j] dy[t - ahead + j]        du = pre_gate dv, dpre_gate = u dv
 //   dfilter[j] = sum_t dy[t] v[t + ahead - j]                     dpost_gate = dout (y + skip v), dskip = sum_t dy v
 //
-// Both sums are correlations: products with the conjugate of a spectrum. dfilter is summed over blocks and sequences as a
-// spectrum, and goes back once. Blocks are walked from the last to the first: the window of one reaches back into that of
-// the one before, which takes over what it finds there.
+// The skip is part of the filter, and dskip what dfilter is there. Both sums are correlations: products with the conjugate
+// of a spectrum. dfilter is summed over blocks and sequences as a spectrum, and goes back once. Blocks are walked from the
+// last to the first: the window of one reaches back into that of the one before, which takes over what it finds there.
 #include "fft_conv/window_cpu.h"
 
 namespace madkernels::MADKERNELS_ISA {
@@ -18,40 +18,67 @@ class Backward {
   Backward(const FftConvBackward& q, const BufferSizes& sizes)
       : q_(q),
         p_(q.forward),
-        filter_(sizes.filter),
-        dfilter_(sizes.filter),
+        filter_size_(sizes.filter),
+        filters_(sizes.filter * sizes.tiles),
+        dfilters_(sizes.filter * sizes.tiles),
         inputs_(sizes.window),
         gradients_(sizes.window),
         outputs_(sizes.outputs),
         dinputs_(sizes.outputs),
         carry_(sizes.carry) {}
 
-  void run(const Item& item) {
-    A* parts = static_cast<A*>(q_.dfilter_parts) + item.slice * p_.taps * p_.dim;
-    for (int64_t j = 0; j < p_.taps; j++) store(parts + j * p_.dim + item.d, Vec<A>{}, item.lanes);
+  // Tiles of one slice, `count` of them from the item on.
+  void run(int64_t first, int count) {
     const ConvPlan* prepared = nullptr;
-    Vec<A> dskip = {};
-    for (int64_t k = item.first; k < item.last; k++) {
+    const auto for_tiles_of = [&](auto&& f) {
+      for (int i = 0; i < count; i++) {
+        filter_ = filters_ + i * filter_size_, dfilter_ = dfilters_ + i * filter_size_;
+        f(item_of<A>(p_, first + i * p_.slices));
+      }
+    };
+    for_tiles_of([&](const Item& item) {
+      for (int64_t j = 0; j < p_.taps; j++) store(part_of(item) + j * p_.dim, Vec<A>{}, item.lanes);
+    });
+    const Item some = item_of<A>(p_, first);
+    for (int64_t k = some.first; k < some.last; k++) {
       const Sequence s = sequence_of(p_, p_.order[k]);
       if (s.length() == 0) continue;
-      if (!prepared || !prepared->same_filter(*s.plan)) {
-        if (prepared) add_filter_gradient(*prepared, item, parts);
-        prepare_filter<A>(filter_, p_, *s.plan, item);
-        const int64_t rows = s.plan->direct ? s.plan->taps : 2 * s.plan->fft.points();
-        for (int64_t i = 0; i < rows; i++) dfilter_[i] = Vec<A>{};
-        prepared = s.plan;
-      }
-      carried_ = 0;
-      for (int64_t output = (s.length() - 1) / s.plan->outputs * s.plan->outputs; output >= 0; output -= s.plan->outputs) {
-        block(s, item, Window(p_, s, output), dskip);
-      }
+      const bool ready = prepared && prepared->same_filter(*s.plan);
+      for_tiles_of([&](const Item& item) {
+        if (!ready) {
+          if (prepared) add_filter_gradient(*prepared, item);
+          prepare(*s.plan, item);
+        }
+        walk_back(s, item);
+      });
+      prepared = s.plan;
     }
-    if (prepared) add_filter_gradient(*prepared, item, parts);
-    if (q_.dskip_parts) store(static_cast<A*>(q_.dskip_parts) + item.slice * p_.dim + item.d, dskip, item.lanes);
+    for_tiles_of([&](const Item& item) {
+      if (prepared) add_filter_gradient(*prepared, item);
+      if (!q_.dskip_parts) return;
+      A* dskip = static_cast<A*>(q_.dskip_parts) + item.slice * p_.dim + item.d;
+      store(dskip, load(part_of(item) + p_.ahead * p_.dim, item.lanes), item.lanes);
+    });
   }
 
  private:
-  void block(const Sequence& s, const Item& item, const Window& w, Vec<A>& dskip) {
+  // dfilter_parts [slices, taps, dim], at the first tap of an item.
+  A* part_of(const Item& item) const { return static_cast<A*>(q_.dfilter_parts) + item.slice * p_.taps * p_.dim + item.d; }
+
+  void prepare(const ConvPlan& plan, const Item& item) {
+    prepare_filter<A>(filter_, p_, plan, item);
+    const int64_t rows = plan.direct ? plan.taps : 2 * plan.fft.points();
+    for (int64_t i = 0; i < rows; i++) dfilter_[i] = Vec<A>{};
+  }
+
+  void walk_back(const Sequence& s, const Item& item) {
+    carried_ = 0;
+    for (int64_t output = (s.length() - 1) / s.plan->outputs * s.plan->outputs; output >= 0; output -= s.plan->outputs) {
+      block(s, item, Window(p_, s, output));
+    }
+  }
+
+  void block(const Sequence& s, const Item& item, const Window& w) {
     stage<A>(inputs_, Fold(*s.plan), w.first, w.rows, w.begin, w.end,
              [&](Vec<A>* tile, int64_t t, int count) { return load_inputs<T>(tile, p_, s, item, t, count); });
     // Row n of the gradients is output n - offset; the sum over taps finds zeros before and after.
@@ -63,7 +90,7 @@ class Backward {
              });
     s.plan->direct ? correlate_directly(s, w) : correlate(*s.plan);
     const bool direct = s.plan->direct;
-    if (p_.post_gate || p_.skip) finish_outputs(s, item, w, direct ? outputs_ : inputs_, direct ? 0 : w.offset, dskip);
+    if (p_.post_gate) finish_outputs(s, item, w, direct ? outputs_ : inputs_, direct ? 0 : w.offset);
     finish_inputs(s, item, w, direct ? dinputs_ : gradients_);
   }
 
@@ -108,22 +135,15 @@ class Backward {
     }
   }
 
-  // dpost_gate, and dskip.
-  void finish_outputs(const Sequence& s, const Item& item, const Window& w, const Vec<A>* y, int64_t offset, Vec<A>& dskip) {
+  // dpost_gate
+  void finish_outputs(const Sequence& s, const Item& item, const Window& w, const Vec<A>* y, int64_t offset) {
     const Fold fold(*s.plan);
-    const Vec<A> skip = skip_of(item);
-    Vec<A> v[kTileRows], dout[kTileRows], gate[kTileRows];
+    Vec<A> dout[kTileRows];
     for_stretches(fold, offset, w.outputs, [&](int64_t i, int count) {
       const int64_t t = w.output + i;
       load_product<T>(dout, q_.dout, Rows{}, s, item, t, count);
-      if (p_.skip) load_product<T>(v, p_.u, p_.pre_gate, s, item, t, count);
-      if (p_.post_gate) load_product<T>(gate, p_.post_gate, Rows{}, s, item, t, count);
-      for (int k = 0; k < count; k++) {
-        if (p_.skip) dskip += (p_.post_gate ? dout[k] * gate[k] : dout[k]) * v[k];
-        if (p_.post_gate)
-          gate[k] = dout[k] * (y[fold.at(offset + i) + k * fold.step()] + (p_.skip ? skip * v[k] : Vec<A>{}));
-      }
-      if (p_.post_gate) store_rows<T>(q_.dpost_gate, gate, s, item, t, count);
+      for (int k = 0; k < count; k++) dout[k] *= y[fold.at(offset + i) + k * fold.step()];
+      store_rows<T>(q_.dpost_gate, dout, s, item, t, count);
     });
   }
 
@@ -167,11 +187,6 @@ class Backward {
 
   void store_input_gradient(const Sequence& s, const Item& item, int64_t t, Vec<A>* dv, int count) {
     Vec<A> other[kTileRows], gate[kTileRows];
-    if (p_.skip) {
-      const Vec<A> skip = skip_of(item);
-      load_product<T>(other, q_.dout, p_.post_gate, s, item, t, count);
-      for (int k = 0; k < count; k++) dv[k] += skip * other[k];
-    }
     for (int k = 0; k < count; k++) dv[k] += final_gradient(s, item, t + k);
     if (!p_.pre_gate) return store_rows<T>(q_.du, dv, s, item, t, count);
     load_product<T>(gate, p_.pre_gate, Rows{}, s, item, t, count);
@@ -181,8 +196,8 @@ class Backward {
     store_rows<T>(q_.dpre_gate, other, s, item, t, count);
   }
 
-  // Adds the gradient of the taps of a plan to the item's part, [taps, dim].
-  void add_filter_gradient(const ConvPlan& plan, const Item& item, A* parts) {
+  // Adds the gradient of the taps of a plan to the item's part.
+  void add_filter_gradient(const ConvPlan& plan, const Item& item) {
     const Fold fold(plan);
     Vec<A>* dfilter = dfilter_;
     if (!plan.direct) {
@@ -194,18 +209,17 @@ class Backward {
     }
     const A scale = plan.direct ? A(1) : A(1) / static_cast<A>(plan.fft.points());
     for (int64_t j = 0; j < plan.taps; j++) {
-      A* to = parts + (plan.first_tap + j) * p_.dim + item.d;
+      A* to = part_of(item) + (plan.first_tap + j) * p_.dim;
       store(to, load(to, item.lanes) + scale * dfilter[fold.at(j)], item.lanes);
     }
   }
 
-  Vec<A> skip_of(const Item& item) const {
-    return p_.skip ? load(static_cast<const A*>(p_.skip) + item.d, item.lanes) : Vec<A>{};
-  }
-
   const FftConvBackward& q_;
   const FftConv& p_;
-  Scratch<Vec<A>> filter_, dfilter_, inputs_, gradients_, outputs_, dinputs_, carry_;
+  const int64_t filter_size_;
+  Scratch<Vec<A>> filters_, dfilters_;            // [tiles][filter_size_]
+  Vec<A>*filter_ = nullptr, *dfilter_ = nullptr;  // of the tile at hand
+  Scratch<Vec<A>> inputs_, gradients_, outputs_, dinputs_, carry_;
   int64_t carried_from_ = 0, carried_ = 0;
 };
 
@@ -213,8 +227,9 @@ class Backward {
 
 void fft_conv_backward(const FftConvBackward& q, int64_t begin, int64_t end) {
   dispatch(q.forward.dtype, [&]<class T>() {
-    Backward<T> tile(q, buffer_sizes(q.forward));
-    for (int64_t i = begin; i < end; i++) tile.run(item_of<Acc<T>>(q.forward, i));
+    const BufferSizes sizes = buffer_sizes(q.forward);
+    Backward<T> tiles(q, sizes);
+    for_tiles(q.forward, sizes, begin, end, [&](int64_t first, int count) { tiles.run(first, count); });
   });
 }
 

@@ -1,6 +1,6 @@
 // Long convolution on the CPU, forward: kLanes channels at a time from read to write. Their filter's spectrum is taken once,
 // then for each sequence: window in, transform, product, transform back (the innermost of both and the product in
-// registers), skip and gate, out. Short filters are summed tap by tap; the plan says which.
+// registers), gate, out. The skip is part of the filter. Short filters are summed tap by tap; the plan says which.
 //
 // Counted for M points, one real channel of 2M samples: 2 (3 to 4) log2(M) vector operations a point, 16 bytes of scratch
 // read and written each time a pass leaves the innermost cache.
@@ -14,28 +14,40 @@ class Forward {
  public:
   using A = Acc<T>;
   Forward(const FftConv& p, const BufferSizes& sizes)
-      : p_(p), filter_(sizes.filter), window_(sizes.window), outputs_(sizes.outputs) {}
+      : p_(p),
+        filter_size_(sizes.filter),
+        filters_(sizes.filter * sizes.tiles),
+        window_(sizes.window),
+        outputs_(sizes.outputs) {}
 
-  void run(const Item& item) {
+  // Tiles of one slice, `count` of them from the item on.
+  void run(int64_t first, int count) {
     const ConvPlan* prepared = nullptr;
-    for (int64_t k = item.first; k < item.last; k++) {
+    const Item some = item_of<A>(p_, first);
+    for (int64_t k = some.first; k < some.last; k++) {
       const Sequence s = sequence_of(p_, p_.order[k]);
       if (s.length() == 0) continue;
-      if (!prepared || !prepared->same_filter(*s.plan)) prepare_filter<A>(filter_, p_, *s.plan, item);
+      for (int i = 0; i < count; i++) {
+        const Item item = item_of<A>(p_, first + i * p_.slices);
+        Vec<A>* filter = filters_ + i * filter_size_;
+        if (!prepared || !prepared->same_filter(*s.plan)) prepare_filter<A>(filter, p_, *s.plan, item);
+        for (int64_t output = 0; output < s.length(); output += s.plan->outputs) {
+          convolve(s, item, Window(p_, s, output), filter);
+        }
+      }
       prepared = s.plan;
-      for (int64_t output = 0; output < s.length(); output += s.plan->outputs) convolve(s, item, Window(p_, s, output));
     }
   }
 
  private:
-  void convolve(const Sequence& s, const Item& item, const Window& w) {
+  void convolve(const Sequence& s, const Item& item, const Window& w, const Vec<A>* filter) {
     stage<A>(window_, Fold(*s.plan), w.first, w.rows, w.begin, w.end,
              [&](Vec<A>* tile, int64_t t, int count) { return load_inputs<T>(tile, p_, s, item, t, count); });
     if (s.plan->direct) {
-      convolve_directly<A, false>(outputs_, window_, filter_, s.plan->taps, w.outputs);
+      convolve_directly<A, false>(outputs_, window_, filter, s.plan->taps, w.outputs);
       return store_outputs(s, item, w, outputs_, 0);
     }
-    Vec<A>*window = window_, *filter = filter_;
+    Vec<A>* window = window_;
     walk<A>({{window, nullptr}, {window, nullptr}}, *s.plan, [=](int64_t first, const Root<A>* roots, int64_t node) {
       LeafPoints<A> leaf;
       leaf.load_split(window, first, roots, node);
@@ -46,29 +58,25 @@ class Forward {
     store_outputs(s, item, w, window_, w.offset);
   }
 
-  // out = post_gate (skip v + rows of y from `offset` on)
+  // out = post_gate times rows of y from `offset` on
   void store_outputs(const Sequence& s, const Item& item, const Window& w, const Vec<A>* y, int64_t offset) {
     const Fold fold(*s.plan);
-    const Vec<A> skip = p_.skip ? load(static_cast<const A*>(p_.skip) + item.d, item.lanes) : Vec<A>{};
-    Vec<A> tile[kTileRows], other[kTileRows];
+    Vec<A> tile[kTileRows], gate[kTileRows];
     for_stretches(fold, offset, w.outputs, [&](int64_t i, int count) {
       const int64_t t = w.output + i;
       const Vec<A>* from = y + fold.at(offset + i);
       for (int k = 0; k < count; k++) tile[k] = from[k * fold.step()];
-      if (p_.skip) {
-        load_product<T>(other, p_.u, p_.pre_gate, s, item, t, count);
-        for (int k = 0; k < count; k++) tile[k] += skip * other[k];
-      }
       if (p_.post_gate) {
-        load_product<T>(other, p_.post_gate, Rows{}, s, item, t, count);
-        for (int k = 0; k < count; k++) tile[k] *= other[k];
+        load_product<T>(gate, p_.post_gate, Rows{}, s, item, t, count);
+        for (int k = 0; k < count; k++) tile[k] *= gate[k];
       }
       store_rows<T>(p_.out, tile, s, item, t, count);
     });
   }
 
   const FftConv& p_;
-  Scratch<Vec<A>> filter_, window_, outputs_;
+  const int64_t filter_size_;
+  Scratch<Vec<A>> filters_, window_, outputs_;  // filters_ [tiles][filter_size_]
 };
 
 // The last taps - 1 inputs of a sequence, those of its initial state included.
@@ -129,8 +137,9 @@ void step(const FftConv& p, int64_t i) {
 
 void forward(const FftConv& p, int64_t begin, int64_t end) {
   dispatch(p.dtype, [&]<class T>() {
-    Forward<T> tile(p, buffer_sizes(p));
-    for (int64_t i = begin; i < end; i++) tile.run(item_of<Acc<T>>(p, i));
+    const BufferSizes sizes = buffer_sizes(p);
+    Forward<T> tiles(p, sizes);
+    for_tiles(p, sizes, begin, end, [&](int64_t first, int count) { tiles.run(first, count); });
   });
 }
 

@@ -157,10 +157,15 @@ inline void stage_filter(Vec<A>* buffer, const FftConv& p, const ConvPlan& plan,
   });
 }
 
-// The taps, or their spectrum over the number of points, so that a product needs no scaling after its way back.
+// The taps, or their spectrum over the number of points, so that a product needs no scaling after its way back. The skip is
+// one more weight of the tap that sees an output's own input.
 template <class A>
 inline void prepare_filter(Vec<A>* filter, const FftConv& p, const ConvPlan& plan, const Item& item) {
-  stage_filter(filter, p, plan, item, plan.direct ? A(1) : A(1) / static_cast<A>(plan.fft.points()));
+  const A scale = plan.direct ? A(1) : A(1) / static_cast<A>(plan.fft.points());
+  stage_filter(filter, p, plan, item, scale);
+  if (p.skip) {
+    filter[Fold(plan).at(p.ahead - plan.first_tap)] += scale * load(static_cast<const A*>(p.skip) + item.d, item.lanes);
+  }
   if (plan.direct) return;
   walk<A>({{filter, nullptr}, {}}, plan, [&](int64_t first, const Root<A>* roots, int64_t node) {
     LeafPoints<A> leaf;
@@ -191,10 +196,12 @@ inline void convolve_directly(Vec<A>* out, const Vec<A>* window, const Vec<A>* t
   for (; i < outputs; i++) sum_taps<A, kAgainst, 1>(out + i, window + i, taps, count);
 }
 
-// The largest buffers that the plans of a call need, in vectors.
+// The largest buffers that the plans of a call need, in vectors, and how many tiles of channels take a sequence in turn, so
+// that its rows' pages and lines are met again soon: as many as have their filters in a part of the second cache.
 struct BufferSizes {
-  int64_t filter = 1, window = 1, outputs = 1, carry = 1;
+  int64_t filter = 1, window = 1, outputs = 1, carry = 1, tiles = 1;
 };
+constexpr int64_t kMostTiles = 8, kFilterBytes = 256 << 10;
 
 inline BufferSizes buffer_sizes(const FftConv& p) {
   BufferSizes most_of_all;
@@ -206,7 +213,19 @@ inline BufferSizes buffer_sizes(const FftConv& p) {
     if (plan.direct) most_of_all.outputs = most(most_of_all.outputs, plan.outputs + plan.taps);
     most_of_all.carry = most(most_of_all.carry, plan.taps);
   }
+  most_of_all.tiles = most<int64_t>(1, least<int64_t>(kMostTiles, kFilterBytes / (most_of_all.filter * kVectorBytes)));
   return most_of_all;
+}
+
+// Calls f(first item, count) for runs of tiles of a slice that cover the items. Few tiles have several slices: one at a
+// time.
+template <class F>
+inline void for_tiles(const FftConv& p, const BufferSizes& sizes, int64_t begin, int64_t end, F&& f) {
+  while (begin < end) {
+    const int count = p.slices == 1 ? static_cast<int>(least(sizes.tiles, end - begin)) : 1;
+    f(begin, count);
+    begin += count;
+  }
 }
 
 }  // namespace madkernels::MADKERNELS_ISA
