@@ -12,8 +12,9 @@ DEVICES = {"cpu"}  # where ops of rows are used; they have no CUDA kernels
 
 def by_op(x: Tensor) -> bool:
     """Whether one call is better than several operators: not in a graph, which is fused as a whole, nor under a mapped axis,
-    where each map would be a call."""
-    return x.device.type in DEVICES and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    where each map would be a call, nor where somebody counts what torch's operators do."""
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return x.device.type in DEVICES and not (watched or torch._C._are_functorch_transforms_active())
 
 
 class RMSNorm(nn.RMSNorm):

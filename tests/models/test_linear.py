@@ -83,7 +83,8 @@ def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)  # type: ignore[arg-type]
 
     leaves = drawn()
-    torch.testing.assert_close(curvature(linear(*leaves), leaves), curvature(F.linear(*leaves), leaves))
+    found, wanted = curvature(linear(*leaves), leaves), curvature(F.linear(*leaves), leaves)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_a_choice_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

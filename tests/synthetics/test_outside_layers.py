@@ -21,6 +21,8 @@ from madkernels.scaling.fits.beyond_size import attention_share
 from madkernels.scaling.training.prepare import prepare
 from madkernels.scaling.training.tokenizers import Bytes
 from madkernels.synthetics.page import _diagrams
+from madkernels.synthetics.protocol import Run, Training
+from madkernels.synthetics.tasks.recall import Recall
 
 # One whose state is set by `slots`, one that is attention, one that mixes channels.
 PLUGIN = """
@@ -142,7 +144,8 @@ def test_every_kind_has_its_colour_and_its_share(plugin: Path) -> None:
     load_plugin(str(plugin))
     kinds = "attention sliding-attention linear-attention mamba swiglu rwkv-channel-mixer"
     blue, orange, grey = css(COLOURS[0]), css(COLOURS[1]), GREY
-    assert [colour for colour, _ in colours("".join(_diagrams({kinds: ""})))] == [orange, orange, blue, blue, grey, grey]
+    results = [(Run(kinds, Recall(vocab_size=8, seqlen=16), Training(lr=1e-3)), None)]
+    assert [colour for colour, _ in colours("".join(_diagrams(results)))] == [orange, orange, blue, blue, grey, grey]
     assert attention_share(kinds) == 0.5
     assert attention_share("rwkv5-time-mixer rwkv-channel-mixer attention mlp moe swiglu") == 0.5
     assert attention_share(f"{ARCH} gate") == 0.5
