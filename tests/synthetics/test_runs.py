@@ -495,7 +495,7 @@ def test_command_shows_tasks() -> None:
             ("run", "--arch", "mlp", "--protocol", "papers"),
             "error: unknown protocol 'papers'; there are demo, paper, strict",
         ),
-        (("run", "--arch", "mlp", "--dtype", "int8"), "'int8' is not one of 'float32', 'bfloat16'"),
+        (("run", "--arch", "mlp", "--dtype", "int8"), "'int8' is not one of 'auto', 'float32', 'bfloat16'"),
         (("run", "--protocol", "paper"), "error: the paper protocol needs an architecture"),
         (
             ("run", "--arch", "mlp", "--engine", "slurm"),
