@@ -19,8 +19,8 @@ const char* isa_name(Isa isa);
 std::vector<Isa> compiled_isas();   // narrowest first
 std::vector<Isa> supported_isas();  // those of them that this CPU has
 const char* wanted_isa();           // what MADKERNELS_CPU names, or null
-// Whether kernels multiply pairs of bfloat16 as such: where the CPU does so faster than it multiplies float32, which not every
-// CPU with the instruction does, and nobody asked for an instruction set. Measured once a process (rate.cpp).
+// Whether kernels multiply pairs of bfloat16 as such: where the CPU does so faster than it multiplies float32, which not
+// every CPU with the instruction does, and nobody asked for an instruction set. Measured once a process (rate.cpp).
 bool cpu_has_bfloat16_dot();
 
 }  // namespace madkernels
