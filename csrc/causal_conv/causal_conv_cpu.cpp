@@ -39,14 +39,6 @@ void for_stretches(const CausalConv& p, int64_t b, int64_t begin, int64_t end, F
   }
 }
 
-// Calls f(first, count) for vectors of up to kLanes elements that cover 0 .. n.
-template <class A, class F>
-inline void for_vectors(int64_t n, F&& f) {
-  int64_t i = 0;
-  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i, kLanes<A>);
-  if (i < n) f(i, static_cast<int>(n - i));
-}
-
 // The final state of every document: its last width - 1 inputs, those of its initial state included.
 template <class T>
 void copy_final_state(const CausalConv& p) {
@@ -97,10 +89,10 @@ constexpr int kBlock = 8;
 // The taps of a block, or of one row of any width, and its rows of other tensors.
 template <class T>
 struct Block {
-  const T** taps;        // [kBlock + width - 1]
-  T* out[kBlock];        // or dx
-  const T* in[kBlock];   // dout
-  const T* end[kBlock];  // dfinal_state, null but for the last inputs of a document
+  const T** taps;             // [kBlock + width - 1]
+  T* out[kBlock] = {};        // or dx
+  const T* in[kBlock] = {};   // dout
+  const T* end[kBlock] = {};  // dfinal_state, null but for the last inputs of a document
 };
 
 template <class T, int kWidth, int kRows>

@@ -165,6 +165,14 @@ inline void store_one(T* p, Acc<T> value) {
   store(p, broadcast(value), 1);
 }
 
+// Calls f(first, count) for vectors of up to kLanes elements that cover 0 .. n.
+template <class A, class F>
+inline void for_vectors(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i, kLanes<A>);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
 template <class A>
 inline A sum_lanes(Vec<A> v) {
   A total = 0;

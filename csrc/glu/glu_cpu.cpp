@@ -12,10 +12,9 @@ void gate_row(const Glu& p, int64_t row) {
   using A = Acc<T>;
   const T* gate = static_cast<const T*>(p.h) + row * p.row_stride;
   T* y = static_cast<T*>(p.y) + row * p.dim;
-  for (int64_t i = 0; i < p.dim; i += kLanes<A>) {
-    const int count = static_cast<int>(least<int64_t>(p.dim - i, kLanes<A>));
+  for_vectors<A>(p.dim, [&](int64_t i, int count) {
     store(y + i, activate<A>(p.activation, load(gate + i, count)) * load(gate + p.dim + i, count), count);
-  }
+  });
 }
 
 template <class T>
@@ -24,13 +23,12 @@ void gate_row_backward(const GluBackward& q, int64_t row) {
   const Glu& p = q.forward;
   const T *gate = static_cast<const T*>(p.h) + row * p.row_stride, *dy = static_cast<const T*>(q.dy) + row * q.dy_row_stride;
   T* dh = static_cast<T*>(q.dh) + row * 2 * p.dim;
-  for (int64_t i = 0; i < p.dim; i += kLanes<A>) {
-    const int count = static_cast<int>(least<int64_t>(p.dim - i, kLanes<A>));
+  for_vectors<A>(p.dim, [&](int64_t i, int count) {
     const Activated<A> act = activate_with_slope<A>(p.activation, load(gate + i, count));
     const Vec<A> given = load(dy + i, count);
     store(dh + i, given * act.slope * load(gate + p.dim + i, count), count);
     store(dh + p.dim + i, given * act.value, count);
-  }
+  });
 }
 
 void forward(const Glu& p, int64_t begin, int64_t end) {

@@ -5,14 +5,6 @@
 namespace madkernels::MADKERNELS_ISA {
 namespace {
 
-// Calls f(first, count) for vectors of up to kLanes elements that cover a row.
-template <class A, class F>
-inline void for_vectors(int64_t dim, F&& f) {
-  int64_t i = 0;
-  for (; i + kLanes<A> <= dim; i += kLanes<A>) f(i, kLanes<A>);
-  if (i < dim) f(i, static_cast<int>(dim - i));
-}
-
 template <class T>
 inline const T* row_of(const void* data, int64_t row, int64_t dim) {
   return static_cast<const T*>(data) + row * dim;

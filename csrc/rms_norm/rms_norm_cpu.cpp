@@ -10,14 +10,6 @@
 namespace madkernels::MADKERNELS_ISA {
 namespace {
 
-// Calls f(first, count) for vectors of up to kLanes elements that cover 0 .. n.
-template <class A, class F>
-inline void for_vectors(int64_t n, F&& f) {
-  int64_t i = 0;
-  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i, kLanes<A>);
-  if (i < n) f(i, static_cast<int>(n - i));
-}
-
 // What is normed of a row, from channel `first` on.
 template <class T>
 inline Vec<Acc<T>> gated(const T* x, const T* gate, int64_t first, int count) {
@@ -78,7 +70,7 @@ int64_t padded(int64_t dim) {
   return ceil_div<int64_t>(dim, kLanes<A>) * kLanes<A>;
 }
 
-// Calls f(row, item) for the rows of items.
+// Calls f(row) for the rows of items.
 template <class F>
 void for_rows(const RmsNorm& p, int64_t begin, int64_t end, F&& f) {
   for (int64_t row = begin * kNormRows; row < least(end * kNormRows, p.rows); row++) f(row);
