@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from madkernels import reference
-from madkernels.ops.registration import register_derivatives, register_vmap_one_by_one
-from madkernels.ops.rms_norm import rows_of
+from madkernels.ops.registration import register_derivatives, register_vmap_one_by_one, rows_of
 
 _forward = torch.ops.madkernels.glu.default
 

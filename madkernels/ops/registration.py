@@ -60,6 +60,11 @@ def rows_like(t: Tensor) -> Tensor:
     return t.new_empty(t.shape)
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """(..., channels) as (rows, channels): in place where what precedes the channels lies evenly."""
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2) if x.dim() > 2 else x
+
+
 def needs_gradient(*values: Any) -> bool:
     """Whether a backward may follow: what it needs is then kept."""
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)

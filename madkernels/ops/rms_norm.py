@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from madkernels import reference
-from madkernels.ops.registration import register_derivatives, register_vmap_one_by_one
+from madkernels.ops.registration import register_derivatives, register_vmap_one_by_one, rows_of
 
 _forward = torch.ops.madkernels.rms_norm.default
 
@@ -37,11 +37,6 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, gate: Tensor | Non
     """
     y: Tensor = _forward(rows_of(x), weight, eps, None if gate is None else rows_of(gate))[0]
     return y.view(x.shape) if x.dim() != 2 else y
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """(..., channels) as (rows, channels): in place where what precedes the channels lies evenly."""
-    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2) if x.dim() > 2 else x
 
 
 @torch.library.register_fake("madkernels::rms_norm")
