@@ -18,13 +18,11 @@ def by_op(x: Tensor) -> bool:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch.nn.RMSNorm over the last axis. By the op the output has the dtype of x, beside a wider weight too."""
-
-    def __init__(self, dim: int, *, eps: float) -> None:
-        super().__init__(dim, eps=eps)
-        self.epsilon = eps
+    """torch.nn.RMSNorm over the last axis, of a given eps. By the op the output has the dtype of x, beside a wider weight
+    too."""
 
     def forward(self, x: Tensor) -> Tensor:
         if by_op(x) and self.weight.dtype in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
-            return rms_norm(x, self.weight, eps=self.epsilon)
+            assert self.eps is not None
+            return rms_norm(x, self.weight, eps=self.eps)
         return super().forward(x)
